@@ -1,0 +1,238 @@
+"""The transformer of the multi-view video UNet: attention in space, across cameras, and along time.
+
+Source: Stability-AI/generative-models, `PostHocSpatialTransformerWithTimeMixingAndMotion` and
+`BasicTransformerTimeMixBlock`; behaviour as verified against it, composed of diffusers modules.
+
+Every cross-attention of this network sees exactly one context token, so its softmax is 1 and the attention is a linear
+map of that token. `norm2`, `attn2.to_q` and `attn2.to_k` are kept as parameters (checkpoints have them) and never
+evaluated; they therefore receive no gradient.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# CUDA attention kernels put the batch on a grid axis of at most 65535 blocks; at 576 px the released model's camera
+# attention has 124 416 sequences.
+MAX_ATTENTION_BATCH = 65535
+
+
+class CameraAttention(str, Enum):
+    """Which tokens attend to each other in the camera block (no parameter depends on it).
+
+    RELEASED: V consecutive entries of the flattened (view, pixel) axis of one frame, with the frame vectors misaligned,
+        exactly as the released 4-view model runs (`use_3d_attention=True`): in effect V neighbouring pixels of a view.
+    PER_VIEW_PIXEL: the V views of one pixel of one frame (`use_3d_attention=False`, the released 8-view model).
+    FULL_3D: all pixels of all V views of one frame; what the paper describes, for models trained here.
+    """
+
+    RELEASED = "released"
+    PER_VIEW_PIXEL = "per_view_pixel"
+    FULL_3D = "full_3d"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every block of one forward pass is conditioned on.
+
+    Attributes:
+        embedding: time and camera embedding of every image, in (b t v) order.
+        view_embedding: the same of frame 0 only, which is all the camera block looks at.
+        context: one image embedding per input frame.
+        references: latents of the known views of the window's first frame (zeros where unknown).
+    """
+
+    embedding: Float[Tensor, "btv e"]
+    view_embedding: Float[Tensor, "b v e"]
+    context: Float[Tensor, "b t d"]
+    references: Float[Tensor, "bv r H W"]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(B, T, V)."""
+        return self.context.shape[0], self.context.shape[1], self.view_embedding.shape[1]
+
+
+class Mixer(nn.Module):
+    """sigmoid(mix_factor) * first + (1 - sigmoid(mix_factor)) * second.
+
+    The reference's AlphaBlender also takes an image-only indicator, which it multiplies by zero everywhere.
+    """
+
+    def __init__(self, initial: float):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([initial]))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.lerp(second, first, torch.sigmoid(self.mix_factor).to(first.dtype))
+
+
+class ChunkedAttnProcessor:
+    """Self-attention through diffusers' attention back ends, in batches the kernels accept."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Float[Tensor, "n s c"],
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+    ) -> Float[Tensor, "n s c"]:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("This processor does self-attention without a mask only.")
+        if hidden_states.shape[0] <= MAX_ATTENTION_BATCH:
+            return self._attend(attn, hidden_states)
+        return torch.cat([self._attend(attn, part) for part in hidden_states.split(MAX_ATTENTION_BATCH)])
+
+    def _attend(self, attn: Attention, x: Tensor) -> Tensor:
+        query, key, value = (to(x).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        mixed = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](mixed.flatten(-2).to(query.dtype))
+
+
+def single_token_attention(attn: Attention, context: Float[Tensor, "... d"]) -> Float[Tensor, "... c"]:
+    """What cross-attention to one token adds to every query: its projected value, whatever the query."""
+    return attn.to_out[0](attn.to_v(context))
+
+
+class SpatialBlock(BasicTransformerBlock):
+    """Self-attention inside each image, then the frame's image embedding, then a feed-forward layer."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
+        super().__init__(dim, heads, head_dim, cross_attention_dim=context_dim)
+        self.attn1.set_processor(ChunkedAttnProcessor())
+
+    def forward(self, x: Float[Tensor, "b t v p c"], context: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v p c"]:
+        tokens = x.flatten(0, 2)
+        x = (tokens + self.attn1(self.norm1(tokens))).view_as(x)
+        x = x + single_token_attention(self.attn2, context)[:, :, None, None]
+        return x + self.ff(self.norm3(x))
+
+
+class GroupBlock(TemporalBasicTransformerBlock):
+    """The block shared by the camera and the time attention; attends over the second last axis."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
+        super().__init__(dim, dim, heads, head_dim, cross_attention_dim=context_dim)
+        self.attn1.set_processor(ChunkedAttnProcessor())
+
+    def forward(
+        self, x: Float[Tensor, "b n m s c"], context: Float[Tensor, "b n #m #s d"]
+    ) -> Float[Tensor, "b n m s c"]:
+        x = x + self.ff_in(self.norm_in(x))
+        sequences = x.flatten(0, 2)
+        x = (sequences + self.attn1(self.norm1(sequences))).view_as(x)
+        x = x + single_token_attention(self.attn2, context)
+        return x + self.ff(self.norm3(x))
+
+
+def to_camera_groups(x: Float[Tensor, "b t v p c"], kind: CameraAttention) -> Float[Tensor, "b t m s c"]:
+    """Arrange tokens so that those which attend to each other form the second last axis.
+
+    The second axis is the frame whose image embedding conditions the group: for RELEASED it is not the frame the
+    tokens belong to (the reference orders groups (group, frame) and embeddings (frame, pixel)).
+    """
+    b, t, v, p, c = x.shape
+    if kind is CameraAttention.FULL_3D:
+        return x.reshape(b, t, 1, v * p, c)
+    if kind is CameraAttention.PER_VIEW_PIXEL:
+        return x.transpose(2, 3)
+    groups = x.reshape(b, t, p, v, c).transpose(1, 2)  # consecutive tokens of (v p) become (group, member)
+    return groups.reshape(b, t, p, v, c)
+
+
+def from_camera_groups(
+    groups: Float[Tensor, "b t m s c"], kind: CameraAttention, views: int
+) -> Float[Tensor, "b t v p c"]:
+    """The inverse of `to_camera_groups`."""
+    b, t, m, s, c = groups.shape
+    if kind is CameraAttention.FULL_3D:
+        return groups.reshape(b, t, views, s // views, c)
+    if kind is CameraAttention.PER_VIEW_PIXEL:
+        return groups.transpose(2, 3)
+    return groups.reshape(b, m, t, s, c).transpose(1, 2).reshape(b, t, views, m, c)
+
+
+class MultiViewTransformer(nn.Module):
+    """Spatial, camera and time attention of one layer, around a residual connection.
+
+    Args:
+        channels: of the feature map; a multiple of 32 and of `head_dim`.
+        head_dim: channels of one attention head.
+        context_dim: of the image embeddings.
+        reference_channels: of the reference latents, the context of the time attention.
+        embedding_dim: of the time and camera embedding.
+        camera_attention: see `CameraAttention`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int,
+        context_dim: int,
+        reference_channels: int,
+        embedding_dim: int,
+        camera_attention: CameraAttention,
+    ):
+        super().__init__()
+        heads = channels // head_dim
+        self.camera_attention = camera_attention
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([SpatialBlock(channels, heads, head_dim, context_dim)])
+        self.view_transformer_blocks = nn.ModuleList([GroupBlock(channels, heads, head_dim, context_dim)])
+        self.frame_transformer_blocks = nn.ModuleList([GroupBlock(channels, heads, head_dim, reference_channels)])
+        self.view_embed = TimestepEmbedding(embedding_dim, 4 * channels, out_dim=channels)
+        self.frame_position = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.frame_embed = TimestepEmbedding(channels, 4 * channels, out_dim=channels)
+        self.view_mixer = Mixer(0.0)
+        self.frame_mixer = Mixer(0.5)
+        self.proj_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x: Float[Tensor, "btv c h w"], conditions: Conditions) -> Float[Tensor, "btv c h w"]:
+        b, t, v = conditions.grid
+        h, w = x.shape[-2:]
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2)).unflatten(0, (b, t, v))
+        tokens = self.transformer_blocks[0](tokens, conditions.context)
+        tokens = self.view_mixer(tokens, self._across_cameras(tokens, conditions))
+        tokens = self.frame_mixer(tokens, self._along_time(tokens, conditions, (h, w)))
+        tokens = self.proj_out(tokens.flatten(0, 2))
+        return x + tokens.transpose(1, 2).unflatten(-1, (h, w))
+
+    def _across_cameras(self, tokens: Float[Tensor, "b t v p c"], conditions: Conditions) -> Tensor:
+        placed = tokens + self.view_embed(conditions.view_embedding)[:, None, :, None]
+        groups = to_camera_groups(placed, self.camera_attention)
+        groups = self.view_transformer_blocks[0](groups, conditions.context[:, :, None, None])
+        return from_camera_groups(groups, self.camera_attention, tokens.shape[2])
+
+    def _along_time(self, tokens: Float[Tensor, "b t v p c"], conditions: Conditions, size: tuple[int, int]) -> Tensor:
+        b, t, v = conditions.grid
+        position = self.frame_position(torch.arange(t, device=tokens.device)).to(tokens.dtype)
+        placed = tokens + self.frame_embed(position)[None, :, None, None]
+        references = F.interpolate(conditions.references, size=size, mode="bilinear", align_corners=False)
+        references = references.unflatten(0, (b, v)).flatten(3).transpose(2, 3)
+        series = placed.permute(0, 2, 3, 1, 4)
+        series = self.frame_transformer_blocks[0](series, references[:, :, :, None])
+        return series.permute(0, 3, 1, 2, 4)
+
+
+def head_count(channels: int, head_dim: int) -> int:
+    """Attention heads of a level; raises ValueError where the channels do not divide."""
+    if channels % 32 or channels % head_dim:
+        raise ValueError(f"{channels} channels must be a multiple of {math.lcm(32, head_dim)} (32 groups, head size).")
+    return channels // head_dim
