@@ -1,0 +1,64 @@
+"""The `sv4d` command: this package's commands without nerfstudio's script names.
+
+Only the first word is read here; each command imports what it needs when it runs, so `sv4d --help` is quick.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from sv4d_ns import __version__
+from sv4d_ns.errors import one_sentence_errors
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from sv4d_ns.export.cli import run
+
+    run(arguments, "sv4d export")
+
+
+def _train(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from sv4d_ns.training.train import TrainConfig, train
+
+    train(tyro.cli(TrainConfig, prog="sv4d train", args=list(arguments)))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "export": ("Write files from a finished run: 'sv4d export mesh' and all of nerfstudio's ns-export.", _export),
+    "train": ("Train the embedded multi-view video diffusion model on procedural creatures.", _train),
+}
+
+
+def usage() -> str:
+    """The text of `sv4d --help`."""
+    lines = [f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sv4d [-h] [--version] COMMAND ...",
+            "",
+            "One video of an object becomes an animated 3D model. The main job is 'ns-train sv4d --data video.mp4'.",
+            "",
+            *lines,
+            "",
+            "'sv4d COMMAND --help' lists a command's flags.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `sv4d` console script; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    word, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if word in ("-h", "--help"):
+        print(usage())
+        return 0
+    if word == "--version":
+        print(f"sv4d_ns {__version__}")
+        return 0
+    if word not in COMMANDS:
+        print(f"Error: sv4d has no command '{word}': 'sv4d --help' lists them.", file=sys.stderr)
+        return 2
+    with one_sentence_errors():
+        COMMANDS[word][1](rest)
+    return 0

@@ -1,0 +1,119 @@
+"""The GLB as another program reads it: by hand, by trimesh, and by the Khronos validator where npm has it."""
+
+import numpy as np
+import pytest
+import trimesh
+from export_fixture import SwingingLimb
+from export_reader import read_glb
+
+from sv4d_ns.cameras import look_at_cameras
+from sv4d_ns.export.gltf import from_gltf_axes, linear_from_srgb, to_gltf_axes, write_animated_glb
+from sv4d_ns.export.mesh import AnimatedMesh, animate, canonical_mesh, follow_vertices, surface_colors
+from sv4d_ns.export.sequence import write_sequence
+
+FPS = 12.5
+
+
+@pytest.fixture(scope="module")
+def mesh() -> AnimatedMesh:
+    limb = SwingingLimb()
+    canonical = canonical_mesh(limb, resolution=40, max_faces=1500)
+    tracks = follow_vertices(limb, canonical, np.linspace(0, 1, 5))
+    return animate(canonical, tracks, surface_colors(limb, canonical), FPS)
+
+
+@pytest.fixture(scope="module")
+def glb(mesh, tmp_path_factory):
+    path = tmp_path_factory.mktemp("glb") / "limb.glb"
+    write_animated_glb(mesh, path, "limb", {"copyright": "CC0", "sv4d": {"seed": 3}})
+    return path
+
+
+def test_every_frame_reads_back(mesh, glb):
+    seconds, positions = read_glb(glb).posed("POSITION")
+    np.testing.assert_allclose(seconds, np.arange(5) / FPS, atol=1e-6)
+    np.testing.assert_allclose(from_gltf_axes(positions), mesh.positions, atol=1e-6)
+    _, normals = read_glb(glb).posed("NORMAL")
+    np.testing.assert_allclose(from_gltf_axes(normals), mesh.normals, atol=1e-6)
+
+
+def test_trimesh_reads_frame_zero_with_faces_and_linear_colours(mesh, glb):
+    read = trimesh.load(glb, process=False, force="mesh")
+    np.testing.assert_allclose(from_gltf_axes(read.vertices), mesh.positions[0], atol=1e-6)
+    np.testing.assert_array_equal(read.faces, mesh.faces)
+    assert read.volume > 0
+    raw = read_glb(glb)
+    colors = raw.accessor(raw.json["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"]) / 65535
+    np.testing.assert_allclose(colors[:, :3], linear_from_srgb(mesh.colors), atol=1e-5)
+    np.testing.assert_array_equal(colors[:, 3], 1)
+
+
+def test_material_clip_and_provenance(glb):
+    raw = read_glb(glb).json
+    (material,) = raw["materials"]
+    assert raw["meshes"][0]["primitives"][0]["material"] == 0
+    assert material["doubleSided"]
+    pbr = material["pbrMetallicRoughness"]
+    assert (pbr["baseColorFactor"], pbr["metallicFactor"], pbr["roughnessFactor"]) == ([1, 1, 1, 1], 0, 1)
+    (clip,) = raw["animations"]
+    assert clip["name"] == "limb"
+    assert raw["asset"]["extras"]["sv4d"] == {"seed": 3}
+    assert raw["asset"]["copyright"] == "CC0"
+    assert raw["asset"]["generator"].startswith("sv4d_ns ")
+
+
+def test_stated_bounds_are_the_data(glb):
+    raw = read_glb(glb)
+    bounded = [i for i, entry in enumerate(raw.json["accessors"]) if "min" in entry]
+    assert len(bounded) == 1 + 4 + 1  # base positions, four targets, key times
+    for index in bounded:
+        np.testing.assert_array_equal(raw.accessor(index).min(axis=0), raw.json["accessors"][index]["min"])
+        np.testing.assert_array_equal(raw.accessor(index).max(axis=0), raw.json["accessors"][index]["max"])
+
+
+def test_the_side_the_input_camera_saw_faces_plus_z():
+    camera = look_at_cameras(np.array([0.0]), np.array([0.0]))[0]
+    right, up, back = to_gltf_axes(camera[:3, :3].T)
+    np.testing.assert_allclose(np.stack([right, up, back]), np.eye(3), atol=1e-12)
+    assert np.linalg.det(to_gltf_axes(np.eye(3))) == pytest.approx(1)
+
+
+def test_srgb_decoding():
+    np.testing.assert_allclose(
+        linear_from_srgb(np.array([[0, 10, 128], [188, 255, 1]], np.uint8)),
+        [[0, 0.003035, 0.215861], [0.502886, 1, 0.000304]],
+        atol=1e-6,
+    )
+
+
+def test_a_still_is_a_plain_mesh(mesh, tmp_path):
+    still = AnimatedMesh(mesh.positions[:1], mesh.faces, mesh.colors, mesh.normals[:1], FPS)
+    write_animated_glb(still, tmp_path / "still.glb", "still", {})
+    raw = read_glb(tmp_path / "still.glb").json
+    assert "animations" not in raw or raw["animations"] == []
+    assert not raw["meshes"][0]["primitives"][0].get("targets")
+
+
+def test_failed_write_leaves_the_old_file(mesh, tmp_path):
+    path = tmp_path / "limb.glb"
+    path.write_bytes(b"before")
+    with pytest.raises(TypeError):
+        write_animated_glb(mesh, path, "limb", {"not json": object()})
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("file_format", ["obj", "ply"])
+def test_sequence_reads_back_in_trimesh(mesh, tmp_path, file_format):
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "frame_9999.obj").touch()  # of a longer export before
+    files = write_sequence(mesh, tmp_path / "frames", file_format)
+    assert [file.name for file in files] == [f"frame_{i:04d}.{file_format}" for i in range(5)]
+    assert sorted((tmp_path / "frames").iterdir()) == files
+    assert list(tmp_path.iterdir()) == [tmp_path / "frames"]
+    for index in (0, 3):
+        read = trimesh.load(files[index], process=False, maintain_order=True)
+        np.testing.assert_allclose(from_gltf_axes(read.vertices), mesh.positions[index], atol=2e-6)
+        np.testing.assert_array_equal(read.faces, mesh.faces)
+        np.testing.assert_allclose(np.asarray(read.visual.vertex_colors)[:, :3], mesh.colors, atol=1)
+        np.testing.assert_allclose(from_gltf_axes(read.vertex_normals), mesh.normals[index], atol=1e-3)
