@@ -11,9 +11,10 @@ evaluated; they therefore receive no gradient.
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -103,17 +104,30 @@ class ChunkedAttnProcessor:
         return attn.to_out[0](mixed.flatten(-2).to(query.dtype))
 
 
+def _self_attention() -> Any:
+    """The processor, untyped because diffusers' annotation names its own classes only."""
+    return ChunkedAttnProcessor()
+
+
 def single_token_attention(attn: Attention, context: Float[Tensor, "... d"]) -> Float[Tensor, "... c"]:
     """What cross-attention to one token adds to every query: its projected value, whatever the query."""
     return attn.to_out[0](attn.to_v(context))
 
 
-class SpatialBlock(BasicTransformerBlock):
-    """Self-attention inside each image, then the frame's image embedding, then a feed-forward layer."""
+class SpatialBlock(nn.Module):
+    """Self-attention inside each image, then the frame's image embedding, then a feed-forward layer.
+
+    The names inside are those of diffusers' BasicTransformerBlock.
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
-        super().__init__(dim, heads, head_dim, cross_attention_dim=context_dim)
-        self.attn1.set_processor(ChunkedAttnProcessor())
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads=heads, dim_head=head_dim, processor=_self_attention())
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, cross_attention_dim=context_dim, heads=heads, dim_head=head_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim, activation_fn="geglu")
 
     def forward(self, x: Float[Tensor, "b t v p c"], context: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v p c"]:
         tokens = x.flatten(0, 2)
@@ -122,12 +136,16 @@ class SpatialBlock(BasicTransformerBlock):
         return x + self.ff(self.norm3(x))
 
 
-class GroupBlock(TemporalBasicTransformerBlock):
-    """The block shared by the camera and the time attention; attends over the second last axis."""
+class GroupBlock(SpatialBlock):
+    """The block shared by the camera and the time attention; attends over the second last axis.
+
+    The names inside are those of diffusers' TemporalBasicTransformerBlock.
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
-        super().__init__(dim, dim, heads, head_dim, cross_attention_dim=context_dim)
-        self.attn1.set_processor(ChunkedAttnProcessor())
+        super().__init__(dim, heads, head_dim, context_dim)
+        self.norm_in = nn.LayerNorm(dim)
+        self.ff_in = FeedForward(dim, activation_fn="geglu")
 
     def forward(
         self, x: Float[Tensor, "b n m s c"], context: Float[Tensor, "b n #m #s d"]

@@ -5,7 +5,7 @@ transposes its projection. Source: the key map verified against Stability-AI/gen
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor

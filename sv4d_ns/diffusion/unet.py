@@ -1,10 +1,11 @@
 """The multi-view video diffusion UNet of SV4D 2.0 as a diffusers model.
 
 Source: Stability-AI/generative-models, `SpatialUNetModelWithTime`. Differences of form, none of value: see
-`attention.py`. The released network ignores its `cond_motion` and `image_only_indicator` inputs; they do not exist here.
+`attention.py`. The released network ignores its `cond_motion` and `image_only_indicator` inputs; they do not exist
+here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,23 @@ class MultiViewVideoUNetOutput(BaseOutput):
     sample: Tensor
 
 
+def zero_(module: nn.Module) -> None:
+    """Set every parameter of the module to zero, where training must start from the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+
+
+class TemporalConv(nn.Conv3d):
+    """A (3, 1, 1) convolution, evaluated as a (3, 1) one over (time, pixels): equal, and twice as fast on a CPU."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Float[Tensor, "b c n h w"]) -> Float[Tensor, "b c n h w"]:
+        flat = F.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        return flat.unflatten(3, x.shape[3:])
+
+
 class SpatioTemporalResBlock(nn.Module):
     """A residual block inside each image, blended with one along the flattened (t v) axis.
 
@@ -45,10 +63,11 @@ class SpatioTemporalResBlock(nn.Module):
             in_channels=in_channels, out_channels=out_channels, temb_channels=embedding_dim, eps=RESNET_EPS
         )
         self.temporal_res_block = TemporalResnetBlock(out_channels, out_channels, embedding_dim, eps=RESNET_EPS)
+        self.temporal_res_block.conv1 = TemporalConv(out_channels)
+        self.temporal_res_block.conv2 = TemporalConv(out_channels)
         self.time_mixer = Mixer(0.0)
-        for block in (self.spatial_res_block, self.temporal_res_block):
-            nn.init.zeros_(block.conv2.weight)
-            nn.init.zeros_(block.conv2.bias)
+        zero_(self.spatial_res_block.conv2)
+        zero_(self.temporal_res_block.conv2)
 
     def forward(self, x: Float[Tensor, "btv c h w"], conditions: Conditions) -> Float[Tensor, "btv d h w"]:
         samples = conditions.context.shape[0]
@@ -87,6 +106,7 @@ class _Block(nn.Module):
     """Residual blocks, each followed by a transformer where the level has attention."""
 
     gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin.enable_gradient_checkpointing
 
     def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]):
         super().__init__()
@@ -166,7 +186,7 @@ class UpBlock(_Block):
         return x
 
 
-class MultiViewVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class MultiViewVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Denoiser of T frames times V novel views of one object. The defaults are the released SV4D 2.0 network.
 
     Args:
@@ -183,9 +203,9 @@ class MultiViewVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("SpatioTemporalResBlock", "MultiViewTransformer")
-    _repeated_blocks = ("SpatioTemporalResBlock", "MultiViewTransformer")
-    _skip_layerwise_casting_patterns = ("norm", "mixer", "conv_in", "conv_out", "time_embedding", "add_embedding")
+    _no_split_modules: Any = ("SpatioTemporalResBlock", "MultiViewTransformer")
+    _repeated_blocks: Any = ("SpatioTemporalResBlock", "MultiViewTransformer")
+    _skip_layerwise_casting_patterns: Any = ("norm", "conv_in", "conv_out")
 
     @register_to_config
     def __init__(
@@ -245,8 +265,7 @@ class MultiViewVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
         self.conv_norm_out = nn.GroupNorm(32, width, eps=RESNET_EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        zero_(self.conv_out)
 
     def forward(
         self,
