@@ -1,0 +1,372 @@
+"""From one video of an object to the same moments seen from other cameras: the SV4D 2.0 sampler.
+
+Source: Stability-AI/generative-models, `simple_video_sample_4d2.py` and `sv4d_helpers.py`; the preconditioning is that
+of diffusers' EulerDiscreteScheduler with v-prediction and continuous time steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from sv4d_ns.diffusion.conditioning import GridCondition, camera_angles, camera_vectors, embed_images
+from sv4d_ns.diffusion.guidance import Guidance, guide
+from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.errors import InputError
+
+OUTPUT_TYPES = ("pt", "np", "latent")
+# JSON types, which is what diffusers compares a saved pipeline with
+RELEASED_CAMERA_DIMS = [256, 512, 512]
+RELEASED_GUIDANCE = {"kind": "linear", "scale": 2.0, "min_scale": 1.0}
+
+
+def released_scheduler() -> EulerDiscreteScheduler:
+    """The sampler of the released models: sigma 0.002 to 700 on Karras' schedule, v-prediction, ln(sigma)/4 as time."""
+    return EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        timestep_spacing="leading",
+        steps_offset=1,
+        beta_schedule="scaled_linear",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+    )
+
+
+@dataclass
+class StableVideo4D2PipelineOutput(BaseOutput):
+    """`frames`: [t, v, c, h, w] in [0, 1] ("pt"), [t, v, h, w, c] ("np"), or latents [t, v, c, h, w] ("latent")."""
+
+    frames: Tensor | np.ndarray
+
+
+class StableVideo4D2Pipeline(DiffusionPipeline):
+    r"""Makes V novel views of T frames of a video of one object.
+
+    Everything that belongs to a trained model is part of the saved configuration, so that a model folder describes
+    itself. The defaults are those of the released 4-view model.
+
+    Args:
+        vae: autoencoder; `config.in_channels` 3 (RGB on white) or 4 (RGB on white, and alpha).
+        image_encoder: CLIP image tower, or a model with `forward(images in [-1, 1]).image_embeds`.
+        unet: the network.
+        scheduler: see `released_scheduler`.
+        num_frames: T the model was trained for; the window length for long videos.
+        num_views: V the model was trained for.
+        image_size: height and width in pixels the model was trained for.
+        num_inference_steps: default number of denoising steps.
+        guidance: default `Guidance`, as `Guidance.to_config` gives it.
+        camera_dims: sizes of the three parts of the camera vector (input noise level, polar angle, azimuth).
+        conditioning_sigma: noise level the input frames' latents are said to have.
+        conditioning_scaling_factor: factor of the conditioning latents (the denoised ones use the autoencoder's).
+
+    Example:
+        ```py
+        >>> from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+        >>> pipeline = StableVideo4D2Pipeline.from_pretrained("path/to/model")
+        >>> views = pipeline(video, azimuths_deg=[90, 180, 270], elevations_deg=[0, 0, 0]).frames  # [t, v, c, h, w]
+        ```
+    """
+
+    model_cpu_offload_seq: Any = "image_encoder->unet->vae"
+    _callback_tensor_inputs = ("latents",)
+
+    # set by register_modules and register_to_config; untyped because diffusers adds their attributes at run time
+    vae: Any
+    image_encoder: Any
+    unet: Any
+    scheduler: Any
+    config: Any
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        image_encoder: ModelMixin | CLIPVisionModelWithProjection,
+        unet: MultiViewVideoUNet,
+        scheduler: EulerDiscreteScheduler,
+        num_frames: int = 12,
+        num_views: int = 4,
+        image_size: int = 576,
+        num_inference_steps: int = 50,
+        guidance: dict = RELEASED_GUIDANCE,
+        camera_dims: list = RELEASED_CAMERA_DIMS,
+        conditioning_sigma: float = 1e-5,
+        conditioning_scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            num_frames=num_frames,
+            num_views=num_views,
+            image_size=image_size,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance.from_config(guidance).to_config(),
+            camera_dims=list(camera_dims),
+            conditioning_sigma=conditioning_sigma,
+            conditioning_scaling_factor=conditioning_scaling_factor,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[Any], **kwargs: Any
+    ) -> "StableVideo4D2Pipeline":
+        """A saved pipeline; only safetensors weights are read. Arguments as in diffusers."""
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def steps_to_run(self, num_inference_steps: int | None = None, strength: float = 1.0) -> int:
+        """How many denoising steps a call with these arguments makes; at least 1."""
+        steps = num_inference_steps or self.config.num_inference_steps
+        return max(1, round(steps * strength))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        video: Float[Tensor, "t c h w"],
+        azimuths_deg: Sequence[float],
+        elevations_deg: Sequence[float],
+        reference_views: Float[Tensor, "v c h w"] | None = None,
+        initial_views: Float[Tensor, "t v c h w"] | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance: Guidance | None = None,
+        generator: torch.Generator | None = None,
+        latents: Float[Tensor, "t v c h w"] | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        decode_chunk_size: int = 8,
+    ) -> StableVideo4D2PipelineOutput | tuple[Tensor | np.ndarray]:
+        """Generate the views of one window.
+
+        Args:
+            video: input frames in [0, 1]; channels as the autoencoder has them (3: RGB on white; 4: and alpha).
+            azimuths_deg: azimuth of each view relative to the input view, degrees.
+            elevations_deg: elevation of each view relative to the input view, degrees.
+            reference_views: what the views of the first frame look like, in [0, 1], where an earlier window made them.
+            initial_views: images to start from, in [0, 1], for a `strength` below 1 (SDEdit).
+            strength: share of the noise schedule that is run, in (0, 1]; 1 starts from pure noise (plus
+                `initial_views` where given).
+            num_inference_steps: steps of the whole schedule; the model's own number by default.
+            guidance: the model's own by default.
+            generator: of the noise; a CPU generator gives the same noise on every device.
+            latents: unit noise to use instead of drawing it.
+            output_type: "pt", "np" or "latent".
+            return_dict: a `StableVideo4D2PipelineOutput`, or a tuple of one.
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": [t*v, c, h, w]}) after each step; may
+                return replaced latents.
+            callback_on_step_end_tensor_inputs: names of the tensors handed to the callback; only "latents" exists.
+            decode_chunk_size: images the autoencoder takes at once.
+
+        Raises:
+            InputError: when an argument has the wrong shape or range.
+        """
+        self.check_inputs(
+            video, azimuths_deg, elevations_deg, reference_views, initial_views, strength, num_inference_steps,
+            output_type, callback_on_step_end_tensor_inputs, decode_chunk_size,
+        )  # fmt: skip
+        frames, views = len(video), len(azimuths_deg)
+        guidance = guidance or Guidance.from_config(self.config.guidance)
+        condition = self.encode_condition(video, azimuths_deg, elevations_deg, reference_views, decode_chunk_size)
+        start = None
+        if initial_views is not None:
+            start = self.encode_images(initial_views.flatten(0, 1), decode_chunk_size) * self.vae.config.scaling_factor
+        self.maybe_free_model_hooks()  # the encoders are not needed while the network runs
+
+        noise = self._prepare_noise(condition.latents.shape, (frames, views), generator, latents)
+        result = self.denoise(
+            condition,
+            noise,
+            guidance.scales(frames, views).flatten() if guidance.needs_unconditional else None,
+            num_inference_steps or self.config.num_inference_steps,
+            start=start,
+            strength=strength,
+            callback=callback_on_step_end,
+        )
+        if output_type != "latent":
+            result = self.decode_latents(result, decode_chunk_size)
+        result = result.unflatten(0, (frames, views))
+        self.maybe_free_model_hooks()
+        output = result.permute(0, 1, 3, 4, 2).cpu().numpy() if output_type == "np" else result
+        return StableVideo4D2PipelineOutput(frames=output) if return_dict else (output,)
+
+    def denoise(
+        self,
+        condition: GridCondition,
+        noise: Float[Tensor, "tv c h w"],
+        scales: Float[Tensor, "tv"] | None,
+        num_inference_steps: int,
+        start: Float[Tensor, "tv c h w"] | None = None,
+        strength: float = 1.0,
+        callback: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> Float[Tensor, "tv c h w"]:
+        """Run the sampler on latents; deterministic given the noise.
+
+        Args:
+            condition: of one sample.
+            noise: unit Gaussian noise, float32.
+            scales: guidance scale per image, or None for the conditional prediction alone.
+            num_inference_steps: steps of the whole schedule.
+            start: clean latents to noise, in the scale the network denoises; None starts from noise alone.
+            strength: share of the schedule to run.
+            callback: see `__call__`.
+        """
+        device, dtype = self._execution_device, self.unet.dtype
+        batch = condition if scales is None else condition.with_unconditional()
+        batch = batch.to(device, dtype)
+        scales = None if scales is None else scales.to(device)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        begin = num_inference_steps - self.steps_to_run(num_inference_steps, strength)
+        self.scheduler.set_begin_index(begin)
+        if start is None:
+            latents = noise * self.scheduler.init_noise_sigma
+        else:
+            latents = start.float() + noise * self.scheduler.sigmas[begin].to(device)
+
+        with self.progress_bar(total=num_inference_steps - begin) as bar:
+            for step, timestep in enumerate(self.scheduler.timesteps[begin:]):
+                prediction = self._predict(latents, timestep, batch, scales)
+                # float32 latents: the scheduler returns the type of the prediction
+                latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                if callback is not None:
+                    latents = callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
+                bar.update()
+        return latents
+
+    def _predict(
+        self, latents: Float[Tensor, "tv c h w"], timestep: Tensor, batch: GridCondition, scales: Tensor | None
+    ) -> Float[Tensor, "tv c h w"]:
+        """The guided network output, float32."""
+        scaled = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
+        if scales is not None:
+            scaled = torch.cat([scaled, scaled])
+        prediction = self.unet(
+            torch.cat([scaled, batch.latents], dim=1),
+            timestep,
+            batch.embeddings,
+            batch.cameras,
+            batch.references,
+            return_dict=False,
+        )[0].float()
+        if scales is None:
+            return prediction
+        unconditional, conditional = prediction.chunk(2)
+        return guide(unconditional, conditional, scales)
+
+    def encode_condition(
+        self,
+        video: Float[Tensor, "t c h w"],
+        azimuths_deg: Sequence[float],
+        elevations_deg: Sequence[float],
+        reference_views: Float[Tensor, "v c h w"] | None = None,
+        chunk_size: int = 8,
+    ) -> GridCondition:
+        """Everything the network is told about one window; arguments as in `__call__`."""
+        frames, views = len(video), len(azimuths_deg)
+        device = self._execution_device
+        polar, azimuth = camera_angles(azimuths_deg, elevations_deg)
+        cameras = camera_vectors(polar, azimuth, self.config.conditioning_sigma, self.config.camera_dims)
+        embeddings = embed_images(self.image_encoder, video.to(device) * 2 - 1)
+        factor = self.config.conditioning_scaling_factor
+        latents = self.encode_images(video, chunk_size) * factor
+        self._check_latent_size(video, latents)
+        if reference_views is None:
+            references = latents.new_zeros(views, *latents.shape[1:])
+        else:
+            references = self.encode_images(reference_views, chunk_size) * factor
+        return GridCondition(
+            embeddings=embeddings[None],
+            latents=latents.repeat_interleave(views, dim=0),
+            cameras=cameras.repeat(frames, 1).to(device),
+            references=references,
+            sigma_dims=self.config.camera_dims[0],
+        )
+
+    def encode_images(self, images: Float[Tensor, "n c h w"], chunk_size: int = 8) -> Float[Tensor, "n d i j"]:
+        """Unscaled latents (posterior means) of images in [0, 1]."""
+        device, dtype = self._execution_device, self.vae.dtype
+        chunks = [(chunk.to(device) * 2 - 1).to(dtype) for chunk in images.split(chunk_size)]
+        return torch.cat([self.vae.encode(chunk).latent_dist.mode().float() for chunk in chunks])
+
+    def decode_latents(self, latents: Float[Tensor, "n d i j"], chunk_size: int = 8) -> Float[Tensor, "n c h w"]:
+        """Images in [0, 1] from denoised latents."""
+        unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = torch.cat([self.vae.decode(chunk).sample.float() for chunk in unscaled.split(chunk_size)])
+        return ((images + 1) / 2).clamp(0, 1)
+
+    def check_inputs(
+        self,
+        video: Tensor,
+        azimuths_deg: Sequence[float],
+        elevations_deg: Sequence[float],
+        reference_views: Tensor | None,
+        initial_views: Tensor | None,
+        strength: float,
+        num_inference_steps: int | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        decode_chunk_size: int,
+    ) -> None:
+        """Raise InputError, naming the argument, for anything `__call__` cannot use."""
+        channels = self.vae.config.in_channels
+        if video.ndim != 4 or video.shape[0] < 1 or video.shape[1] != channels:
+            raise InputError(f"video must be [frames, {channels}, height, width] in [0, 1], got {tuple(video.shape)}.")
+        if len(azimuths_deg) != len(elevations_deg) or len(azimuths_deg) < 1:
+            raise InputError(
+                f"azimuths_deg and elevations_deg must name the same views, at least one; they have "
+                f"{len(azimuths_deg)} and {len(elevations_deg)} entries."
+            )
+        frames, views, size = len(video), len(azimuths_deg), tuple(video.shape[1:])
+        if reference_views is not None and tuple(reference_views.shape) != (views, *size):
+            raise InputError(f"reference_views must be {(views, *size)}, got {tuple(reference_views.shape)}.")
+        if initial_views is not None and tuple(initial_views.shape) != (frames, views, *size):
+            raise InputError(f"initial_views must be {(frames, views, *size)}, got {tuple(initial_views.shape)}.")
+        for name, images in (("video", video), ("reference_views", reference_views), ("initial_views", initial_views)):
+            if images is not None and not (images.min() >= 0 and images.max() <= 1):
+                raise InputError(f"{name} must be in [0, 1] without NaN; divide 8-bit images by 255.")
+        if not 0 < strength <= 1:
+            raise InputError(f"strength must be above 0 and at most 1, got {strength}.")
+        if strength < 1 and initial_views is None:
+            raise InputError("strength below 1 needs initial_views to start from; give them or leave strength at 1.")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise InputError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got '{output_type}'.")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise InputError(f"callback_on_step_end_tensor_inputs may only name {self._callback_tensor_inputs}.")
+        if decode_chunk_size < 1:
+            raise InputError(f"decode_chunk_size must be at least 1, got {decode_chunk_size}.")
+
+    def _check_latent_size(self, video: Tensor, latents: Tensor) -> None:
+        """The image must divide into latents, and the latents must halve once per level of the network."""
+        halvings = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        height, width = video.shape[-2:]
+        rows, columns = latents.shape[-2:]
+        if height % rows or width % columns or rows % halvings or columns % halvings:
+            multiple = halvings * -(-height // rows)
+            raise InputError(f"video is {height}x{width} pixels; both sides must be multiples of {multiple}.")
+
+    def _prepare_noise(
+        self, shape: torch.Size, grid: tuple[int, int], generator: torch.Generator | None, given: Tensor | None
+    ) -> Float[Tensor, "tv c h w"]:
+        """Unit noise for every image: the given one, or drawn in (t v) order."""
+        shape = torch.Size([shape[0], self.unet.config.out_channels, *shape[2:]])
+        if given is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if tuple(given.shape) != (*grid, *shape[1:]):
+            raise InputError(f"latents must be unit noise of shape {(*grid, *shape[1:])}, got {tuple(given.shape)}.")
+        return given.flatten(0, 1).to(self._execution_device, torch.float32)
