@@ -14,9 +14,9 @@ class SwingingLimb:
     inverse map is the opposite turn, exactly; near the axis (the body) nothing moves.
     """
 
-    def __init__(self, swing: float = 0.8, density: float = SURFACE_DENSITY):
+    def __init__(self, swing: float = 0.8, density: float = SURFACE_DENSITY, edge: float = 0.004):
         self.aabb = torch.tensor([[-0.57] * 3, [0.57] * 3])
-        self.swing, self.peak = swing, density
+        self.swing, self.peak, self.edge = swing, density, edge
 
     def _turned(self, x: Tensor, angle: Tensor) -> Tensor:
         radius = torch.sqrt(x[:, 0] ** 2 + x[:, 2] ** 2)
@@ -43,11 +43,13 @@ class SwingingLimb:
         return torch.minimum(body, limb)
 
     def canonical_density(self, x: Tensor) -> Tensor:
-        return self.peak * torch.sigmoid(-self.distance(x) / 0.004)
+        return self.peak * torch.sigmoid(-self.distance(x) / self.edge)
 
     def canonical_color(self, x: Tensor) -> Tensor:
+        """Red body with a greener left side (+y), blue limb: no two sides look alike."""
         blue = (x[:, 0] > 0.25).float()
-        return torch.stack([0.9 - 0.8 * blue, 0.25 + 0 * blue, 0.1 + 0.8 * blue], -1)
+        green = (1 - blue) * (x[:, 1] > 0.03).float()
+        return torch.stack([0.9 - 0.8 * blue - 0.6 * green, 0.25 + 0.5 * green, 0.1 + 0.8 * blue], -1)
 
     def density(self, x: Tensor, t: Tensor) -> Tensor:
         return self.canonical_density(x + self.deformation(x, t))

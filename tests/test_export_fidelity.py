@@ -1,0 +1,74 @@
+"""The measuring script itself: a mesh drawn at the input camera must match a volume rendering of its field."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_fixture import SwingingLimb
+
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.export.gltf import write_animated_glb
+from sv4d_ns.export.mesh import AnimatedMesh, animate, canonical_mesh, follow_vertices, surface_colors
+from sv4d_ns.views import ViewGrid
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import export_fidelity
+
+SIZE, TIMES = 96, np.linspace(0, 1, 4)
+
+
+def volume_rendering(field: SwingingLimb, plan: ViewPlan, time: float) -> np.ndarray:
+    """uint8 RGBA [SIZE, SIZE, 4] of the field at the input camera, by plain quadrature along each ray."""
+    c2w = torch.from_numpy(plan.c2w()[0]).float()
+    grid = (torch.arange(SIZE) + 0.5 - SIZE / 2) / plan.focal_px(SIZE)
+    y, x = torch.meshgrid(-grid, grid, indexing="ij")
+    directions = torch.stack([x, y, -torch.ones_like(x)], -1).reshape(-1, 3) @ c2w[:3, :3].T
+    depths, step = torch.linspace(1.3, 2.7, 400), 1.4 / 399
+    rgb, transmitted = torch.zeros(SIZE**2, 3), torch.ones(SIZE**2, 1)
+    for depth in depths:
+        points = c2w[:3, 3] + depth * directions
+        density, color = field.density_and_color(points, torch.full((SIZE**2, 1), time))
+        alpha = 1 - torch.exp(-density[:, None] * step * directions.norm(dim=-1, keepdim=True))
+        rgb, transmitted = rgb + transmitted * alpha * color, transmitted * (1 - alpha)
+    coverage = 1 - transmitted
+    rgba = torch.cat([rgb / coverage.clamp(min=1e-6), coverage], -1).reshape(SIZE, SIZE, 4)
+    return (rgba.clamp(0, 1) * 255).round().byte().numpy()
+
+
+@pytest.fixture(scope="module")
+def grid() -> ViewGrid:
+    plan = ViewPlan.ring((90.0,), input_elevation_deg=20.0)
+    field = SwingingLimb(density=400.0, edge=0.0015)
+    frames = np.stack([volume_rendering(field, plan, float(t)) for t in TIMES])
+    return ViewGrid(frames, frames[:, None], plan, fps=8.0)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> AnimatedMesh:
+    field = SwingingLimb(density=400.0, edge=0.0015)
+    canonical = canonical_mesh(field, resolution=96)
+    return animate(canonical, follow_vertices(field, canonical, TIMES), surface_colors(field, canonical), 8.0)
+
+
+def test_renders_of_the_file_match_the_field(mesh, grid, tmp_path, capsys):
+    write_animated_glb(mesh, tmp_path / "limb.glb", "limb", {})
+    grid.save(tmp_path / "grid")
+    export_fidelity.main(tmp_path / "limb.glb", grid=tmp_path / "grid", out=tmp_path / "sheet.png")
+    comparison = export_fidelity.compare(export_fidelity.read_glb(tmp_path / "limb.glb"), grid)
+    assert comparison.psnr.min() > 28
+    assert comparison.iou.min() > 0.96
+    assert f"{comparison.psnr[2]:6.2f} dB" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").is_file()
+
+
+def test_a_wrong_frame_or_axis_scores_worse(mesh, grid, tmp_path):
+    write_animated_glb(mesh, tmp_path / "limb.glb", "limb", {})
+    glb = export_fidelity.read_glb(tmp_path / "limb.glb")
+    right = export_fidelity.compare(glb, grid)
+    for positions in (np.roll(glb.positions, 1, axis=0), glb.positions * [-1, 1, 1], glb.positions * [1, 1, -1]):
+        wrong = export_fidelity.compare(
+            export_fidelity.PlayedGlb(glb.seconds, positions, glb.faces, glb.linear_colors), grid
+        )
+        assert wrong.psnr.mean() < right.psnr.mean() - 3
