@@ -119,3 +119,141 @@ def _kind(index: int) -> str:
 def convert_unet(state: Mapping[str, Tensor], layers_per_block: int) -> dict[str, Tensor]:
     """Reference UNet state (prefix removed) under our names."""
     return {unet_key(name, layers_per_block): tensor for name, tensor in state.items()}
+
+
+_VAE_NAMES = {
+    "conv_in": "conv_in",
+    "conv_out": "conv_out",
+    "norm_out": "conv_norm_out",
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+    "mid.attn_1.q": "mid_block.attentions.0.to_q",
+    "mid.attn_1.k": "mid_block.attentions.0.to_k",
+    "mid.attn_1.v": "mid_block.attentions.0.to_v",
+    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+}
+
+
+def vae_config(reference: Mapping[str, Any], scaling_factor: float = 0.18215) -> dict[str, Any]:
+    """diffusers `AutoencoderKL` configuration for the reference's `ddconfig`.
+
+    The reference's decoder has no `post_quant_conv`; its encoder has `quant_conv`.
+    """
+    widths = [reference["ch"] * factor for factor in reference["ch_mult"]]
+    return {
+        "in_channels": reference["in_channels"],
+        "out_channels": reference["out_ch"],
+        "latent_channels": reference["z_channels"],
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "layers_per_block": reference["num_res_blocks"],
+        "scaling_factor": scaling_factor,
+        "use_post_quant_conv": False,
+    }
+
+
+def vae_key(name: str, levels: int) -> str | None:
+    """diffusers name of an autoencoder tensor of the reference (`encoder.`, `decoder.` or `quant_conv.` first).
+
+    None for `post_quant_conv`, which the reference never evaluates.
+
+    Raises:
+        InputError: where the reference has no such tensor.
+    """
+    if _starts(name, "post_quant_conv"):
+        return None
+    if _starts(name, "quant_conv"):
+        return name
+    half, _, rest = name.partition(".")
+    if half in ("encoder", "decoder"):
+        for old, new in _VAE_NAMES.items():
+            if _starts(rest, old):
+                return f"{half}.{new}{rest[len(old) :]}"
+        if match := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(.+)", rest):
+            inside = _renamed(match[4], {"nin_shortcut": "conv_shortcut"})
+            return f"{half}.{_vae_level(match[1], int(match[2]), levels)}.resnets.{match[3]}.{inside}"
+        if match := re.fullmatch(r"(down|up)\.(\d+)\.(?:down|up)sample\.(.+)", rest):
+            level = _vae_level(match[1], int(match[2]), levels)
+            return f"{half}.{level}.{match[1]}samplers.0.{match[3]}"
+    raise InputError(f"'{name}' is not a tensor of the SV4D 2.0 autoencoder; give an official SV4D 2.0 checkpoint.")
+
+
+def _vae_level(direction: str, index: int, levels: int) -> str:
+    # the reference counts the way up from the finest level, diffusers from the coarsest
+    return f"down_blocks.{index}" if direction == "down" else f"up_blocks.{levels - 1 - index}"
+
+
+def convert_vae(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """Reference autoencoder state under diffusers names; 1x1 convolutions of the attention become matrices."""
+    converted = {}
+    for name, tensor in state.items():
+        if (key := vae_key(name, levels)) is not None:
+            is_matrix = ".attentions." in key and tensor.ndim == 4
+            converted[key] = tensor.flatten(1) if is_matrix else tensor
+    return converted
+
+
+_CLIP_NAMES = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "conv1": "vision_model.embeddings.patch_embedding",
+    "ln_pre": "vision_model.pre_layrnorm",
+    "ln_post": "vision_model.post_layernorm",
+    "proj": "visual_projection.weight",
+}
+_CLIP_LAYER_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def clip_config(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers `CLIPVisionConfig` values for an OpenCLIP configuration (`embed_dim` and `vision_cfg`)."""
+    vision = reference["vision_cfg"]
+    return {
+        "hidden_size": vision["width"],
+        "intermediate_size": 4 * vision["width"],
+        "projection_dim": reference["embed_dim"],
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": vision["width"] // vision["head_width"],
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "hidden_act": "gelu",
+    }
+
+
+def convert_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's image tower as `CLIPVisionModelWithProjection` state.
+
+    Only `visual.` tensors are taken; the others are leftovers of the text tower.
+
+    Raises:
+        InputError: where the tower has no such tensor.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("visual."):
+            converted |= _clip_tensor(name.removeprefix("visual."), tensor)
+    return converted
+
+
+def _clip_tensor(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    for old, new in _CLIP_NAMES.items():
+        if _starts(name, old):
+            return {new + name[len(old) :]: tensor.T.contiguous() if name == "proj" else tensor}
+    if match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name):
+        layer, inside = f"vision_model.encoder.layers.{match[1]}", match[2]
+        if fused := re.fullmatch(r"attn\.in_proj_(weight|bias)", inside):
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            return {f"{layer}.self_attn.{part}_proj.{fused[1]}": value.contiguous() for part, value in parts}
+        for old, new in _CLIP_LAYER_NAMES.items():
+            if _starts(inside, old):
+                return {f"{layer}.{new}{inside[len(old) :]}": tensor}
+    raise InputError(
+        f"'visual.{name}' is not a tensor of OpenCLIP's image tower; give an official SV4D 2.0 checkpoint."
+    )
