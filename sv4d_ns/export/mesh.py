@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sv4d_ns.errors import InputError
 
-SURFACE_STEP = 1 / 64
+SURFACE_STEP = 1 / 32
 """Length over which opacity is judged, as a part of the box's side (about the thickness of a limb's skin at the
 resolution of the supervising views). Own design decision."""
 SURFACE_ALPHA = 0.5
@@ -389,14 +389,14 @@ def _solve_frame(
         return np.linalg.norm(solver.residual(x, time, everyone), axis=-1) / solver.diagonal
 
     x = solver.broyden(start, time)
-    left = np.flatnonzero(error(x) > SOLVED)
-    if len(left):
-        x[left] = solver.newton(x, time, left)
-        smooth = _neighbours_say(solver, x, start, error(x) <= SOLVED, graph)
+    from_neighbours = lambda: _neighbours_say(solver, x, start, error(x) <= SOLVED, graph)  # noqa: E731
+    for retry in (lambda: x, from_neighbours):
         left = np.flatnonzero(error(x) > SOLVED)
-        retried = x.copy()
-        retried[left] = solver.newton(smooth, time, left)
-        x = np.where((error(retried) < error(x))[:, None], retried, x)
+        if not len(left):
+            return x, error(x), np.zeros(len(x), dtype=bool)
+        again = x.copy()
+        again[left] = solver.newton(retry(), time, left)
+        x = np.where((error(again) < error(x))[:, None], again, x)
     known = error(x) <= SOLVED
     x = _neighbours_say(solver, x, start, known, graph)
     return x, error(x), ~known

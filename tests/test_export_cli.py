@@ -1,0 +1,240 @@
+"""`ns-export` and `sv4d`: the superset of nerfstudio's commands, one-sentence errors, and a run on disk exported."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+import tyro
+import yaml
+from export_reader import read_glb
+
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.cli import main
+from sv4d_ns.export import cli
+from sv4d_ns.views import ViewGrid
+
+FRAMES, FPS, RADIUS, SHIFT = 4, 12.0, 0.3, 0.12
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    """The single line on stderr of a command that must fail."""
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *arguments])
+    assert isinstance(stop.value.code, str), "sys.exit prints it and exits with code 1"
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+# ------------------------------------------------------------------------------------------------- without a run
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_is_quick_and_imports_nothing_heavy(word):
+    start = time.perf_counter()
+    done = run_python(
+        f"import sys; from sv4d_ns.cli import main; code = main(['{word}'])\n"
+        "heavy = {'torch', 'nerfstudio', 'numpy', 'tyro'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nsys.exit(code)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 1.5
+    assert ("ns-train sv4d" if word == "--help" else "sv4d_ns 0.") in done.stdout
+
+
+def test_help_of_mesh_explains_every_flag_without_torch():
+    done = run_python(
+        "import sys; sys.argv = ['ns-export', 'mesh', '--help']\nfrom sv4d_ns.export.cli import entrypoint\n"
+        "try:\n    entrypoint()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+    for flag in ("--load-config", "--output-dir", "--resolution", "--max-faces", "--sequence", "--fps"):
+        assert flag in done.stdout
+
+
+def test_unknown_command_is_named(capsys):
+    assert main(["fly"]) == 2
+    assert "no command 'fly'" in capsys.readouterr().err
+
+
+def test_missing_config_and_bad_folder_stop_before_anything_is_loaded(capsys, tmp_path):
+    missing = ["mesh", "--load-config", str(tmp_path / "no.yml"), "--output-dir", str(tmp_path / "out" / "deep")]
+    assert "no.yml does not exist" in refused(capsys, missing)
+    (tmp_path / "config.yml").touch()
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "below", Path("/proc/sv4d")):
+        sentence = refused(capsys, ["mesh", "--load-config", str(tmp_path / "config.yml"), "--output-dir", str(folder)])
+        assert re.search("--output-dir .* cannot be written to", sentence)
+    bad_speed = ["mesh", "--load-config", str(tmp_path / "config.yml"), "--output-dir", str(tmp_path), "--fps", "0"]
+    assert "--fps 0" in refused(capsys, bad_speed)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yml", "file"}
+
+
+# ------------------------------------------------------------------------------------- nerfstudio's own commands
+
+
+def test_every_command_of_nerfstudio_keeps_its_name_and_flags(monkeypatch):
+    union = cli.commands()
+    from nerfstudio.scripts import exporter
+
+    cases = {
+        "pointcloud": (exporter.ExportPointCloud, ["--num-points", "5", "--remove-outliers", "False"]),
+        "tsdf": (exporter.ExportTSDFMesh, ["--resolution", "16"]),
+        "poisson": (exporter.ExportPoissonMesh, ["--normal-method", "open3d"]),
+        "marching-cubes": (exporter.ExportMarchingCubesMesh, ["--isosurface-threshold", "0.1"]),
+        "cameras": (exporter.ExportCameraPoses, []),
+        "gaussian-splat": (exporter.ExportGaussianSplat, []),
+        "mesh": (cli.ExportMesh, ["--max-faces", "None"]),
+    }
+    for name, (kind, flags) in cases.items():
+        arguments = [name, "--load-config", "c.yml", "--output-dir", "o", *flags]
+        command = tyro.cli(union, args=arguments, config=(tyro.conf.FlagConversionOff,))
+        assert type(command) is kind
+    theirs = {re.search(r"name='([^']+)'", str(member)).group(1) for member in members_of(exporter.Commands)}
+    assert theirs | {"mesh"} == set(cases), "nerfstudio has commands this test does not know"
+    called = []
+    monkeypatch.setattr(exporter.ExportCameraPoses, "main", lambda self: called.append(self.output_dir))
+    assert main(["export", "cameras", "--load-config", "c.yml", "--output-dir", "o"]) == 0
+    assert called == [Path("o")]
+
+
+def members_of(commands) -> tuple:
+    from typing import get_args
+
+    return get_args(get_args(commands)[0])
+
+
+def test_missing_exporters_of_nerfstudio_are_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nerfstudio.scripts.exporter", None)
+    monkeypatch.delattr("nerfstudio.scripts.exporter", raising=False)
+    assert "'mesh' sub-command works without" in refused(capsys, ["cameras", "--help"])
+
+
+# --------------------------------------------------------------------------------------------------- a run on disk
+
+
+def fit_moving_ball(field) -> None:
+    """Teach the field a red ball at rest that is displaced by SHIFT along +y at the last frame's time."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(field.parameters(), lr=5e-3)
+    for _ in range(250):
+        canonical, moving, t = torch.rand(4096, 3) * 1.14 - 0.57, torch.rand(512, 3) * 1.14 - 0.57, torch.rand(512, 1)
+        inside = (canonical.norm(dim=-1) < RADIUS).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(field.canonical_logit(canonical), inside)
+        red = torch.tensor([0.8, 0.2, 0.1])
+        loss = loss + ((field.canonical_color(canonical) - red) * inside[:, None]).square().mean()
+        back = torch.tensor([0.0, -SHIFT, 0.0]) * (t > 1 / 6)
+        loss = loss + 100 * (field.deformation(moving, t) - back).square().mean() * (t > 0.3).float().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """A run folder as ns-train leaves it, with a fitted ball instead of a trained video; returns its config.yml."""
+    from nerfstudio.configs.method_configs import all_methods
+
+    run = tmp_path_factory.mktemp("outputs") / "ball" / "sv4d" / "now"
+    pictures = np.full((FRAMES, 16, 16, 4), 255, np.uint8)
+    grid = ViewGrid(pictures, pictures[:, None], ViewPlan.ring((90.0,)), FPS, provenance={"source": "ball.mp4"})
+    grid.save(run / "views")
+    config = all_methods["sv4d"]
+    config.output_dir, config.experiment_name, config.timestamp = run.parents[2], "ball", "now"
+    config.pipeline.datamanager.run_dir = run
+    (run / "config.yml").write_text(yaml.dump(config))
+    pipeline = config.pipeline.setup(device="cpu", test_mode="inference")
+    fit_moving_ball(pipeline.model.field)
+    checkpoints = run / "nerfstudio_models"
+    checkpoints.mkdir()
+    torch.save({"step": 7, "pipeline": pipeline.state_dict()}, checkpoints / "step-000000007.ckpt")
+    return run / "config.yml"
+
+
+def test_a_run_becomes_a_playing_file(finished_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [
+        "ns-export", "mesh", "--load-config", str(finished_run), "--output-dir", str(tmp_path / "asset"),
+        "--resolution", "48", "--max-faces", "2000", "--sequence", "ply",
+    ])  # fmt: skip
+    cli.entrypoint()
+    glb = tmp_path / "asset" / "mesh.glb"
+    raw = read_glb(glb)
+    seconds, positions = raw.posed("POSITION")
+    np.testing.assert_allclose(seconds, np.arange(FRAMES) / FPS, atol=1e-6)
+    # world y is glTF x; the ball has its radius and moves by SHIFT
+    extent = np.ptp(positions[0], axis=0)
+    np.testing.assert_allclose(extent, 2 * RADIUS, atol=0.06)
+    moved = (positions[-1] - positions[0]).mean(axis=0)
+    np.testing.assert_allclose(moved, [SHIFT, 0, 0], atol=0.02)
+    assert len(raw.json["accessors"]) and raw.json["asset"]["extras"]["sv4d"]["provenance"] == {"source": "ball.mp4"}
+    color = np.median(trimesh.load(tmp_path / "asset" / "frames_ply" / "frame_0000.ply").visual.vertex_colors, axis=0)
+    np.testing.assert_allclose(color[:3], [204, 51, 26], atol=20)
+    assert len(list((tmp_path / "asset" / "frames_ply").iterdir())) == FRAMES
+    said = capsys.readouterr().out
+    assert "residual of the inverse deformation: mean" in said
+    assert str(glb) in said and "frames_ply" in said and "Blender" in said
+
+
+def test_fps_flag_and_a_run_opened_from_elsewhere(finished_run, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    moved = tmp_path / "brought"
+    shutil.copytree(finished_run.parent, moved)
+    text = (moved / "config.yml").read_text().replace(str(finished_run.parents[3].name), "gone")
+    (moved / "config.yml").write_text(text)
+    arguments = ["mesh", "--load-config", str(moved / "config.yml"), "--output-dir", str(tmp_path / "asset")]
+    assert main(["export", *arguments, "--resolution", "32", "--fps", "5"]) == 0
+    seconds, _ = read_glb(tmp_path / "asset" / "mesh.glb").posed("POSITION")
+    np.testing.assert_allclose(seconds, np.arange(FRAMES) / 5, atol=1e-6)
+    assert not (tmp_path / "asset" / "frames_obj").exists()
+
+
+def other_config(name: str, path: Path) -> Path:
+    from nerfstudio.configs.method_configs import all_methods
+
+    path.write_text(yaml.dump(all_methods[name]))
+    return path
+
+
+def test_other_runs_are_refused_by_name_and_leave_nothing(finished_run, tmp_path, capsys):
+    out = ["--output-dir", str(tmp_path / "new" / "folder")]
+    nerfacto = other_config("nerfacto", tmp_path / "nerfacto.yml")
+    assert "a run of nerfacto, which has no deformable field" in refused(
+        capsys, ["mesh", "--load-config", str(nerfacto), *out]
+    )
+    (tmp_path / "text.yml").write_text("just: text")
+    assert "text.yml is not a nerfstudio config.yml" in refused(
+        capsys, ["mesh", "--load-config", str(tmp_path / "text.yml"), *out]
+    )
+    unfinished = tmp_path / "unfinished" / "config.yml"
+    unfinished.parent.mkdir()
+    unfinished.write_text(finished_run.read_text().replace("timestamp: now", "timestamp: never"))
+    assert "unfinished run" in refused(capsys, ["mesh", "--load-config", str(unfinished), *out])
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_empty_field_is_said_and_leaves_nothing(finished_run, tmp_path, capsys):
+    import shutil
+
+    empty = tmp_path / "empty"
+    shutil.copytree(finished_run.parent, empty)
+    checkpoint = next((empty / "nerfstudio_models").iterdir())
+    state = torch.load(checkpoint)
+    for name, value in state["pipeline"].items():
+        if "density_head" in name or "encoding" in name:
+            value.zero_()
+    torch.save(state, checkpoint)
+    (empty / "config.yml").write_text((empty / "config.yml").read_text().replace(finished_run.parents[3].name, "gone"))
+    out = tmp_path / "out"
+    arguments = ["mesh", "--load-config", str(empty / "config.yml"), "--output-dir", str(out), "--resolution", "32"]
+    assert "the field is empty" in refused(capsys, arguments)
+    assert not out.exists()
