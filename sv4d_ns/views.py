@@ -112,7 +112,7 @@ class ViewGrid:
         try:
             with _whole_folder(folder) as temporary:
                 for kind, view, frame, image in self._images():
-                    path = temporary / _image_name(kind, view, frame)
+                    path = temporary / image_name(kind, view, frame)
                     path.parent.mkdir(exist_ok=True)
                     Image.fromarray(image).save(path, compress_level=PNG_COMPRESSION)
                 (temporary / TRANSFORMS_FILE).write_text(json.dumps(transforms, indent=2))
@@ -148,7 +148,7 @@ class ViewGrid:
         _check_transforms(folder / TRANSFORMS_FILE, _transforms(plan, num_frames, input_size, view_size))
 
         def read(kind: str, view: int, size: int, mode: str) -> list[np.ndarray]:
-            return [_read_image(folder / _image_name(kind, view, t), size, mode) for t in range(num_frames)]
+            return [_read_image(folder / image_name(kind, view, t), size, mode) for t in range(num_frames)]
 
         novel = range(1, plan.num_views + 1)
         grid = cls(
@@ -237,7 +237,8 @@ def _check_images(name: str, images: np.ndarray, dimensions: int) -> None:
         raise InputError(f"The view grid's {name} is fully transparent: there is no object to be seen.")
 
 
-def _image_name(kind: str, view: int, frame: int) -> str:
+def image_name(kind: str, view: int, frame: int) -> str:
+    """Place of one picture inside a grid's folder; kind is "images" or "confidence", view 0 the input."""
     # Base names are unique over all views: nerfstudio looks for down-scaled copies by base name alone.
     return f"{kind}/view{view:02d}_frame{frame:04d}.png"
 
@@ -251,7 +252,7 @@ def _transforms(plan: ViewPlan, num_frames: int, input_size: int, view_size: int
         for frame in range(num_frames):
             frames.append(
                 {
-                    "file_path": _image_name("images", view, frame),
+                    "file_path": image_name("images", view, frame),
                     "time": frame / max(num_frames - 1, 1),
                     "w": size,
                     "h": size,
