@@ -1,0 +1,45 @@
+"""`ns-train sv4d`: one video to a 4D asset (SV4D 2.0). Imports configuration classes only: every ns-* command pays."""
+
+from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, ViewerConfig
+from nerfstudio.plugins.types import MethodSpecification
+
+from sv4d_ns.pipeline import SV4DPipelineConfig
+from sv4d_ns.schedulers import DecaySchedulerConfig, FusedAdamConfig
+from sv4d_ns.trainer import SV4DTrainerConfig
+
+STEPS = 1700
+
+method = MethodSpecification(
+    config=SV4DTrainerConfig(
+        method_name="sv4d",
+        max_num_iterations=STEPS,
+        steps_per_save=200,
+        # pseudo ground truth is all there is; ns-eval measures it when asked
+        steps_per_eval_batch=0,
+        steps_per_eval_image=0,
+        steps_per_eval_all_images=0,
+        mixed_precision=False,
+        pipeline=SV4DPipelineConfig(),
+        # rates measured with benchmarks/field_fit.py (SV4D used 0.01 for all)
+        optimizers={
+            "encoding": {
+                "optimizer": FusedAdamConfig(lr=1e-2),
+                "scheduler": DecaySchedulerConfig(max_steps=STEPS),
+            },
+            "heads": {
+                "optimizer": FusedAdamConfig(lr=3e-3),
+                "scheduler": DecaySchedulerConfig(max_steps=STEPS),
+            },
+            "deformation": {
+                "optimizer": FusedAdamConfig(lr=2e-3),
+                "scheduler": DecaySchedulerConfig(max_steps=STEPS),
+            },
+        },
+        # the viewer is up during training, on this machine only, and does not keep a finished run alive
+        viewer=ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=True),
+        # the trainer shows a bar instead
+        logging=LoggingConfig(profiler="none", local_writer=LocalWriterConfig(enable=False)),
+        vis="viewer",
+    ),
+    description="SV4D 2.0: one video of an object becomes an animated, textured 3D model.",
+)

@@ -1,0 +1,292 @@
+"""The nerfstudio data manager of a run: a video goes in, a view grid comes out, rays of its pixels train the field.
+
+Only in training ("val" mode) may views be generated. Evaluation, rendering, viewing and export read the grid the run
+keeps on disk, so they never need the diffusion model.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import tyro
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import DataManager, VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from sv4d_ns.errors import InputError
+from sv4d_ns.runs import newest_views, windows_folder
+
+if TYPE_CHECKING:
+    from sv4d_ns.fitting import Batch, BatchSampler
+    from sv4d_ns.sampling import Window
+    from sv4d_ns.synthesis import ViewSynthesizer
+    from sv4d_ns.video import ObjectVideo
+    from sv4d_ns.views import ViewGrid
+
+
+@dataclass
+class SV4DDataManagerConfig(VanillaDataManagerConfig):
+    """Where the views come from and how their pixels are drawn."""
+
+    _target: type = field(default_factory=lambda: SV4DDataManager)
+    data: Path | None = None
+    """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
+    dataparser: tyro.conf.Suppress[Any] = None
+    """Unused: cameras and images come from the view grid."""
+    run_dir: tyro.conf.Suppress[Path | None] = None
+    """The run's own folder, where its view grids are; filled in when the run is created."""
+    max_frames: int = 21
+    """Frames taken from the video, evenly in time (21 as in the SV4D papers); shorter videos keep all of theirs."""
+    frame_ratio: float = 0.9
+    """Share of the square crop that the object's larger side fills, over all frames (SV4D's image_frame_ratio)."""
+    input_size: int = 256
+    """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
+    synthesis: Literal["auto", "embedded", "official"] = "auto"
+    """The model that makes the views: auto takes the official weights on CUDA and the embedded ones on a CPU."""
+    synthesis_steps: int | None = None
+    """Denoising steps of that model; None takes its own default."""
+    seed: int = 0
+    """Seed of the diffusion noise and of the drawing of pixels."""
+    train_num_rays_per_batch: int = 2048
+    """Single rays of a training step."""
+    patches: int = 2
+    """Patches of 16x16 rays in a training step, for the structural loss."""
+
+    def check_data(self) -> None:
+        """Read what the user gave as the run will, so that a bad video stops before anything is written.
+
+        Raises:
+            InputError: naming the file and the remedy.
+        """
+        if self.data is None:
+            raise InputError("--data is missing: give a video file, a folder of images, or a folder with a view grid.")
+        if not is_grid(self.data):
+            read_video(self)
+
+
+def is_grid(data: Path) -> bool:
+    """Whether `data` is a view grid made earlier (its views are then used as they are)."""
+    return (data / "grid.json").is_file()
+
+
+def read_video(config: SV4DDataManagerConfig) -> "ObjectVideo":
+    """The object of the user's video, cut out and cropped to squares of `input_size`."""
+    from sv4d_ns.video import load_object_video
+
+    assert config.data is not None
+    return load_object_video(config.data, config.input_size, config.max_frames, config.frame_ratio)
+
+
+def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]]) -> InputDataset:
+    """Some images of a saved grid as a nerfstudio dataset on white, in the given order.
+
+    Args:
+        views_and_frames: (view, frame) pairs; view 0 is the input.
+    """
+    from sv4d_ns.views import image_name
+
+    c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
+    views = torch.tensor([view for view, _ in views_and_frames])
+    frames = torch.tensor([frame for _, frame in views_and_frames])
+    sizes = torch.tensor([grid.input_frames.shape[1] if v == 0 else grid.novel_views.shape[2] for v in views.tolist()])
+    focal = torch.tensor([grid.plan.focal_px(size) for size in sizes.tolist()])
+    cameras = Cameras(
+        camera_to_worlds=c2w[views],
+        fx=focal[:, None],
+        fy=focal[:, None],
+        cx=sizes[:, None] / 2,
+        cy=sizes[:, None] / 2,
+        width=sizes[:, None],
+        height=sizes[:, None],
+        camera_type=CameraType.PERSPECTIVE,
+        times=torch.from_numpy(grid.times).float()[frames][:, None],
+    )
+    outputs = DataparserOutputs(
+        image_filenames=[folder / image_name("images", view, frame) for view, frame in views_and_frames],
+        cameras=cameras,
+        alpha_color=torch.ones(3),
+        scene_box=object_box(),
+        metadata={"num_frames": grid.num_frames},
+    )
+    return InputDataset(outputs)
+
+
+def object_box() -> SceneBox:
+    """The box every object is normalised into."""
+    from sv4d_ns.cameras import OBJECT_BOX
+
+    return SceneBox(aabb=torch.tensor([[-OBJECT_BOX] * 3, [OBJECT_BOX] * 3]))
+
+
+def every_view_at_first_frame(grid: "ViewGrid") -> list[tuple[int, int]]:
+    """What the viewer shows as cameras and nerfstudio's static exporters fuse: one moment, so that nothing ghosts."""
+    return [(view, 0) for view in range(grid.num_views + 1)]
+
+
+def once_around_while_time_passes(grid: "ViewGrid") -> list[tuple[int, int]]:
+    """The diagonal of the grid: all T frames, the views in turn along the ring; what ns-eval and ns-render use."""
+    azimuths = (0.0, *(azimuth % 360.0 for azimuth in grid.plan.azimuths_deg))
+    ring = sorted(range(grid.num_views + 1), key=lambda view: azimuths[view])
+    return [(ring[frame * len(ring) // grid.num_frames], frame) for frame in range(grid.num_frames)]
+
+
+class SV4DDataManager(VanillaDataManager):
+    """Serves the view grid of a run as nerfstudio datasets and as training rays."""
+
+    config: SV4DDataManagerConfig
+
+    def __init__(
+        self,
+        config: SV4DDataManagerConfig,
+        device: torch.device | str = "cpu",
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        **_: Any,
+    ):
+        self.config = config
+        self.device = device
+        self.test_mode = test_mode
+        self.world_size = world_size
+        self.local_rank = local_rank
+        self.includes_time = True
+        self.frame_window: Callable[[int], Window]  # the pipeline sets both from the model's schedule
+        self.canonical_frame: int
+        self._export_sampler: BatchSampler | None = None
+        self.grid, folder = self._open_grid()
+        self.use_grid(self.grid, folder)
+        # skips VanillaDataManager.__init__, which would ask a data parser for what the grid already holds
+        DataManager.__init__(self)
+
+    @cached_property
+    def synthesizer(self) -> "ViewSynthesizer":
+        """The diffusion model; loaded when it is first needed, which is never outside training."""
+        from sv4d_ns.synthesis import load_synthesizer
+
+        assert self.test_mode == "val", "views are generated in training only"
+        synthesizer, sentence = load_synthesizer(
+            self.config.synthesis, str(self.device), num_inference_steps=self.config.synthesis_steps
+        )
+        CONSOLE.print(sentence)
+        return synthesizer
+
+    def _open_grid(self) -> tuple["ViewGrid", Path]:
+        from sv4d_ns.views import ViewGrid
+
+        assert self.config.run_dir is not None, "the trainer configuration fills in run_dir"
+        run_dir = self.config.run_dir
+        folder = newest_views(run_dir)
+        if folder is not None:
+            if self.test_mode == "val":
+                CONSOLE.print(f"Views: using those in {folder}.")
+            return ViewGrid.load(folder), folder
+        if self.test_mode != "val":
+            raise InputError(
+                f"{run_dir} holds no views: the run was stopped before they were made, or its folder was moved "
+                "(run commands from the folder the training was started in); start the training again."
+            )
+        folder = run_dir / "views"
+        assert self.config.data is not None
+        grid = ViewGrid.load(self.config.data) if is_grid(self.config.data) else self._generate_grid(run_dir)
+        grid.save(folder)
+        return grid, folder
+
+    def _generate_grid(self, run_dir: Path) -> "ViewGrid":
+        from sv4d_ns.files import content_hash
+        from sv4d_ns.progress import bar, say_expected_time
+        from sv4d_ns.synthesis import resize_rgba
+        from sv4d_ns.views import ViewGrid
+
+        video = read_video(self.config)
+        for message in video.messages:
+            CONSOLE.print(message)
+        plan = self.synthesizer.default_plan()
+        say_expected_time(len(video.frames), plan.num_views, str(self.device))
+        frames = resize_rgba(video.frames, self.synthesizer.image_size)
+        description = self.synthesizer.describe()
+        key = content_hash(frames, plan.to_dict(), description, self.config.seed)
+        with bar("Stage 1: making novel views") as progress:
+            novel = self.synthesizer.generate(
+                frames, plan, seed=self.config.seed, store=windows_folder(run_dir, key), progress=progress
+            )
+        return ViewGrid(
+            input_frames=video.frames,
+            novel_views=novel,
+            plan=plan,
+            fps=video.fps,
+            framing=video.framing.to_dict(),
+            provenance={"source": video.source, "seed": self.config.seed, **description},
+        )
+
+    def use_grid(self, grid: "ViewGrid", folder: Path) -> None:
+        """Serve another grid from now on (stage 2 calls this with its refined views)."""
+        self.grid = grid
+        self.__dict__.pop("_sampler", None)  # it belongs to the old grid
+        self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid))
+        self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid))
+        self.train_dataparser_outputs = self.train_dataset._dataparser_outputs
+        self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
+
+    def get_datapath(self) -> Path:
+        """The folder of the user's data (nerfstudio's viewer puts camera paths there)."""
+        return self.config.data if self.config.data is not None else Path.cwd()
+
+    def setup_train(self) -> None:
+        """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `sampling`."""
+        rays = self.config.train_num_rays_per_batch
+        self.train_pixel_sampler = PixelSamplerConfig().setup(num_rays_per_batch=rays)
+
+    def setup_eval(self) -> None:
+        workers = min(2, os.cpu_count() or 1)
+        self.fixed_indices_eval_dataloader = FixedIndicesEvalDataloader(
+            input_dataset=self.eval_dataset, device=self.device, num_workers=workers
+        )
+        self.eval_dataloader = RandIndicesEvalDataloader(
+            input_dataset=self.eval_dataset, device=self.device, num_workers=workers
+        )
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
+        """Rays of a training step and their targets; for nerfstudio's exporters, rays of the first frame."""
+        self.train_count += 1
+        if self.test_mode != "val":
+            return self._first_frame_rays(), {}
+        batch = self._sampler.draw(step, self.frame_window(step), self.canonical_frame)
+        bundle = _ray_bundle(batch)
+        bundle.metadata = {"jitter": batch.jitter[:, None], "background": batch.background.expand(len(bundle), 3)}
+        return bundle, {"batch": batch}
+
+    @cached_property
+    def _sampler(self) -> "BatchSampler":
+        return self._make_sampler(rays=self.config.train_num_rays_per_batch, patches=self.config.patches)
+
+    def _make_sampler(self, rays: int, patches: int) -> "BatchSampler":
+        from sv4d_ns.fitting import BatchConfig, BatchSampler, train_views
+        from sv4d_ns.sampling import ScheduleConfig
+
+        config = BatchConfig(rays=rays, patches=patches)
+        return BatchSampler(train_views(self.grid, self.device), config, ScheduleConfig(), self.config.seed)
+
+    def _first_frame_rays(self) -> RayBundle:
+        """What ns-export pointcloud and poisson fuse: one moment, seen from everywhere."""
+        from sv4d_ns.sampling import Window
+
+        assert self.train_pixel_sampler is not None
+        rays = self.train_pixel_sampler.num_rays_per_batch
+        if self._export_sampler is None or self._export_sampler.config.rays != rays:
+            self._export_sampler = self._make_sampler(rays=rays, patches=0)
+        return _ray_bundle(self._export_sampler.draw(self.train_count, Window(0, 0), 0))
+
+
+def _ray_bundle(batch: "Batch") -> RayBundle:
+    pixel_area = torch.ones_like(batch.alpha[:, None])
+    return RayBundle(batch.origins, batch.directions, pixel_area, times=batch.times)

@@ -1,0 +1,250 @@
+"""One optimisation step of the 4D field, without nerfstudio: which pixels are drawn and what is asked of their rays.
+
+The nerfstudio data manager and model are wired to this file, and so is `benchmarks/field_fit.py`; both fit alike.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sv4d_ns import losses, sampling
+from sv4d_ns.fields.deformable import DeformableField
+from sv4d_ns.losses import LossWeights
+from sv4d_ns.occupancy import HullView
+from sv4d_ns.rendering import RenderOutput, pixel_rays
+from sv4d_ns.sampling import PixelSampler, ScheduleConfig, Window
+from sv4d_ns.views import ViewGrid
+
+INPUT_VIEW = 0
+
+REGULARISED_POINTS = 384
+"""Surface points a step's smoothness terms look at."""
+NEIGHBOUR_SCALE = 0.02
+"""Standard deviation of the offsets of those terms, world units (about one cell of a 64^3 grid)."""
+TIME_STEP = 0.025
+"""Half a frame of a 21-frame clip: the difference step of the temporal smoothness."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What a step draws."""
+
+    rays: int = 2048
+    """Single rays, in addition to the patches."""
+    patches: int = 2
+    """Square patches for the structural loss; the first is of the input view."""
+    patch_side: int = 16
+    input_share: float = 0.3
+    """Share of the single rays that look through the input camera, the only view that is not generated."""
+    frames_per_step: int = 4
+    """SV4D draws 4 frames of 4 views."""
+
+
+@dataclass(frozen=True)
+class TrainView:
+    """One camera's video as the optimisation reads it."""
+
+    azimuth_deg: float
+    c2w: Float[Tensor, "4 4"]
+    focal: float
+    rgb: Float[Tensor, "t h w 3"]
+    """sRGB on white, [0, 1]."""
+    alpha: Float[Tensor, "t h w"]
+    weight: Float[Tensor, "t h w"]
+    """How much a pixel counts, 0..1."""
+    vote: float
+    """Share of the votes it takes to carve a point this view sees as empty (1 = its word alone suffices)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n rays and their targets: the single rays first, then the patches, row by row."""
+
+    origins: Float[Tensor, "n 3"]
+    directions: Float[Tensor, "n 3"]
+    times: Float[Tensor, "n 1"]
+    rgb: Float[Tensor, "n 3"]
+    """On `background`."""
+    alpha: Float[Tensor, " n"]
+    weight: Float[Tensor, " n"]
+    background: Float[Tensor, " 3"]
+    """A new colour in every step: on a fixed one, an object of that colour might as well be transparent."""
+    jitter: Float[Tensor, " n"]
+    rays: int
+    patches: int
+    patch_side: int
+
+
+def generated_view_weight(angle_deg: float) -> float:
+    """How far a generated view is believed, by its angle from the input: 1 beside it, 0.25 at its back.
+
+    That trust falls with the angle is measured on SV4D 2.0's views by others; the line and its end are ours.
+    """
+    return 1.0 - 0.75 * angle_deg / 180.0
+
+
+def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
+    """The views of a grid, the input first and in full weight, with confidence (if known) in the weights."""
+    c2w = torch.from_numpy(grid.plan.c2w()).float().to(device)
+    angles = grid.plan.angular_distance_deg()
+    azimuths = (0.0, *grid.plan.azimuths_deg)
+    views = []
+    for number in range(grid.num_views + 1):
+        is_input = number == INPUT_VIEW
+        rgba = grid.input_frames if is_input else np.ascontiguousarray(grid.novel_views[:, number - 1])
+        values = torch.from_numpy(rgba).to(device).float() / 255.0
+        alpha = values[..., 3]
+        weight = torch.full_like(alpha, 1.0 if is_input else generated_view_weight(float(angles[number])))
+        if grid.confidence is not None and not is_input:
+            weight = weight * torch.from_numpy(grid.confidence[:, number - 1]).to(device).float() / 255.0
+        views.append(
+            TrainView(
+                azimuth_deg=azimuths[number],
+                c2w=c2w[number],
+                focal=grid.plan.focal_px(rgba.shape[2]),
+                rgb=values[..., :3] * alpha[..., None] + 1.0 - alpha[..., None],
+                alpha=alpha,
+                weight=weight,
+                # generated silhouettes wander: it takes three of them to carve, the input alone may
+                vote=1.0 if is_input else 0.34,
+            )
+        )
+    return views
+
+
+def hull_views(views: list[TrainView]) -> list[HullView]:
+    """What the occupancy grid carves its visual hull from."""
+    return [HullView(view.alpha, view.c2w, view.focal, view.vote) for view in views]
+
+
+class BatchSampler:
+    """Draws the rays of a step. Stateless but for the pixel lists: a step's batch follows from (seed, step)."""
+
+    def __init__(self, views: list[TrainView], config: BatchConfig, schedule: ScheduleConfig, seed: int) -> None:
+        self.views, self.config, self.schedule, self.seed = views, config, schedule, seed
+        self.azimuths = [view.azimuth_deg for view in views]
+        self.pixels = [PixelSampler(view.alpha) for view in views]
+
+    def draw(self, step: int, window: Window, canonical: int) -> Batch:
+        """The batch of a step whose frames lie in `window`; orthogonal views, most pixels near the object."""
+        config = self.config
+        rng = sampling.generator(self.seed, step)
+        frames = sampling.sample_frames(rng, config.frames_per_step, window, canonical, self.schedule)
+        turn = sampling.orthogonal_views(self.azimuths, int(rng.integers(len(self.views))))
+        from_input = int(config.rays * config.input_share)
+        view = np.concatenate([np.full(from_input, INPUT_VIEW), np.resize(turn, config.rays - from_input)])
+        frame = rng.choice(frames, config.rays)
+        row, column = np.empty(config.rays, np.int64), np.empty(config.rays, np.int64)
+        for number in np.unique(view):
+            at = view == number
+            row[at], column[at] = self.pixels[number].draw(rng, frame[at])
+        patches = self._draw_patches(rng, frames, turn)
+        view, frame, row, column = (
+            np.concatenate([single, patch]) for single, patch in zip((view, frame, row, column), patches, strict=True)
+        )
+        return self._gather(step, view, frame, row, column)
+
+    def _draw_patches(
+        self, rng: np.random.Generator, frames: Int[np.ndarray, " f"], turn: list[int]
+    ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
+        count, side = self.config.patches, self.config.patch_side
+        views = np.concatenate([[INPUT_VIEW], rng.choice(turn, max(count - 1, 0))])[:count].astype(np.int64)
+        chosen = rng.choice(frames, count)
+        pairs = zip(views, chosen, strict=True)
+        drawn = [self.pixels[view].draw_patches(rng, np.array([frame]), side) for view, frame in pairs]
+        rows = np.concatenate([rows.reshape(-1) for rows, _ in drawn] or [np.empty(0, np.int64)])
+        columns = np.concatenate([columns.reshape(-1) for _, columns in drawn] or [np.empty(0, np.int64)])
+        return np.repeat(views, side * side), np.repeat(chosen, side * side), rows, columns
+
+    def _gather(
+        self,
+        step: int,
+        view: Int[np.ndarray, " n"],
+        frame: Int[np.ndarray, " n"],
+        row: Int[np.ndarray, " n"],
+        column: Int[np.ndarray, " n"],
+    ) -> Batch:
+        count, first = len(view), self.views[0]
+        device = first.rgb.device
+        rgb = torch.empty(count, 3, device=device)
+        alpha, weight, focal = (torch.empty(count, device=device) for _ in range(3))
+        c2w, size = torch.empty(count, 4, 4, device=device), torch.empty(count, 2, device=device)
+        for number in np.unique(view):
+            source = self.views[number]
+            at = torch.from_numpy(np.flatnonzero(view == number)).to(device)
+            index = tuple(torch.from_numpy(values[view == number]).to(device) for values in (frame, row, column))
+            rgb[at], alpha[at], weight[at] = source.rgb[index], source.alpha[index], source.weight[index]
+            c2w[at], focal[at] = source.c2w, source.focal
+            size[at] = torch.tensor([source.rgb.shape[2], source.rgb.shape[1]], device=device).float()
+        xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float() + 0.5
+        origins, directions = pixel_rays(xy, c2w, focal, size)
+        background = sampling.uniform(self.seed, step, (3,), stream=4).to(device)
+        times = torch.from_numpy(frame / max(first.rgb.shape[0] - 1, 1)).to(device).float()
+        return Batch(
+            origins=origins,
+            directions=directions,
+            times=times[:, None],
+            # the views are on white: exchange it behind the object
+            rgb=rgb + (1.0 - alpha[:, None]) * (background - 1.0),
+            alpha=alpha,
+            weight=weight,
+            background=background,
+            jitter=sampling.uniform(self.seed, step, (count,), stream=1).to(device),
+            rays=self.config.rays,
+            patches=self.config.patches,
+            patch_side=self.config.patch_side,
+        )
+
+
+def loss_terms(
+    field: DeformableField, rendered: RenderOutput, batch: Batch, weights: LossWeights, seed: int, step: int
+) -> dict[str, Tensor]:
+    """Every loss that is switched on, times its weight; their sum is what a step minimises."""
+    terms = {
+        "photometric": losses.photometric(rendered.rgb, batch.rgb, batch.weight),
+        "mask": losses.mask(rendered.alpha, batch.alpha, batch.weight),
+    }
+    if weights.structure and batch.patches:
+        shape = (batch.patches, batch.patch_side, batch.patch_side, 3)
+        made, target = rendered.rgb[batch.rays :].reshape(shape), batch.rgb[batch.rays :].reshape(shape)
+        per_patch = batch.weight[batch.rays :].reshape(shape[:-1]).mean((1, 2))
+        terms["structure"] = losses.dssim(made, target, per_patch)
+    if weights.opacity:
+        terms["opacity"] = losses.opacity_entropy(rendered.alpha)
+    if weights.distortion:
+        terms["distortion"] = losses.distortion(rendered.weights, rendered.samples)
+    terms.update(_surface_terms(field, rendered, batch, weights, seed, step))
+    return {name: getattr(weights, name) * value for name, value in terms.items()}
+
+
+def _surface_terms(
+    field: DeformableField, rendered: RenderOutput, batch: Batch, weights: LossWeights, seed: int, step: int
+) -> dict[str, Tensor]:
+    """Smoothness of surface and motion at points that are seen in this step."""
+    seen = (rendered.weights.detach() > 0.02).nonzero()[:, 0]
+    if not len(seen):
+        return {}
+    rng = sampling.generator(seed, step, 2)
+    pick = seen[torch.from_numpy(rng.integers(0, len(seen), REGULARISED_POINTS)).to(seen.device)]
+    x, moved = rendered.positions[pick], rendered.deformation[pick]
+    t = batch.times[rendered.ray_indices[pick]]
+    offset = torch.from_numpy(NEIGHBOUR_SCALE * rng.normal(size=x.shape)).to(x)
+    terms = {}
+    if weights.normal_smoothness:
+        terms["normal_smoothness"] = losses.normal_smoothness(field, (x + moved).detach(), 0.5 * offset)
+    if not moved.requires_grad:  # the static phase does not evaluate the deformation
+        return terms
+    if weights.deformation:
+        terms["deformation"] = losses.deformation_magnitude(rendered.deformation, rendered.weights)
+    before_time, after_time = t - TIME_STEP, t + TIME_STEP
+    neighbours = field.deformation(torch.cat([x + 2 * offset, x, x]), torch.cat([t, before_time, after_time]))
+    neighbour, before, after = neighbours.chunk(3)
+    if weights.deformation_rigidity:
+        terms["deformation_rigidity"] = losses.deformation_rigidity(moved, neighbour, 2 * offset)
+    if weights.deformation_time:
+        inside = ((before_time >= 0) & (after_time <= 1)).float()
+        terms["deformation_time"] = losses.deformation_time(before * inside, moved * inside, after * inside, TIME_STEP)
+    return terms

@@ -1,0 +1,204 @@
+"""The nerfstudio model: a deformable field, its occupancy grid, and the losses of `fitting`.
+
+Only configuration is imported at the top; nerfstudio imports this file for every ns-* command.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.models.base_model import Model, ModelConfig
+from torch import Tensor
+from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from sv4d_ns.rendering import RenderOutput
+    from sv4d_ns.sampling import Window
+    from sv4d_ns.views import ViewGrid
+
+DYNAMIC_VIDEO_FPS = 24.0
+"""Frame rate ns-render writes; cameras without a time advance by one such frame from picture to picture."""
+
+
+@dataclass
+class SV4DModelConfig(ModelConfig):
+    """The field's schedule and rendering; its sizes are the defaults of `DeformableFieldConfig`."""
+
+    _target: type = field(default_factory=lambda: SV4DModel)
+    enable_collider: bool = False
+    """Rays are cut at the object's box, so nerfstudio's near and far planes are not used."""
+    eval_num_rays_per_chunk: int = 16384
+    """Rays rendered at once outside training."""
+    schedule_steps: int = 1700
+    """Length of the schedule (static phase, growing frame window, opening frequencies) in training steps."""
+    train_samples: int = 128
+    """Steps along the box's diagonal in training; only those in occupied space are evaluated."""
+    render_samples: int = 192
+    """The same for pictures."""
+    occupancy_every: int = 2
+    """Training steps between updates of the occupancy grid (one moment each)."""
+    seed: int = 0
+    """Seed of the points the smoothness losses look at."""
+
+
+class SV4DModel(Model):
+    """Renders the field; `grid_frames` moments of it are kept in the occupancy grid."""
+
+    config: SV4DModelConfig
+    clip_duration: float = 1.0
+    """Seconds the clip lasts; set by the pipeline, used to play cameras that have no time."""
+
+    def populate_modules(self) -> None:
+        """Make the field and the occupancy grid (one bin for every frame of the clip)."""
+        from sv4d_ns.fields.deformable import DeformableField
+        from sv4d_ns.losses import LossWeights
+        from sv4d_ns.occupancy import OccupancyGrid
+        from sv4d_ns.sampling import ScheduleConfig
+
+        super().populate_modules()
+        # subnormal second moments of rarely touched grid entries would slow Adam down
+        torch.set_flush_denormal(True)
+        self.num_frames: int = self.kwargs["metadata"]["num_frames"]
+        self.field = DeformableField()
+        self.occupancy = OccupancyGrid(self.num_frames)
+        self.loss_weights = LossWeights()
+        self.schedule = ScheduleConfig()
+        self.canonical_frame = round(self.field.config.canonical_time * (self.num_frames - 1))
+        self.step = 0
+        self._pictures_without_time = 0
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        """The grid, the two heads and the deformation, each with a learning rate of its own."""
+        return self.field.parameter_groups()
+
+    def fraction(self, step: int) -> float:
+        """Where `step` is in the schedule, 0..1."""
+        return min(step / self.config.schedule_steps, 1.0)
+
+    def frame_window(self, step: int) -> "Window":
+        """Frames in use at `step` (progressive frame sampling)."""
+        from sv4d_ns.sampling import frame_window
+
+        return frame_window(self.fraction(step), self.num_frames, self.canonical_frame, self.schedule)
+
+    def update_to_step(self, step: int) -> None:
+        """Open the deformation's frequencies as far as they are at `step`."""
+        from sv4d_ns.sampling import frequency_progress
+
+        self.step = step
+        self.field.set_progress(frequency_progress(self.fraction(step), self.schedule))
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Advance the schedule and the occupancy grid before every step."""
+        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step)]
+
+    def _before_step(self, step: int) -> None:
+        self.update_to_step(step)
+        if step % self.config.occupancy_every == 0:
+            window = self.frame_window(step)
+            turn = step // self.config.occupancy_every % len(window)
+            self.occupancy.update(self.field, window.first + turn)
+
+    def carve(self, grid: "ViewGrid") -> None:
+        """Bound the object by the visual hull of a grid's silhouettes."""
+        from sv4d_ns.fitting import hull_views, train_views
+
+        self.occupancy.carve(hull_views(train_views(grid, self.device)))
+
+    def get_outputs(self, ray_bundle: RayBundle | Cameras) -> dict[str, Any]:
+        """Render rays on white: rgb, accumulation, depth (world units), normals in [0, 1] and motion (world units).
+
+        Rays without a time are rendered at the first frame.
+        """
+        from sv4d_ns.rendering import render_rays_chunked
+        from sv4d_ns.renders import surface_normals
+
+        assert isinstance(ray_bundle, RayBundle)
+        if "jitter" in ray_bundle.metadata:
+            return {"rendered": self._render_training_rays(ray_bundle)}
+        shape = ray_bundle.origins.shape[:-1]
+        origins, directions = ray_bundle.origins.reshape(-1, 3), ray_bundle.directions.reshape(-1, 3)
+        times = torch.zeros_like(origins[:, :1]) if ray_bundle.times is None else ray_bundle.times.reshape(-1, 1)
+        out = render_rays_chunked(self.field, self.occupancy, origins, directions, times, self.config.render_samples)
+        normals = surface_normals(self.field, origins, directions, times, out)
+        outputs = {
+            "rgb": out["rgb"],
+            "accumulation": out["alpha"][:, None],
+            "depth": out["depth"][:, None],
+            "normals": 0.5 + 0.5 * normals,
+            "motion": out["motion"][:, None],
+        }
+        return {name: value.reshape(*shape, -1) for name, value in outputs.items()}
+
+    def _render_training_rays(self, ray_bundle: RayBundle) -> "RenderOutput":
+        from sv4d_ns.rendering import render_rays
+
+        assert ray_bundle.times is not None
+        return render_rays(
+            self.field,
+            self.occupancy,
+            ray_bundle.origins,
+            ray_bundle.directions,
+            ray_bundle.times,
+            self.config.train_samples,
+            background=ray_bundle.metadata["background"],
+            jitter=ray_bundle.metadata["jitter"][:, 0],
+        )
+
+    @torch.no_grad()
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """One picture. Cameras without a time are played: each is one 24th of a second after the last, in a loop.
+
+        nerfstudio's `ns-render interpolate` and camera paths saved without `render_time` make such cameras.
+        """
+        if camera.times is None:
+            elapsed = self._pictures_without_time / DYNAMIC_VIDEO_FPS
+            self._pictures_without_time += 1
+            time = elapsed % self.clip_duration / self.clip_duration
+            camera.times = torch.full_like(camera.fx[..., :1], time)
+        return super().get_outputs_for_camera(camera, obb_box)
+
+    def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
+        """Straight-alpha RGBA of a rendered picture (nerfstudio's own assumes a black background)."""
+        alpha = outputs["accumulation"].clamp(0, 1)
+        colour = (outputs[output_name] - (1 - alpha)) / alpha.clamp(min=1e-3)
+        return torch.cat([torch.where(alpha > 2e-3, colour.clamp(0, 1), torch.ones_like(colour)), alpha], -1)
+
+    def get_loss_dict(
+        self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted losses of a training step."""
+        from sv4d_ns.fitting import loss_terms
+
+        return loss_terms(
+            self.field, outputs["rendered"], batch["batch"], self.loss_weights, self.config.seed, self.step
+        )
+
+    def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """PSNR of a training step's rays."""
+        error = (outputs["rendered"].rgb - batch["batch"].rgb).square().mean()
+        return {"psnr": -10 * error.clamp(min=1e-10).log10()}
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """PSNR and SSIM of a picture against an image of the grid, both on white, and the pair side by side.
+
+        The input view's images are real; all others are the diffusion model's, so this measures the fit, not truth.
+        """
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        truth, made = batch["image"].to(self.device)[..., :3], outputs["rgb"]
+        error = (truth - made).square().mean().clamp(min=1e-10)
+        ssim = structural_similarity_index_measure(
+            made.movedim(-1, 0)[None], truth.movedim(-1, 0)[None], data_range=1.0
+        )
+        metrics = {"psnr": float(-10 * error.log10()), "ssim": float(torch.as_tensor(ssim))}
+        images = {"img": torch.cat([truth, made], dim=1), "accumulation": outputs["accumulation"]}
+        return metrics, images

@@ -1,0 +1,187 @@
+"""The nerfstudio pipeline of a run: stage 1 fits the generated views, stage 2 refines the views from the field.
+
+Stage 2 is SDEdit on the whole grid (our reading of SV4D 2.0's "2-stage refinement"; the paper's formula is not
+public): the field is rendered at the model's own views and times, the renders are noised to a stated level and
+denoised with the input video as condition, and the result replaces the targets. Renders of one field agree with each
+other in 3D, so the refined views do so more than the generated ones.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.models.base_model import ModelConfig
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from sv4d_ns.datamanager import SV4DDataManager, SV4DDataManagerConfig
+from sv4d_ns.devices import ensure_ffmpeg_on_path
+from sv4d_ns.errors import one_sentence_errors
+from sv4d_ns.model import SV4DModel, SV4DModelConfig
+from sv4d_ns.runs import VIEW_FOLDERS, windows_folder
+
+if TYPE_CHECKING:
+    from torch.cuda.amp.grad_scaler import GradScaler
+
+    from sv4d_ns.trainer import SV4DTrainer
+    from sv4d_ns.views import ViewGrid
+
+
+@dataclass
+class SV4DPipelineConfig(VanillaPipelineConfig):
+    """The two stages of the 4D optimisation."""
+
+    _target: type = field(default_factory=lambda: SV4DPipeline)
+    datamanager: DataManagerConfig = field(default_factory=SV4DDataManagerConfig)
+    """The views and how their pixels are drawn."""
+    model: ModelConfig = field(default_factory=SV4DModelConfig)
+    """The 4D field, its losses and their schedule."""
+    refine_steps: tuple[int, ...] = (1100,)
+    """Training steps at which stage 2 renders, noises and denoises all views; one round each, () for stage 1 alone."""
+    refine_strength: float = 0.5
+    """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again (our choice; the paper
+    does not say)."""
+
+
+class SV4DPipeline(VanillaPipeline):
+    """Wires the view grid, the field and stage 2 together."""
+
+    config: SV4DPipelineConfig
+    datamanager: SV4DDataManager
+
+    def __init__(
+        self,
+        config: SV4DPipelineConfig,
+        device: str,
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        grad_scaler: "GradScaler | None" = None,
+    ):
+        if test_mode != "val":
+            ensure_ffmpeg_on_path()
+        with one_sentence_errors():
+            super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        self.datamanager.frame_window = self.sv4d_model.frame_window
+        self.datamanager.canonical_frame = self.sv4d_model.canonical_frame
+        self.sv4d_model.clip_duration = self.datamanager.grid.num_frames / self.datamanager.grid.fps
+
+    @property
+    def sv4d_model(self) -> SV4DModel:
+        """The model, typed."""
+        assert isinstance(self.model, SV4DModel)
+        return self.model
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Stage 2 at its steps and the results at the end, beside the callbacks of data manager and model."""
+        trainer: Any = training_callback_attributes.trainer
+        self._use_views_of_step(trainer._start_step)
+        callbacks = super().get_training_callbacks(training_callback_attributes)
+        for number, step in enumerate(self.config.refine_steps, start=1):
+            refine = TrainingCallback(
+                where_to_run=[TrainingCallbackLocation.BEFORE_TRAIN_ITERATION],
+                func=self._refine_views,
+                iters=(step,),
+                args=[trainer, number],
+            )
+            callbacks.append(refine)
+        show = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.show_progress)
+        finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
+        return [*callbacks, show, finish]
+
+    def _use_views_of_step(self, step: int) -> None:
+        """After a resume: the grid the field was being fitted to at that step."""
+        rounds = sum(step > refine_step for refine_step in self.config.refine_steps)
+        self._use_saved_views(rounds)
+
+    def _use_saved_views(self, number: int) -> None:
+        from sv4d_ns.views import ViewGrid
+
+        folder = self._run_dir / VIEW_FOLDERS[number]
+        self.datamanager.use_grid(ViewGrid.load(folder), folder)
+        self.sv4d_model.carve(self.datamanager.grid)
+
+    @property
+    def _run_dir(self) -> Path:
+        assert self.datamanager.config.run_dir is not None
+        return self.datamanager.config.run_dir
+
+    def _refine_views(self, trainer: "SV4DTrainer", number: int, step: int) -> None:
+        """Round `number` of stage 2, before training step `step`."""
+        with one_sentence_errors():
+            folder = self._run_dir / VIEW_FOLDERS[number]
+            trainer.bar.close()
+            if not folder.is_dir():
+                if step > trainer._start_step:
+                    # a kill during the refinement then resumes right here, with the same field
+                    trainer.save_checkpoint(step - 1)
+                self._make_refined_views(number).save(folder)
+            self._use_saved_views(number)
+
+    def _make_refined_views(self, number: int) -> "ViewGrid":
+        from sv4d_ns.files import content_hash
+        from sv4d_ns.progress import bar
+        from sv4d_ns.renders import agreement, render_grid
+        from sv4d_ns.synthesis import resize_rgba
+        from sv4d_ns.views import ViewGrid
+
+        grid, config = self.datamanager.grid, self.datamanager.config
+        size = self.datamanager.synthesizer.image_size
+        with bar(f"Stage 2, round {number}: rendering the field") as progress:
+            renders = render_grid(self.sv4d_model.field, self.sv4d_model.occupancy, grid, size, progress)
+        frames = resize_rgba(grid.input_frames, size)
+        seed = config.seed + number
+        settings = {"strength": self.config.refine_strength, "seed": seed}
+        key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer.describe(), settings)
+        with bar(f"Stage 2, round {number}: noising and denoising the renders") as progress:
+            refined = self.datamanager.synthesizer.refine(
+                frames,
+                renders,
+                grid.plan,
+                strength=self.config.refine_strength,
+                seed=seed,
+                store=windows_folder(self._run_dir, key),
+                progress=progress,
+            )
+        return ViewGrid(
+            input_frames=grid.input_frames,
+            novel_views=refined,
+            plan=grid.plan,
+            fps=grid.fps,
+            confidence=agreement(renders, refined),
+            framing=grid.framing,
+            provenance={**grid.provenance, f"refine_{number}": settings},
+        )
+
+    def finish(self, trainer: "SV4DTrainer") -> None:
+        """Write the contact sheet and the summary, and print what to do next."""
+        from sv4d_ns.files import atomic_path
+        from sv4d_ns.progress import bar
+        from sv4d_ns.renders import result_sheet
+
+        self.eval()
+        trainer.bar.close()
+        with bar("Rendering the contact sheet") as progress:
+            sheet, summary = result_sheet(
+                self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress
+            )
+        with atomic_path(self._run_dir / "contact_sheet.png") as path:
+            sheet.save(path, format="PNG")
+        with atomic_path(self._run_dir / "summary.json") as path:
+            path.write_text(json.dumps({"steps": trainer.config.max_num_iterations, **summary}, indent=2))
+        config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
+        CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
+        print(
+            f"Input view: PSNR {summary['input_view_psnr']:.1f} dB, silhouette IoU {summary['input_view_iou']:.3f}.\n"
+            "Next:\n"
+            f"  ns-viewer --load-config {config_file}\n"
+            f"  ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4\n"
+            f"  ns-export mesh --load-config {config_file} --output-dir exports/{name}",
+            flush=True,
+        )

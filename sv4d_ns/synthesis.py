@@ -1,0 +1,216 @@
+"""Novel-view video synthesis: frames of one view in, a grid of views out.
+
+`ViewSynthesizer` is the only thing the 4D optimisation knows of the diffusion model. Stage 1 calls `generate`,
+stage 2 calls `refine` (SDEdit on the whole grid); both return plain uint8 RGBA arrays.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.errors import InputError
+from sv4d_ns.views import over_white
+
+if TYPE_CHECKING:
+    from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+
+Progress = Callable[[int, int], None]
+"""Called with (denoising steps done, denoising steps in all)."""
+
+
+class ViewSynthesizer(Protocol):
+    """What the 4D optimisation needs of a multi-view video model."""
+
+    image_size: int
+    """Pixels along the side of the square frames it reads and makes."""
+
+    def default_plan(self) -> ViewPlan:
+        """The views this model is best at."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for the grid's provenance: model, weights, settings."""
+        ...
+
+    def generate(
+        self, frames: UInt8[np.ndarray, "t s s 4"], plan: ViewPlan, *, seed: int, store: Path, progress: Progress
+    ) -> UInt8[np.ndarray, "t v s s 4"]:
+        """Novel views of an object video. Finished windows are kept in `store`, so a killed call resumes."""
+        ...
+
+    def refine(
+        self,
+        frames: UInt8[np.ndarray, "t s s 4"],
+        renders: UInt8[np.ndarray, "t v s s 4"],
+        plan: ViewPlan,
+        *,
+        strength: float,
+        seed: int,
+        store: Path,
+        progress: Progress,
+    ) -> UInt8[np.ndarray, "t v s s 4"]:
+        """SDEdit: noise `renders` to the level `strength` in (0, 1] and denoise them given the input video."""
+        ...
+
+
+def to_model_space(rgba: UInt8[np.ndarray, "*batch h w 4"], channels: int) -> Float[Tensor, "*batch c h w"]:
+    """Float images in [0, 1] as the model reads them: RGB on white, and alpha if it has a fourth channel."""
+    white = over_white(rgba).astype(np.float32) / 255.0
+    if channels == 4:
+        white = np.concatenate([white, rgba[..., 3:].astype(np.float32) / 255.0], axis=-1)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(white, -1, -3)))
+
+
+def from_model_space(images: Float[Tensor, "*batch c h w"]) -> UInt8[np.ndarray, "*batch h w 4"]:
+    """The inverse of `to_model_space`: straight-alpha RGBA.
+
+    A model without an alpha channel paints on white: what differs from white by more than the noise of a decoder is
+    foreground (smoothstep from 4/255 to 24/255 of the largest channel difference; our choice).
+    """
+    values = images.detach().float().cpu().clamp(0, 1).movedim(-3, -1).numpy()
+    white = values[..., :3]
+    if values.shape[-1] == 4:
+        alpha = values[..., 3:]
+    else:
+        ramp = np.clip(((1.0 - white).max(-1, keepdims=True) * 255.0 - 4.0) / 20.0, 0.0, 1.0)
+        alpha = ramp * ramp * (3.0 - 2.0 * ramp)
+    # below this coverage the colour is noise divided by nearly nothing
+    alpha = np.where(alpha < 8 / 255, 0.0, alpha)
+    straight = np.where(alpha > 0, (white - (1.0 - alpha)) / np.maximum(alpha, 1e-3), 1.0)
+    rgba = np.concatenate([np.clip(straight, 0, 1), alpha], axis=-1)
+    return np.round(rgba * 255.0).astype(np.uint8)
+
+
+def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.ndarray, "*batch size size 4"]:
+    """Antialiased bilinear resize on premultiplied colour, so that edges take no colour from empty pixels."""
+    if rgba.shape[-3] == size and rgba.shape[-2] == size:
+        return rgba
+    batch = rgba.shape[:-3]
+    values = torch.from_numpy(rgba.reshape(-1, *rgba.shape[-3:])).float().movedim(-1, 1) / 255.0
+    premultiplied = torch.cat([values[:, :3] * values[:, 3:], values[:, 3:]], 1)
+    small = F.interpolate(premultiplied, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    alpha = small[:, 3:].clamp(0, 1)
+    colour = torch.where(alpha > 1e-3, small[:, :3] / alpha.clamp(min=1e-3), torch.ones_like(small[:, :3]))
+    straight = torch.cat([colour.clamp(0, 1), alpha], 1)
+    return (straight * 255).round().byte().movedim(1, -1).numpy().reshape(*batch, size, size, 4)
+
+
+@dataclass
+class DiffusionSynthesizer:
+    """`ViewSynthesizer` around a `StableVideo4D2Pipeline` (official or embedded weights)."""
+
+    pipeline: "StableVideo4D2Pipeline"
+    name: str
+    image_size: int
+    plan: ViewPlan
+    num_inference_steps: int | None = None
+    """Denoising steps; None takes the pipeline's own default."""
+
+    def default_plan(self) -> ViewPlan:
+        return self.plan
+
+    def describe(self) -> dict[str, Any]:
+        from sv4d_ns import __version__
+
+        config = {key: value for key, value in self.pipeline.config.items() if not key.startswith("_")}
+        scalars = {key: value for key, value in config.items() if isinstance(value, int | float | str | bool)}
+        steps = self.num_inference_steps
+        return {"model": self.name, "code": __version__, "num_inference_steps": steps, "pipeline": scalars}
+
+    def generate(
+        self, frames: UInt8[np.ndarray, "t s s 4"], plan: ViewPlan, *, seed: int, store: Path, progress: Progress
+    ) -> UInt8[np.ndarray, "t v s s 4"]:
+        return self._run(frames, plan, seed=seed, store=store, progress=progress)
+
+    def refine(
+        self,
+        frames: UInt8[np.ndarray, "t s s 4"],
+        renders: UInt8[np.ndarray, "t v s s 4"],
+        plan: ViewPlan,
+        *,
+        strength: float,
+        seed: int,
+        store: Path,
+        progress: Progress,
+    ) -> UInt8[np.ndarray, "t v s s 4"]:
+        return self._run(
+            frames, plan, seed=seed, store=store, progress=progress, initial_views=renders, strength=strength
+        )
+
+    def _run(
+        self,
+        frames: UInt8[np.ndarray, "t s s 4"],
+        plan: ViewPlan,
+        *,
+        seed: int,
+        store: Path,
+        progress: Progress,
+        initial_views: UInt8[np.ndarray, "t v s s 4"] | None = None,
+        strength: float = 1.0,
+    ) -> UInt8[np.ndarray, "t v s s 4"]:
+        from sv4d_ns.diffusion.windows import WindowStore, generate_grid
+
+        channels = self.pipeline.vae.config.in_channels
+        initial = None
+        if initial_views is not None:
+            initial = to_model_space(resize_rgba(initial_views, self.image_size), channels)
+        grid = generate_grid(
+            self.pipeline,
+            to_model_space(resize_rgba(frames, self.image_size), channels),
+            plan.azimuths_deg,
+            plan.elevations_deg,
+            seed=seed,
+            store=WindowStore(store),
+            on_progress=progress,
+            initial_views=initial,
+            strength=strength,
+            num_inference_steps=self.num_inference_steps,
+        )
+        return from_model_space(grid)
+
+
+SynthesisChoice = Literal["auto", "embedded", "official"]
+
+
+def load_synthesizer(
+    choice: SynthesisChoice, device: str, *, num_inference_steps: int | None = None
+) -> tuple[ViewSynthesizer, str]:
+    """The synthesizer for a machine, and one sentence saying what was chosen and why.
+
+    Args:
+        choice: `auto` takes the official SV4D 2.0 weights on a CUDA device (2 billion parameters are out of reach of
+            a CPU) and the embedded model elsewhere; the other values say it outright.
+        device: torch device string.
+        num_inference_steps: denoising steps; None takes the model's own default.
+
+    Raises:
+        InputError: the official weights are not at hand (the sentence says how to get them, or how to go without).
+    """
+    on_cuda = device.startswith("cuda")
+    official = choice == "official" or (choice == "auto" and on_cuda)
+    if official and not on_cuda and choice == "official":
+        raise InputError(
+            "--pipeline.datamanager.synthesis official needs a CUDA device (12 GB of weights, hours on a CPU): "
+            "use --pipeline.datamanager.synthesis embedded on this machine."
+        )
+    reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
+    if official:
+        from sv4d_ns.diffusion.checkpoints import load_official_pipeline
+
+        pipeline, name = load_official_pipeline(device), "stabilityai/sv4d2.0"
+        plan, size = ViewPlan.OFFICIAL_8, 576
+    else:
+        from sv4d_ns.diffusion.embedded import load_embedded_pipeline
+
+        pipeline, name = load_embedded_pipeline(device), "sv4d_ns embedded"
+        plan, size = ViewPlan.EMBEDDED, 64
+    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps)
+    return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."

@@ -1,0 +1,174 @@
+"""The main job and everything after it, through nerfstudio's own entry points, on a very short schedule."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sv4d_ns.method_configs.sv4d import method
+
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.procedural import creature, render
+from sv4d_ns.runs import checkpoint_steps, newest_views
+from sv4d_ns.trainer import SV4DTrainerConfig
+from sv4d_ns.views import ViewGrid
+
+FRAMES, STEPS, REFINE_AT = 3, 14, 8
+SEED = 2**31 + 5
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int = 10) -> Path:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def object_frames(count: int = FRAMES, size: int = 96) -> np.ndarray:
+    """A moving creature on white, uint8 RGB [count, size, size, 3]."""
+    camera = ViewPlan.EMBEDDED.c2w()[:1]
+    rgba = render(creature(SEED), np.linspace(0, 1, count), camera, size)[:, 0].astype(float) / 255
+    return np.round(255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])).astype(np.uint8)
+
+
+def short_config(output_dir: Path, **changes) -> SV4DTrainerConfig:
+    config = yaml.unsafe_load(yaml.dump(method.config))  # nerfstudio mutates the one it is given
+    config.pipeline.refine_steps = (REFINE_AT,)
+    config.pipeline.model.schedule_steps = STEPS
+    config.pipeline.datamanager.synthesis_steps = 2
+    config.pipeline.datamanager.train_num_rays_per_batch = 256
+    config.vis = "tensorboard"
+    return replace(config, output_dir=output_dir, max_num_iterations=STEPS, steps_per_save=4, **changes)
+
+
+def run(config: SV4DTrainerConfig) -> Path:
+    """`ns-train` after its argument parsing; returns the run folder."""
+    from nerfstudio.scripts.train import main
+
+    main(config)
+    return config.get_base_dir()
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "creature.mp4", object_frames())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, video: Path) -> Path:
+    """A finished run."""
+    return run(short_config(tmp_path_factory.mktemp("outputs"), data=video))
+
+
+def test_a_run_leaves_checkpoint_grids_sheet_and_summary(finished: Path) -> None:
+    assert finished.parent.parent.name == "creature", "the experiment is named after the video"
+    assert checkpoint_steps(finished / "nerfstudio_models") == [STEPS - 1]
+    generated, refined = ViewGrid.load(finished / "views"), ViewGrid.load(finished / "views_refined_1")
+    assert generated.num_frames == FRAMES and generated.novel_views.shape[1:] == (8, 64, 64, 4)
+    assert refined.confidence is not None
+    assert (refined.novel_views != generated.novel_views).any(), "stage 2 replaces the targets"
+    assert (refined.input_frames == generated.input_frames).all(), "the input video stays what it is"
+    assert (finished / "contact_sheet.png").stat().st_size > 0
+    assert json.loads((finished / "summary.json").read_text())["input_view_psnr"] > 5
+
+
+def test_checkpoints_load_with_weights_only(finished: Path) -> None:
+    path = finished / "nerfstudio_models" / f"step-{STEPS - 1:09d}.ckpt"
+    state = torch.load(path, weights_only=True)
+    assert state["step"] == STEPS - 1
+    assert any(name.startswith("_model.field.") for name in state["pipeline"])
+
+
+def test_last_lines_are_the_next_commands(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Continuing a finished run does nothing but finish again: cheap, and the same lines."""
+    config = yaml.unsafe_load((finished / "config.yml").read_text())
+    run(config)
+    lines = capfd.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["ns-viewer", "ns-render", "ns-export"]
+    assert all("config.yml" in line for line in lines[-3:])
+
+
+def test_evaluation_and_pictures_do_not_need_the_diffusion_model(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the diffusion model was loaded")
+
+    monkeypatch.setattr("sv4d_ns.synthesis.load_synthesizer", forbidden)
+    _, pipeline, _, step = eval_setup(finished / "config.yml")
+    assert step == STEPS - 1
+    metrics = pipeline.get_average_eval_image_metrics()
+    assert {"psnr", "ssim"} <= set(metrics) and np.isfinite(metrics["psnr"])
+    # the exporters' rays: all of the first frame
+    bundle, _ = pipeline.datamanager.next_train(0)
+    assert (bundle.times == 0).all()
+
+
+def test_time_moves_in_paths_without_times(finished: Path) -> None:
+    from nerfstudio.cameras.camera_paths import get_interpolated_camera_path
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    _, pipeline, _, _ = eval_setup(finished / "config.yml")
+    cameras = pipeline.datamanager.eval_dataset.cameras
+    path = get_interpolated_camera_path(cameras, steps=2, order_poses=False)
+    assert path.times is None
+    path.rescale_output_resolution(1 / 8)
+    asked: list[float] = []
+    get_outputs = pipeline.model.get_outputs
+    pipeline.model.get_outputs = lambda bundle: asked.append(float(bundle.times.mean())) or get_outputs(bundle)
+    for index in range(3):
+        pipeline.model.get_outputs_for_camera(path[index : index + 1])
+    duration = FRAMES / 10
+    assert asked == pytest.approx([0.0, 1 / 24 / duration, 2 / 24 / duration])
+
+
+@pytest.mark.parametrize("stop_at", [2, REFINE_AT, REFINE_AT + 3], ids=["stage 1", "refinement", "stage 2"])
+def test_a_killed_run_resumes_where_it_stopped(
+    tmp_path: Path, video: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    """Killed before step `stop_at`; continued by --load-config in place, and by --load-dir in a new folder."""
+    from sv4d_ns.synthesis import DiffusionSynthesizer
+    from sv4d_ns.trainer import SV4DTrainer
+
+    iterate = SV4DTrainer.train_iteration
+
+    def killed(self: SV4DTrainer, step: int):  # type: ignore[no-untyped-def]
+        if step == stop_at:
+            raise MemoryError("killed")
+        return iterate(self, step)
+
+    config = short_config(tmp_path, data=video)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(SV4DTrainer, "train_iteration", killed)
+        run(config)
+    folder = config.get_base_dir()
+    saved = checkpoint_steps(folder / "nerfstudio_models")
+    calls: list[str] = []
+    for name in ("generate", "refine"):
+        original = getattr(DiffusionSynthesizer, name)
+        monkeypatch.setattr(
+            DiffusionSynthesizer,
+            name,
+            lambda self, *a, _name=name, _original=original, **k: calls.append(_name) or _original(self, *a, **k),
+        )
+    if saved:
+        elsewhere = short_config(tmp_path / "elsewhere", load_dir=folder / "nerfstudio_models")
+        resumed = run(elsewhere)
+        assert checkpoint_steps(resumed / "nerfstudio_models") == [STEPS - 1]
+        assert newest_views(resumed) == resumed / "views_refined_1"
+        assert "generate" not in calls, "views come from the run's grid"
+    run(yaml.unsafe_load((folder / "config.yml").read_text()))
+    assert checkpoint_steps(folder / "nerfstudio_models") == [STEPS - 1]
+    assert "generate" not in calls
