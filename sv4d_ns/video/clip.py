@@ -307,18 +307,27 @@ def _container(path: Path, head: bytes) -> av.container.InputContainer:
     try:
         container = av.open(str(path.resolve()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
     except av.error.FFmpegError as error:
-        if head[4:8] in (b"ftyp", b"mdat", b"wide", b"free"):
-            raise InputError(
-                f"{path} is an incomplete MP4 (its index, the 'moov' part, is missing or cut off): "
-                "copy or export it again, and let the recording finish."
-            ) from error
-        raise InputError(
-            f"{path} is not a video, or damaged beyond reading: give an mp4, mov, webm, gif or a folder of pictures."
-        ) from error
+        raise _not_a_video(path, head) from error
     if not container.streams.video:
+        sound = bool(container.streams)
         container.close()
-        raise InputError(f"{path} has no picture track, only sound or data: give a video.")
+        raise (
+            InputError(f"{path} has no picture track, only sound or data: give a video.")
+            if sound
+            else _not_a_video(path, head)
+        )
     return container
+
+
+def _not_a_video(path: Path, head: bytes) -> InputError:
+    if head[4:8] in (b"ftyp", b"mdat", b"wide", b"free", b"moov"):
+        return InputError(
+            f"{path} is an incomplete MP4 (its index, the 'moov' part, is missing or cut off): "
+            "copy or export it again, and let the recording finish."
+        )
+    return InputError(
+        f"{path} is not a video, or damaged beyond reading: give an mp4, mov, webm, gif or a folder of pictures."
+    )
 
 
 def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:

@@ -217,11 +217,12 @@ def _matte(
     core = ndimage.binary_erosion(mask, square, iterations=reach, border_value=1)
     band = ndimage.binary_dilation(mask, square, iterations=reach) & ~core
     distance = background.distance(colours)
-    weight = np.where(core, 1.0, 1e-3 * mask * (distance / 255) ** 4).astype(np.float32)
+    weight = np.where(core, 1.0, 1e-6 * mask * (distance / 255) ** 4).astype(np.float32)
     blurred = [
-        ndimage.gaussian_filter(layer, reach, truncate=3) for layer in (*np.moveaxis(colours, -1, 0) * weight, weight)
+        ndimage.gaussian_filter(layer, reach / 2, truncate=8)
+        for layer in (*np.moveaxis(colours, -1, 0) * weight, weight)
     ]
-    nearby = np.stack(blurred[:3], axis=-1)[band] / np.maximum(blurred[3][band], 1e-12)[:, None]
+    nearby = np.stack(blurred[:3], axis=-1)[band] / np.maximum(blurred[3][band], 1e-30)[:, None]
 
     towards_object = nearby - background.colour
     observed = colours[band] - background.colour

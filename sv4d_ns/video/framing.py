@@ -183,7 +183,8 @@ def _resize(
 
 
 def _straight(premultiplied: Float[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 4"]:
-    alpha = premultiplied[..., 3:].clip(0, 255)
+    alpha = premultiplied[..., 3:]
+    # not yet clipped: where the filter overshoots, colour and alpha overshoot alike and their ratio is the colour
     colour = 255 * premultiplied[..., :3] / np.maximum(alpha, 1e-3)
     rgba = np.concatenate([colour, alpha], axis=-1).round().clip(0, 255).astype(np.uint8)
     rgba[rgba[..., 3] == 0, :3] = 255
