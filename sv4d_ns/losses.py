@@ -1,0 +1,154 @@
+"""Each loss of the 4D optimisation, a small pure function, with its source. All return a scalar.
+
+No perceptual network is involved: where the papers use LPIPS, the structural loss on patches (`dssim`) stands in, and
+the log of a run says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from sv4d_ns.fields.deformable import DeformableField
+from sv4d_ns.rendering import RaySamples
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the losses; 0 switches one off and saves its cost. Defaults are our own, measured with
+    `benchmarks/field_fit.py`."""
+
+    photometric: float = 1.0
+    mask: float = 0.2
+    structure: float = 0.05
+    """D-SSIM on patches, in place of LPIPS."""
+    opacity: float = 0.02
+    """Alpha away from 1/2."""
+    distortion: float = 0.01
+    normal_smoothness: float = 0.002
+    """Of canonical normals at surface points."""
+    bilateral: float = 0.0
+    """Edge-aware normal smoothness on rendered patches."""
+    depth_smoothness: float = 0.0
+    deformation: float = 0.001
+    deformation_rigidity: float = 0.02
+    deformation_time: float = 0.01
+
+
+def photometric(
+    rendered: Float[Tensor, "n 3"],
+    target: Float[Tensor, "n 3"],
+    weight: Float[Tensor, " n"],
+    robust_scale: float | None = None,
+) -> Tensor:
+    """Weighted mean squared error (SV4D L_mse). With `robust_scale` c the Geman-McClure form e / (1 + e / c^2) per
+    pixel (e = mean square over channels): errors well above c stop pulling, which is what a view that contradicts the
+    others needs."""
+    error = (rendered - target).square().mean(-1)
+    if robust_scale is not None:
+        error = error / (1 + error / robust_scale**2)
+    return (weight * error).sum() / weight.sum().clamp(min=1e-8)
+
+
+def mask(alpha: Float[Tensor, " n"], target: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> Tensor:
+    """Weighted mean squared difference of opacity and mask (SV4D L_mask)."""
+    return (weight * (alpha - target).square()).sum() / weight.sum().clamp(min=1e-8)
+
+
+def dssim(
+    rendered: Float[Tensor, "p s s 3"], target: Float[Tensor, "p s s 3"], weight: Float[Tensor, " p"], window: int = 5
+) -> Tensor:
+    """(1 - SSIM) / 2 over patches, weighted per patch (Wang et al. 2004, box window, C1 = 0.01^2, C2 = 0.03^2)."""
+    x, y = rendered.permute(0, 3, 1, 2), target.permute(0, 3, 1, 2)
+
+    def mean(v: Tensor) -> Tensor:
+        return functional.avg_pool2d(v, window, 1)
+
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    per_patch = ((1 - ssim) / 2).mean((1, 2, 3))
+    return (weight * per_patch).sum() / weight.sum().clamp(min=1e-8)
+
+
+def depth_smoothness(depth: Float[Tensor, "p s s"], alpha: Float[Tensor, "p s s"]) -> Tensor:
+    """Squared depth differences of neighbouring pixels (RegNeRF, as in SV4D L_depth), only where both are opaque:
+    the background has no depth to be smooth with."""
+    across = (depth[:, :, 1:] - depth[:, :, :-1]).square() * ((alpha[:, :, 1:] > 0.5) & (alpha[:, :, :-1] > 0.5))
+    down = (depth[:, 1:] - depth[:, :-1]).square() * ((alpha[:, 1:] > 0.5) & (alpha[:, :-1] > 0.5))
+    return across.mean() + down.mean()
+
+
+def bilateral_normals(normals: Float[Tensor, "p s s 3"], image: Float[Tensor, "p s s 3"]) -> Tensor:
+    """Edge-aware smoothness of rendered normals, mean of exp(-3 |grad I|) (sqrt(1 + |grad n|) - 1), Sobel gradients
+    (SV4D L_bilateral after Boss et al. 2022; we subtract the constant 1 so that flat means zero)."""
+
+    def gradient(v: Tensor) -> Tensor:
+        kernel = v.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8
+        pair = torch.stack([kernel, kernel.t()])[:, None]
+        channels = v.permute(0, 3, 1, 2)
+        flat = channels.reshape(-1, 1, *channels.shape[2:])
+        return functional.conv2d(flat, pair).square().reshape(v.shape[0], -1, v.shape[1] - 2, v.shape[2] - 2).sum(1)
+
+    edges = (gradient(image) + 1e-12).sqrt()
+    # sqrt(1 + |g|) has no derivative at g = 0; the small constant keeps flat patches finite.
+    bends = (gradient(normals) + 1e-6).sqrt()
+    return (torch.exp(-3 * edges) * ((1 + bends).sqrt() - 1)).mean()
+
+
+def opacity_entropy(alpha: Float[Tensor, " n"]) -> Tensor:
+    """Mean of 4 alpha (1 - alpha): rays should be empty or opaque (the role of 4Diffusion's opaque loss)."""
+    return (4 * alpha * (1 - alpha)).mean()
+
+
+def distortion(weights: Float[Tensor, " m"], samples: RaySamples) -> Tensor:
+    """Mean over rays of the distortion of Barron et al. 2022 (mip-NeRF 360) eq. 15, in world units, for packed
+    samples: sum_ij w_i w_j |s_i - s_j| + step / 3 sum_i w_i^2. Pulls the weight of a ray to one place."""
+    w, s = weights.double(), samples.distances.double()
+    first = torch.ones_like(samples.ray_indices, dtype=torch.bool)
+    first[1:] = samples.ray_indices[1:] != samples.ray_indices[:-1]
+    segment = first.long().cumsum(0) - 1
+    starts = first.nonzero()[:, 0]
+
+    def before(v: Tensor) -> Tensor:
+        total = v.cumsum(0) - v
+        return total - total[starts][segment]
+
+    # Samples are ordered by distance, so |s_i - s_j| needs no absolute value: i after j.
+    pairs = 2 * (w * s * before(w) - w * before(w * s)).sum()
+    return ((pairs + samples.step / 3 * w.square().sum()) / max(samples.n_rays, 1)).to(weights.dtype)
+
+
+def normal_smoothness(field: DeformableField, surface: Float[Tensor, "n 3"], offset: Float[Tensor, "n 3"]) -> Tensor:
+    """Mean |n(x) - n(x + offset)|^2 of canonical normals at canonical surface points (Oechsle et al. 2021, UNISURF
+    eq. 13); offsets are a few millimetres (about 0.01)."""
+    n = field.canonical_normals(torch.cat([surface, surface + offset]))
+    return (n[: len(surface)] - n[len(surface) :]).square().sum(-1).mean()
+
+
+def deformation_magnitude(deformation: Float[Tensor, "m 3"], weights: Float[Tensor, " m"]) -> Tensor:
+    """Visible mean |dx|^2: of two explanations of the images, prefer the smaller motion."""
+    return (weights.detach() * deformation.square().sum(-1)).sum() / weights.detach().sum().clamp(min=1e-8)
+
+
+def deformation_rigidity(
+    deformation: Float[Tensor, "n 3"], neighbour: Float[Tensor, "n 3"], offset: Float[Tensor, "n 3"]
+) -> Tensor:
+    """Mean squared relative change of length of a short offset under x -> x + dx (isometry; the idea of Nerfies'
+    elastic loss, Park et al. 2021 section 3.3, without its singular values): limbs move, material does not stretch."""
+    moved = offset + neighbour - deformation
+    stretch = moved.norm(dim=-1) / offset.norm(dim=-1).clamp(min=1e-8) - 1
+    # Geman-McClure: joints and self-contacts stretch by nature and must not dominate.
+    return (stretch.square() / (1 + stretch.square())).mean()
+
+
+def deformation_time(
+    before: Float[Tensor, "n 3"], here: Float[Tensor, "n 3"], after: Float[Tensor, "n 3"], interval: float
+) -> Tensor:
+    """Mean squared second difference in time divided by the interval squared (acceleration times the interval)."""
+    return ((before - 2 * here + after) / interval).square().sum(-1).mean()

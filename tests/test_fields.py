@@ -1,0 +1,218 @@
+"""Encoding kernel against its torch twin, and what the deformable field promises."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from sv4d_ns.errors import InputError
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig, frequency_encoding
+from sv4d_ns.fields.encoding import HashEncoding
+
+
+def encodings(**sizes: int) -> tuple[HashEncoding, HashEncoding]:
+    fused, twin = HashEncoding(backend="numba", **sizes), HashEncoding(backend="torch", **sizes)
+    with torch.no_grad():
+        fused.table.normal_()
+    twin.load_state_dict(fused.state_dict())
+    return fused, twin
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"levels": 6, "log2_table_size": 12, "base_resolution": 4, "max_resolution": 200},
+        {"levels": 1, "log2_table_size": 10, "base_resolution": 5, "max_resolution": 5},
+        {"levels": 3, "log2_table_size": 20, "base_resolution": 8, "max_resolution": 64},
+    ],
+)
+def test_fused_encoding_equals_torch_in_values_and_gradients(sizes: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    fused, twin = encodings(**sizes)
+    # Beyond the cube, on its faces and corners, and more points than one thread's share.
+    x = torch.cat([torch.rand(5000, 3) * 1.2 - 0.1, torch.eye(3), torch.zeros(1, 3), torch.ones(1, 3)])
+    results = []
+    for encoding in (fused, twin):
+        points = x.clone().requires_grad_()
+        out = encoding(points)
+        cotangent = torch.sin(torch.arange(out.numel(), dtype=torch.float32)).reshape(out.shape)
+        (out * cotangent).sum().backward()
+        results.append((out, points.grad, encoding.table.grad))
+    # Kinks: at cell borders either one-sided derivative is right, so compare gradients of x off the borders only.
+    for a, b, tolerance in zip(results[0], results[1], (1e-5, 2e-2, 1e-4), strict=True):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a[:5000], b[:5000], rtol=1e-3, atol=tolerance)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-5)
+
+
+def test_fused_gradient_matches_finite_differences() -> None:
+    torch.manual_seed(1)
+    fused, _ = encodings(levels=2, log2_table_size=14, base_resolution=4, max_resolution=7)
+    # Mid-cell points: the interpolation is smooth there.
+    x = ((torch.randint(0, 28, (50, 3)) + 0.5) / 28).requires_grad_()
+    fused(x).sum().backward()
+    h = 1e-3
+    with torch.no_grad():
+        for axis in range(3):
+            step = h * torch.eye(3)[axis]
+            numeric = (fused(x + step) - fused(x - step)).sum(-1) / (2 * h)
+            torch.testing.assert_close(x.grad[:, axis], numeric, rtol=2e-2, atol=5e-2)
+
+
+def test_encoding_is_safe_in_concurrent_threads_and_independent_of_their_number() -> None:
+    fused, _ = encodings(levels=4, log2_table_size=12, base_resolution=4, max_resolution=64)
+    x = torch.rand(20000, 3)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            fused.table.grad = None
+            fused(x).square().sum().backward()
+            results.append(fused.table.grad.clone())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+    with ThreadPoolExecutor(3) as pool, torch.no_grad():
+        outs = list(pool.map(lambda _: fused(x), range(6)))
+    assert all(torch.equal(outs[0], o) for o in outs)
+
+
+def test_gradient_of_positions_is_only_computed_when_asked() -> None:
+    fused, _ = encodings(levels=2, log2_table_size=10, base_resolution=4, max_resolution=8)
+    x = torch.rand(10, 3)
+    fused(x).sum().backward()
+    assert x.grad is None and fused.table.grad is not None
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"levels": 0},
+        {"base_resolution": 32, "max_resolution": 16},
+        {"backend": "cuda"},
+        {"in_dim": 4},
+        {"log2_table_size": 40},
+    ],
+)
+def test_impossible_encodings_are_refused(bad: dict) -> None:
+    with pytest.raises(InputError):
+        HashEncoding(**bad)
+
+
+def moving_field(canonical_time: float = 0.0) -> DeformableField:
+    torch.manual_seed(0)
+    field = DeformableField(
+        DeformableFieldConfig(levels=4, log2_table_size=12, max_resolution=64, canonical_time=canonical_time)
+    )
+    with torch.no_grad():
+        field.encoding.table.normal_()
+        for p in field.deformation_net[-1].parameters():
+            p.normal_(0, 0.05)
+    return field
+
+
+def test_new_field_is_static_fog() -> None:
+    field = DeformableField()
+    x, t = torch.rand(64, 3) - 0.5, torch.rand(64, 1)
+    assert torch.equal(field.deformation(x, t), torch.zeros(64, 3))
+    density, color = field.density_and_color(x, t)
+    assert ((density > 0.5) & (density < 10)).all()
+    assert ((color > 0) & (color < 1)).all()
+
+
+@pytest.mark.parametrize("canonical_time", [0.0, 0.5])
+def test_canonical_time_is_exactly_canonical(canonical_time: float) -> None:
+    field = moving_field(canonical_time)
+    x = torch.rand(64, 3) - 0.5
+    at = torch.full((64, 1), canonical_time)
+    assert torch.equal(field.deformation(x, at), torch.zeros(64, 3))
+    assert torch.equal(field.density(x, at), field.canonical_density(x))
+    away = field.deformation(x, at + 0.3)
+    assert away.norm(dim=-1).min() > 1e-4
+    # A batch of mixed times takes the other code path; the canonical rows must not notice.
+    mixed = field.density(torch.cat([x, x]), torch.cat([at, at + 0.3]))
+    torch.testing.assert_close(mixed[:64], field.canonical_density(x))
+
+
+def test_density_is_canonical_density_at_the_deformed_point() -> None:
+    field = moving_field()
+    x, t = (torch.rand(256, 3) - 0.5) * 1.3, torch.rand(256, 1)
+    sample = field.sample(x, t)
+    inside = x.abs().amax(-1) <= 0.57
+    assert not inside.all()
+    torch.testing.assert_close(sample.density, field.canonical_density(x + field.deformation(x, t)) * inside)
+    assert (sample.density[~inside] == 0).all()
+
+
+def test_gradients_reach_every_parameter() -> None:
+    field = moving_field()
+    density, color = field.density_and_color(torch.rand(256, 3) - 0.5, torch.rand(256, 1))
+    (density.sum() + color.sum()).backward()
+    groups = field.parameter_groups()
+    assert sum(len(g) for g in groups.values()) == len(list(field.parameters()))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in field.parameters())
+
+
+def test_normals_of_a_sphere_point_outward() -> None:
+    field = DeformableField(DeformableFieldConfig(levels=4, log2_table_size=16, base_resolution=16, max_resolution=48))
+    # A canonical logit that is the signed distance to a sphere: replace the grid's answer, keep the class's arithmetic.
+    field._canonical = lambda p: (20 * (0.3 - p.norm(dim=-1)), torch.zeros(len(p), 15))  # type: ignore[method-assign]
+    x = torch.nn.functional.normalize(torch.randn(100, 3), dim=-1)
+    torch.testing.assert_close(field.canonical_normals(0.3 * x), x, atol=2.5e-2, rtol=0)
+    torch.testing.assert_close(field.normals(0.3 * x, torch.rand(100, 1)), x, atol=2.5e-2, rtol=0)
+
+
+def test_frequency_encoding_values_and_annealing() -> None:
+    x = torch.tensor([[0.3, -0.7]])
+    full = frequency_encoding(x, 3, 3.0)
+    assert full.shape == (1, 2 + 2 * 2 * 3)
+    for k in range(3):
+        expected = torch.cat([torch.sin(math.pi * 2**k * x), torch.cos(math.pi * 2**k * x)], -1)
+        torch.testing.assert_close(full[:, 2 + 4 * k : 6 + 4 * k], expected, atol=1e-5, rtol=0)
+    half = frequency_encoding(x, 3, 1.5)
+    torch.testing.assert_close(half[:, :6], full[:, :6])
+    torch.testing.assert_close(half[:, 6:10], 0.5 * full[:, 6:10])
+    assert (half[:, 10:] == 0).all()
+
+
+def test_progress_is_part_of_the_checkpoint() -> None:
+    field = moving_field()
+    field.set_progress(0.25)
+    other = DeformableField(field.config)
+    other.load_state_dict(field.state_dict())
+    x, t = torch.rand(8, 3) - 0.5, torch.rand(8, 1)
+    assert torch.equal(field.deformation(x, t), other.deformation(x, t))
+    field.set_progress(1.0)
+    assert not torch.equal(field.deformation(x, t), other.deformation(x, t))
+
+
+def test_impossible_fields_are_refused() -> None:
+    with pytest.raises(InputError):
+        DeformableField(DeformableFieldConfig(canonical_time=1.5))
+    with pytest.raises(InputError):
+        DeformableField(DeformableFieldConfig(deformation_layers=0))
+
+
+def test_confined_field_has_no_density_outside_its_bounds_at_any_time() -> None:
+    field = moving_field()
+    hull = torch.zeros(64, 64, 64, dtype=torch.bool)
+    hull[20:40, 20:40, 20:40] = True
+    before = field.canonical_density(torch.zeros(1, 3))
+    field.confine(hull)
+    x, t = torch.rand(2000, 3) * 1.14 - 0.57, torch.rand(2000, 1)
+    canonical = x + field.deformation(x, t)
+    edge = 0.57 * torch.tensor([20 / 32 - 1, 40 / 32 - 1])
+    allowed = ((canonical >= edge[0]) & (canonical < edge[1])).all(-1)
+    density = field.density(x, t)
+    assert 10 < allowed.sum() < 1000
+    assert (density[~allowed] == 0).all() and (density[allowed] > 0).all()
+    assert (field.canonical_logit(canonical)[~allowed] == -10).all()
+    assert torch.equal(field.canonical_density(torch.zeros(1, 3)), before)
+    other = DeformableField(field.config)
+    other.load_state_dict(field.state_dict())
+    assert torch.equal(other.density(x, t), density)
+    with pytest.raises(InputError):
+        field.confine(torch.ones(32, 32, 32, dtype=torch.bool))

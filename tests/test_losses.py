@@ -1,0 +1,139 @@
+"""Each loss against a value worked out another way, and the gradient it is there for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from sv4d_ns import losses
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.rendering import RaySamples
+
+
+def test_photometric_is_a_weighted_mean_square() -> None:
+    rendered, target = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.0, 0.0]]), torch.zeros(2, 3)
+    value = losses.photometric(rendered, target, torch.tensor([1.0, 3.0]))
+    assert value == pytest.approx((0.25 + 3 / 3) / 4)
+    assert losses.photometric(rendered, target, torch.tensor([2.0, 6.0])) == pytest.approx(value.item())
+    assert losses.photometric(rendered, target, torch.zeros(2)) == 0
+
+
+def test_robust_photometric_stops_pulling_on_outliers() -> None:
+    def pull(error: float, scale: float | None) -> float:
+        x = torch.full((1, 3), error, requires_grad=True)
+        losses.photometric(x, torch.zeros(1, 3), torch.ones(1), scale).backward()
+        return x.grad.norm().item()
+
+    assert pull(0.01, 0.2) == pytest.approx(pull(0.01, None), rel=0.02)
+    assert pull(0.8, 0.2) < 0.02 * pull(0.8, None)
+
+
+def test_mask_loss() -> None:
+    value = losses.mask(torch.tensor([1.0, 0.5]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0]))
+    assert value == pytest.approx(0.125)
+
+
+def test_dssim_agrees_with_skimage() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 16, 16, 3), dtype=np.float32)
+    b = 0.5 * (a + b)
+    expected = structural_similarity(
+        a, b, win_size=5, channel_axis=2, data_range=1.0, use_sample_covariance=False, full=True
+    )[1][2:-2, 2:-2].mean()
+    value = losses.dssim(torch.from_numpy(a)[None], torch.from_numpy(b)[None], torch.ones(1))
+    assert value == pytest.approx((1 - expected) / 2, abs=1e-5)
+    assert losses.dssim(torch.from_numpy(a)[None], torch.from_numpy(a)[None], torch.ones(1)) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_depth_smoothness_ignores_silhouettes() -> None:
+    depth = torch.full((1, 6, 6), 1.5)
+    alpha = torch.ones(1, 6, 6)
+    depth[:, :, 3:], alpha[:, :, 3:] = 1000.0, 0.0
+    assert losses.depth_smoothness(depth, alpha) == 0
+    alpha[:, :, 3:] = 1.0
+    assert losses.depth_smoothness(depth, alpha) > 1000
+    ramp = torch.arange(6.0).expand(1, 6, 6)
+    assert losses.depth_smoothness(ramp, torch.ones(1, 6, 6)) == pytest.approx(1.0)
+
+
+def test_bilateral_normals_forgive_image_edges() -> None:
+    normals = torch.zeros(1, 8, 8, 3)
+    normals[..., 2] = 1
+    image = torch.full((1, 8, 8, 3), 0.5)
+    flat = losses.bilateral_normals(normals, image)
+    assert flat < 1e-3
+    bent = normals.clone()
+    bent[:, :, 4:] = torch.tensor([1.0, 0.0, 0.0])
+    edge = image.clone()
+    edge[:, :, 4:] = 1.0
+    plain, forgiven = losses.bilateral_normals(bent, image), losses.bilateral_normals(bent, edge)
+    assert flat < forgiven < 0.8 * plain
+    flat_normals = normals.clone().requires_grad_()
+    losses.bilateral_normals(flat_normals, image).backward()
+    assert torch.isfinite(flat_normals.grad).all()
+
+
+def test_opacity_entropy_prefers_decisions() -> None:
+    assert losses.opacity_entropy(torch.tensor([0.0, 1.0])) == 0
+    assert losses.opacity_entropy(torch.tensor([0.5])) == 1
+
+
+def test_distortion_equals_the_double_sum() -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor([4, 0, 1, 7])
+    rays = torch.repeat_interleave(torch.arange(4), counts)
+    distances = torch.cat([torch.rand(int(c)).sort().values for c in counts])
+    weights = torch.rand(len(rays), requires_grad=True)
+    samples = RaySamples(rays, distances, 0.03, 4)
+    expected = torch.zeros(())
+    for ray in range(4):
+        w, s = weights[rays == ray], distances[rays == ray]
+        expected = expected + (w[:, None] * w * (s[:, None] - s).abs()).sum() + 0.03 / 3 * w.square().sum()
+    value = losses.distortion(weights, samples)
+    assert value.item() == pytest.approx(expected.item() / 4, rel=1e-5)
+    ours = torch.autograd.grad(value, weights)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(expected / 4, weights)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_normal_smoothness_separates_planes_from_bumps() -> None:
+    torch.manual_seed(0)
+    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=10, max_resolution=32))
+    x, offset = torch.rand(64, 3) - 0.5, 0.01 * torch.randn(64, 3)
+    plane = lambda p: (p[:, 2], torch.zeros(len(p), 15))  # noqa: E731
+    bumps = lambda p: (p[:, 2] + 0.02 * torch.sin(100 * p[:, 0]), torch.zeros(len(p), 15))  # noqa: E731
+    field._canonical = plane  # type: ignore[method-assign]
+    assert losses.normal_smoothness(field, x, offset) < 1e-8
+    field._canonical = bumps  # type: ignore[method-assign]
+    assert losses.normal_smoothness(field, x, offset) > 0.01
+
+
+def test_rigidity_is_zero_for_rotations_and_not_for_stretching() -> None:
+    torch.manual_seed(0)
+    a = 0.7
+    rotation = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1.0]])
+    x, offset = torch.rand(32, 3), 0.05 * torch.randn(32, 3)
+    shift = torch.tensor([0.1, 0.2, 0.3])
+    rigid = lambda p: p @ rotation.t() + shift - p  # noqa: E731
+    assert losses.deformation_rigidity(rigid(x), rigid(x + offset), offset) < 1e-9
+    stretched = lambda p: 0.5 * p  # noqa: E731
+    value = losses.deformation_rigidity(stretched(x), stretched(x + offset), offset)
+    assert value.item() == pytest.approx(0.25 / 1.25, rel=1e-3)
+
+
+def test_deformation_time_is_acceleration() -> None:
+    path = lambda t: torch.tensor([[0.5 * 3.0 * t * t, t, 1.0]])  # noqa: E731
+    value = losses.deformation_time(path(0.4), path(0.5), path(0.6), 0.1)
+    assert value.item() == pytest.approx((3.0 * 0.1) ** 2, rel=1e-3)
+
+
+def test_deformation_magnitude_counts_visible_samples_and_leaves_weights_alone() -> None:
+    deformation = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], requires_grad=True)
+    weights = torch.tensor([1.0, 0.0], requires_grad=True)
+    value = losses.deformation_magnitude(deformation, weights)
+    assert value == 1
+    value.backward()
+    assert weights.grad is None and deformation.grad[1].abs().sum() == 0
