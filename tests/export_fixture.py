@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sv4d_ns.export.mesh import AnimatedMesh, animate, canonical_mesh, follow_vertices, opacity_grid, surface_colors
+
 SURFACE_DENSITY = 120.0
 
 
@@ -57,3 +59,11 @@ class SwingingLimb:
     def density_and_color(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         canonical = x + self.deformation(x, t)
         return self.canonical_density(canonical), self.canonical_color(canonical)
+
+
+def exported(field: SwingingLimb, times: np.ndarray, fps: float, resolution: int, max_faces: int) -> AnimatedMesh:
+    """The field's animated mesh, coloured from the input camera."""
+    grid = opacity_grid(field, resolution)
+    mesh = canonical_mesh(grid, max_faces)
+    colors = surface_colors(field, mesh, grid, np.array([[2.0, 0.0, 0.0]]), np.ones(1))
+    return animate(mesh, follow_vertices(field, mesh, times), colors, fps)

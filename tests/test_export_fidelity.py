@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_fixture import SwingingLimb
+from export_fixture import SwingingLimb, exported
 
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.export.gltf import write_animated_glb
-from sv4d_ns.export.mesh import AnimatedMesh, animate, canonical_mesh, follow_vertices, surface_colors
+from sv4d_ns.export.mesh import AnimatedMesh
 from sv4d_ns.views import ViewGrid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -47,9 +47,7 @@ def grid() -> ViewGrid:
 
 @pytest.fixture(scope="module")
 def mesh() -> AnimatedMesh:
-    field = SwingingLimb(density=400.0, edge=0.0015)
-    canonical = canonical_mesh(field, resolution=96)
-    return animate(canonical, follow_vertices(field, canonical, TIMES), surface_colors(field, canonical), 8.0)
+    return exported(SwingingLimb(density=400.0, edge=0.0015), TIMES, 8.0, resolution=96, max_faces=20_000)
 
 
 def test_renders_of_the_file_match_the_field(mesh, grid, tmp_path, capsys):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import trimesh
-from export_fixture import SwingingLimb
+from export_fixture import SwingingLimb, exported
 from export_reader import read_glb
 
 from sv4d_ns.cameras import look_at_cameras
 from sv4d_ns.export.gltf import from_gltf_axes, linear_from_srgb, to_gltf_axes, write_animated_glb
-from sv4d_ns.export.mesh import AnimatedMesh, animate, canonical_mesh, follow_vertices, surface_colors
+from sv4d_ns.export.mesh import AnimatedMesh
 from sv4d_ns.export.sequence import write_sequence
 
 FPS = 12.5
@@ -16,10 +16,7 @@ FPS = 12.5
 
 @pytest.fixture(scope="module")
 def mesh() -> AnimatedMesh:
-    limb = SwingingLimb()
-    canonical = canonical_mesh(limb, resolution=40, max_faces=1500)
-    tracks = follow_vertices(limb, canonical, np.linspace(0, 1, 5))
-    return animate(canonical, tracks, surface_colors(limb, canonical), FPS)
+    return exported(SwingingLimb(), np.linspace(0, 1, 5), FPS, resolution=40, max_faces=1500)
 
 
 @pytest.fixture(scope="module")

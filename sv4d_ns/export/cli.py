@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from sv4d_ns.export.mesh import AnimatedField, AnimatedMesh
+    from sv4d_ns.views import ViewGrid
 
 GLB_NAME = "mesh.glb"
+
+INPUT_IMPORTANCE = 3.0
+"""Weight of the input camera against each generated view's when vertices are coloured: its pixels are real."""
 
 
 @dataclass
@@ -53,9 +57,7 @@ class ExportMesh:
         with _output_folder(self.output_dir), ExitStack() as stack:
             run = load_run(self.load_config)
             progress = stack.enter_context(_progress())
-            mesh = make_mesh(
-                run.field, run.times, self.fps or run.fps, self.resolution, self.max_faces, progress, report=_say
-            )
+            mesh = make_mesh(run, self.fps or run.views.fps, self.resolution, self.max_faces, progress)
             files = write_files(mesh, self.output_dir, self.sequence, run.name, run.extras, progress)
         _say_next(files, mesh)
 
@@ -68,9 +70,8 @@ class FinishedRun:
     """What an export needs of a finished run."""
 
     field: "AnimatedField"
-    times: Any
-    """[t] in [0, 1]."""
-    fps: float
+    views: "ViewGrid"
+    """What the field was fitted to: times, frame rate, cameras, provenance."""
     name: str
     extras: dict[str, Any]
     """Licence and provenance for the file's `asset.extras`."""
@@ -97,8 +98,7 @@ def load_run(load_config: Path) -> FinishedRun:
     grid = pipeline.datamanager.grid
     return FinishedRun(
         field=pipeline.model.field,
-        times=grid.times,
-        fps=float(grid.fps),
+        views=grid,
         name=config.experiment_name or config.method_name,
         extras=_extras(grid.provenance, config.method_name, step),
     )
@@ -138,27 +138,27 @@ def _extras(provenance: dict[str, Any], method: str, step: int) -> dict[str, Any
 
 
 def make_mesh(
-    field: "AnimatedField",
-    times: Any,
-    fps: float,
-    resolution: int,
-    max_faces: int | None,
-    progress: "Progress",
-    report: Any,
+    run: FinishedRun, fps: float, resolution: int, max_faces: int | None, progress: "Progress"
 ) -> "AnimatedMesh":
-    """Canonical mesh, vertex tracks and colours, each with a progress bar; `report` gets one line per finding."""
-    from sv4d_ns.export.mesh import animate, canonical_mesh, follow_vertices, surface_colors
+    """Canonical mesh, vertex tracks and colours, with progress bars and a line for each finding."""
+    import numpy as np
 
-    cutting = progress.add_task("cutting the surface", total=resolution)
-    canonical = canonical_mesh(field, resolution, max_faces, advance=lambda: progress.advance(cutting))
-    following = progress.add_task("following the vertices", total=len(times))
-    tracks = follow_vertices(field, canonical, times, advance=lambda: progress.advance(following))
-    report(
-        f"{len(canonical.vertices)} vertices, {len(canonical.faces)} faces, {len(times)} frames; "
+    from sv4d_ns.export.mesh import animate, canonical_mesh, follow_vertices, opacity_grid, surface_colors
+
+    sampling = progress.add_task("sampling the field", total=resolution)
+    grid = opacity_grid(run.field, resolution, advance=lambda: progress.advance(sampling))
+    canonical = canonical_mesh(grid, max_faces)
+    following = progress.add_task("following the vertices", total=run.views.num_frames)
+    tracks = follow_vertices(run.field, canonical, run.views.times, advance=lambda: progress.advance(following))
+    _say(
+        f"{len(canonical.vertices)} vertices, {len(canonical.faces)} faces, {run.views.num_frames} frames; "
         f"{canonical.dropped_parts} floating parts dropped"
     )
-    report(tracks.summary())
-    return animate(canonical, tracks, surface_colors(field, canonical), fps)
+    _say(tracks.summary())
+    importance = np.full(run.views.num_views + 1, 1.0)
+    importance[0] = INPUT_IMPORTANCE
+    colors = surface_colors(run.field, canonical, grid, run.views.plan.c2w()[:, :3, 3], importance)
+    return animate(canonical, tracks, colors, fps)
 
 
 def write_files(

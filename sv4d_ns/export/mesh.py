@@ -22,11 +22,10 @@ from torch import Tensor
 
 from sv4d_ns.errors import InputError
 
-SURFACE_STEP = 1 / 32
-"""Length over which opacity is judged, as a part of the box's side (about the thickness of a limb's skin at the
-resolution of the supervising views). Own design decision."""
-SURFACE_ALPHA = 0.5
-"""The surface is where a step of that length is half opaque: the median depth of a volume rendering. Own decision."""
+OPACITY_STEP = 1 / 32
+"""Length over which opacity is judged, as a part of the box's side. Own design decision."""
+LEVELS = tuple(np.linspace(0.15, 0.9, 16))
+"""Opacities over that length at which the surface may be cut; the lowest is well above an untrained field's fog."""
 GRID_BLUR = 0.6
 """Gaussian blur of the opacity grid in voxels: takes the staircase off a fitted density and keeps thin limbs."""
 MINOR_PART = 0.02
@@ -35,6 +34,12 @@ SOLVED = 1e-3
 """A vertex counts as solved when its residual is below this share of the box's diagonal (2 mm on a 2 m diagonal)."""
 CONVERGED = 1e-4
 """Iteration stops at this share of the box's diagonal."""
+SKIN = 0.04
+"""World units before and behind a vertex that count as the vertex when its colour is looked up."""
+COLOR_SAMPLES = 8
+"""Colours averaged along each ray."""
+UNSEEN_WEIGHT = 0.02
+"""Weight of the look along the inward normal: decides vertices that no camera sees, and nothing else."""
 CHUNK = 1 << 17
 """Points per field evaluation."""
 
@@ -54,6 +59,28 @@ class AnimatedField(Protocol):
         self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n 3"]]: ...
     def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]: ...
+
+
+@dataclass(frozen=True)
+class OpacityGrid:
+    """The canonical object on the nodes of a grid that spans the field's box."""
+
+    values: Float[np.ndarray, "r r r"]
+    """Opacity in [0, 1) over the length `step`, indexed (x, y, z)."""
+    low: Float[np.ndarray, " 3"]
+    high: Float[np.ndarray, " 3"]
+    step: float
+    """World units."""
+
+    @property
+    def spacing(self) -> Float[np.ndarray, " 3"]:
+        """World units between nodes."""
+        return (self.high - self.low) / (np.array(self.values.shape) - 1)
+
+    @property
+    def extinction(self) -> Float[np.ndarray, "r r r"]:
+        """Density per world unit (float32)."""
+        return (-np.log1p(-np.minimum(self.values, 1 - 1e-6)) / self.step).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -118,10 +145,6 @@ def _evaluate(
     return np.concatenate(results)
 
 
-def _opacity(density: np.ndarray, step: float) -> np.ndarray:
-    return 1 - np.exp(-np.maximum(density, 0) * step)
-
-
 def _box(field: AnimatedField) -> tuple[np.ndarray, np.ndarray]:
     low, high = field.aabb.detach().cpu().numpy().astype(np.float64)
     return low, high
@@ -130,66 +153,81 @@ def _box(field: AnimatedField) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ canonical mesh
 
 
-def opacity_grid(
-    field: AnimatedField, resolution: int, advance: Callable[[], None] | None = None
-) -> Float[np.ndarray, "r r r"]:
-    """Opacity over `SURFACE_STEP` at the nodes of a `resolution`^3 grid that spans the box, canonical space.
+def opacity_grid(field: AnimatedField, resolution: int, advance: Callable[[], None] | None = None) -> OpacityGrid:
+    """Sample the canonical density on `resolution`^3 nodes; `advance` is called once per plane.
 
-    `advance` is called once per plane.
+    Raises:
+        InputError: the resolution is below 16.
     """
+    if resolution < 16:
+        raise InputError(f"--resolution {resolution} is too coarse for any shape: give 16 or more.")
     low, high = _box(field)
     axes = [np.linspace(low[i], high[i], resolution, dtype=np.float32) for i in range(3)]
-    step = SURFACE_STEP * float((high - low).max())
+    step = OPACITY_STEP * float((high - low).max())
     planes = []
     for x in axes[0]:
         points = np.stack(np.meshgrid(x, axes[1], axes[2], indexing="ij"), axis=-1).reshape(-1, 3)
         density = _evaluate(field.canonical_density, _device_of(field), points)
-        planes.append(_opacity(density, step).reshape(resolution, resolution))
+        planes.append((1 - np.exp(-np.maximum(density, 0) * step)).reshape(resolution, resolution))
         if advance is not None:
             advance()
-    return np.stack(planes)
+    return OpacityGrid(np.stack(planes), low, high, step)
 
 
-def canonical_mesh(
-    field: AnimatedField,
-    resolution: int = 128,
-    max_faces: int | None = None,
-    advance: Callable[[], None] | None = None,
-) -> CanonicalMesh:
-    """Marching cubes on the canonical opacity, without inner shells and floaters, within a face budget.
+def canonical_mesh(grid: OpacityGrid, max_faces: int | None = None) -> CanonicalMesh:
+    """Marching cubes on the canonical opacity (cut at `surface_level`), without inner shells and floaters, within a
+    face budget.
 
     Raises:
         InputError: nothing in the box is opaque enough, or the budget is below 100 faces.
     """
-    if resolution < 16:
-        raise InputError(f"--resolution {resolution} is too coarse for any shape: give 16 or more.")
     if max_faces is not None and max_faces < 100:
         raise InputError(f"--max-faces {max_faces} is too small for any shape: give 100 or more, or leave it out.")
-    solid = ndimage.gaussian_filter(opacity_grid(field, resolution, advance), GRID_BLUR, mode="constant")
-    if not (solid > SURFACE_ALPHA).any():
-        raise InputError(
-            f"the field is empty: its highest opacity is {solid.max():.3f} and the surface is cut at {SURFACE_ALPHA}; "
-            "train longer, or check the input video's foreground."
-        )
-    vertices, faces = _marching_cubes(_without_cavities(solid), *_box(field))
+    solid = ndimage.gaussian_filter(grid.values, GRID_BLUR, mode="constant")
+    level = surface_level(grid, solid)
+    vertices, faces = _marching_cubes(_without_cavities(solid, level), level, grid)
     vertices, faces, dropped = _without_floaters(vertices, faces)
     if max_faces is not None and len(faces) > max_faces:
         vertices, faces = _decimated(vertices, faces, max_faces)
     return CanonicalMesh(vertices.astype(np.float32), _wound_outward(vertices, faces).astype(np.int32), dropped)
 
 
-def _without_cavities(solid: Float[np.ndarray, "r r r"]) -> Float[np.ndarray, "r r r"]:
+def surface_level(grid: OpacityGrid, solid: Float[np.ndarray, "r r r"]) -> float:
+    """The level of `solid` (the smoothed grid) whose silhouettes agree best with a rendering of the grid's volume.
+
+    A fitted density has no one value at its surface: soft limbs need a low level, hard bodies any. The measure is the
+    intersection over union of {pixels whose ray meets the level} and {pixels at least half opaque}, summed over
+    orthographic pictures along the three axes. Own design decision, measured in docs/export.md.
+
+    Raises:
+        InputError: there is nothing to be seen, or only fog.
+    """
+    depths = [grid.extinction.sum(axis=axis) * grid.spacing[axis] for axis in range(3)]
+    visible = np.stack([1 - np.exp(-depth) > 0.5 for depth in depths])
+    highest = np.stack([solid.max(axis=axis) for axis in range(3)])
+    scores = []
+    for level in LEVELS:
+        hit = highest > level
+        scores.append((hit & visible).sum() / max((hit | visible).sum(), 1))
+    level = LEVELS[int(np.argmax(scores))]
+    if not (visible.any() and (highest > level).any()):
+        raise InputError(
+            f"the field is empty: its highest opacity is {highest.max():.3f}, and a surface needs {LEVELS[0]:g}; "
+            "train longer, or check the input video's foreground."
+        )
+    return float(level)
+
+
+def _without_cavities(solid: Float[np.ndarray, "r r r"], level: float) -> Float[np.ndarray, "r r r"]:
     """Fill hollows that no path from outside reaches: supervision never sees them, and they would cost faces."""
-    inside = ndimage.binary_fill_holes(solid > SURFACE_ALPHA)
-    return np.where(inside, np.maximum(solid, SURFACE_ALPHA + 1e-3), solid)
+    inside = ndimage.binary_fill_holes(solid > level)
+    return np.where(inside, np.maximum(solid, level + 1e-3), solid)
 
 
-def _marching_cubes(solid: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _marching_cubes(solid: np.ndarray, level: float, grid: OpacityGrid) -> tuple[np.ndarray, np.ndarray]:
     """Surface in world coordinates; an empty border closes shapes that touch the box."""
-    spacing = (high - low) / (np.array(solid.shape) - 1)
-    padded = np.pad(solid, 1)
-    vertices, faces, _, _ = marching_cubes(padded, level=SURFACE_ALPHA, spacing=tuple(spacing))
-    return np.clip(vertices + low - spacing, low, high), faces
+    vertices, faces, _, _ = marching_cubes(np.pad(solid, 1), level=level, spacing=tuple(grid.spacing))
+    return np.clip(vertices + grid.low - grid.spacing, grid.low, grid.high), faces
 
 
 def _vertex_graph(faces: np.ndarray, count: int) -> sparse.csr_matrix:
@@ -388,15 +426,17 @@ def _solve_frame(
     def error(x: np.ndarray) -> np.ndarray:
         return np.linalg.norm(solver.residual(x, time, everyone), axis=-1) / solver.diagonal
 
-    x = solver.broyden(start, time)
-    from_neighbours = lambda: _neighbours_say(solver, x, start, error(x) <= SOLVED, graph)  # noqa: E731
-    for retry in (lambda: x, from_neighbours):
+    def retried(x: np.ndarray, begin: np.ndarray) -> np.ndarray:
         left = np.flatnonzero(error(x) > SOLVED)
         if not len(left):
-            return x, error(x), np.zeros(len(x), dtype=bool)
+            return x
         again = x.copy()
-        again[left] = solver.newton(retry(), time, left)
-        x = np.where((error(again) < error(x))[:, None], again, x)
+        again[left] = solver.newton(begin, time, left)
+        return np.where((error(again) < error(x))[:, None], again, x)
+
+    x = solver.broyden(start, time)
+    x = retried(x, x)
+    x = retried(x, _neighbours_say(solver, x, start, error(x) <= SOLVED, graph))
     known = error(x) <= SOLVED
     x = _neighbours_say(solver, x, start, known, graph)
     return x, error(x), ~known
@@ -413,24 +453,60 @@ def _neighbours_say(
 
 
 def surface_colors(
-    field: AnimatedField, mesh: CanonicalMesh, depth: float = 0.03, samples: int = 12
+    field: AnimatedField,
+    mesh: CanonicalMesh,
+    grid: OpacityGrid,
+    eyes: Float[np.ndarray, "k 3"],
+    importance: Float[np.ndarray, " k"],
 ) -> Int[np.ndarray, "n 3"]:
-    """uint8 sRGB per vertex: what a ray entering along the inward normal sees, composited over `depth` world units.
+    """uint8 sRGB per vertex: what cameras at `eyes` see of it in renderings of the canonical object, averaged.
 
-    The colour at the vertex itself is the outermost and least supervised one; the views constrained the composite.
+    The views constrained the colours of whole rays, not of points: the colour at the vertex itself belongs to the
+    outermost, least supervised layer. A camera counts by its `importance`, by how directly it looks at the vertex and
+    by how much of what it sees there is the vertex. Vertices that nobody sees get what a ray along the inward normal
+    meets.
     """
-    normals = vertex_normals(mesh.vertices, mesh.faces)
-    offsets = np.linspace(-depth / 4, depth, samples)
-    step = float(offsets[1] - offsets[0])
-    device = _device_of(field)
-    total, transmitted = np.zeros((len(mesh.vertices), 3)), np.ones((len(mesh.vertices), 1))
-    for index, offset in enumerate(offsets):
-        points = np.clip(mesh.vertices - offset * normals, *_box(field))
-        alpha = _opacity(_evaluate(field.canonical_density, device, points), step)[:, None]
-        alpha = np.ones_like(alpha) if index == samples - 1 else alpha  # what is left belongs to the deepest sample
-        total += transmitted * alpha * _evaluate(field.canonical_color, device, points)
-        transmitted = transmitted * (1 - alpha)
-    return np.round(np.clip(total, 0, 1) * 255).astype(np.uint8)
+    normals = vertex_normals(mesh.vertices, mesh.faces).astype(np.float64)
+    vertices = mesh.vertices.astype(np.float64)
+    color, _ = _seen_along(field, grid, vertices, -normals)
+    total, weight = UNSEEN_WEIGHT * color, np.full((len(vertices), 1), UNSEEN_WEIGHT)
+    for eye, factor in zip(eyes, importance, strict=True):
+        directions = vertices - eye
+        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        facing = -np.einsum("ni,ni->n", directions, normals)
+        front = np.flatnonzero(facing > 0.1)  # grazing rays mix the colours of a whole side
+        color, visible = _seen_along(field, grid, vertices[front], directions[front])
+        share = (factor * visible * facing[front] ** 2)[:, None]
+        total[front] += share * color
+        weight[front] += share
+    return np.round(np.clip(total / weight, 0, 1) * 255).astype(np.uint8)
+
+
+def _seen_along(
+    field: AnimatedField, grid: OpacityGrid, vertices: Float[np.ndarray, "n 3"], directions: Float[np.ndarray, "n 3"]
+) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
+    """Colour of the ray through each vertex up to a little behind it, and the share of it that comes from around it.
+
+    The weights of volume rendering come from the grid; the colour is the mean of the field's colours at their
+    quantiles, which spends the field's evaluations where the ray is absorbed.
+    """
+    reach = float(np.linalg.norm(grid.high - grid.low))
+    offsets = np.concatenate([np.arange(-reach, -SKIN, 2 * grid.spacing.max()), np.linspace(-SKIN, SKIN, 17)])
+    points = vertices[:, None] + offsets[:, None] * directions[:, None]
+    index = ((points - grid.low) / grid.spacing).reshape(-1, 3).T
+    density = ndimage.map_coordinates(grid.extinction, index, order=1, mode="constant").reshape(points.shape[:2])
+    depth = np.cumsum(density[:, :-1] * np.diff(offsets), axis=1)
+    absorbed = 1 - np.exp(-depth)
+    whole = np.maximum(absorbed[:, -1], 1e-6)
+    before = absorbed[:, np.searchsorted(offsets, -SKIN) - 1]
+    quantiles = (np.arange(COLOR_SAMPLES) + 0.5) / COLOR_SAMPLES
+    # the interval in which each quantile of the absorbed light falls
+    interval = (absorbed[:, None, :] < (quantiles[:, None] * whole[:, None, None])).sum(axis=-1)
+    middle = 0.5 * (offsets[:-1] + offsets[1:])
+    samples = vertices[:, None] + middle[np.minimum(interval, len(middle) - 1)][..., None] * directions[:, None]
+    samples = np.clip(samples, grid.low, grid.high).reshape(-1, 3)
+    colors = _evaluate(field.canonical_color, _device_of(field), samples).reshape(len(vertices), COLOR_SAMPLES, 3)
+    return colors.mean(axis=1), (whole - before) / whole
 
 
 def animate(mesh: CanonicalMesh, tracks: Tracks, colors: Int[np.ndarray, "n 3"], fps: float) -> AnimatedMesh:
