@@ -1,0 +1,201 @@
+"""Held-out evaluation: sampled novel views against the truth, beside two trivial answers.
+
+    python -m sv4d_ns.training.evaluate --model runs/embedded/model --objects 32 --frames 8
+
+The objects come from `HELD_OUT_SEEDS`; training never sees them. The two baselines every model must beat: copying the
+input frame, and the mean picture of training objects seen from that view.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from jaxtyping import Bool, Float, UInt8
+
+from sv4d_ns.cameras import ViewPlan, look_at_cameras
+from sv4d_ns.diffusion.embedded import embedded_folder
+from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.errors import InputError, one_sentence_errors
+from sv4d_ns.files import atomic_path
+from sv4d_ns.procedural import creature, render
+from sv4d_ns.training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, VIDEO_FRAMES
+from sv4d_ns.training.report import on_white, sample_views
+
+FIRST_EVALUATED = HELD_OUT_SEEDS.start + 1000
+"""Evaluated creatures follow this seed; the ones of the training sheets come before it."""
+
+MEAN_IMAGE_OBJECTS = 300
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation."""
+
+    model: Path | None = None
+    """Folder of a saved pipeline; the embedded model by default."""
+    objects: int = 32
+    """Held-out creatures."""
+    frames: int = 8
+    """Frames of each clip, a twentieth of the motion apart."""
+    steps: tuple[int, ...] = ()
+    """Numbers of sampling steps to compare; the model's own by default."""
+    sigma_max: tuple[float, ...] = ()
+    """First noise levels to compare; the model's own by default."""
+    threads: int = 2
+    """CPU threads."""
+    seed: int = 0
+    """Of the sampling noise."""
+    output: Path | None = None
+    """Also write the rows as JSON here."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over all views of all frames of all objects.
+
+    psnr: of RGB on white over the whole picture, dB. iou: of the silhouettes alpha >= 0.5. sharpness: mean absolute
+    difference of neighbouring pixels divided by the truth's (1 is as sharp as the truth). seconds: of sampling, for
+    each picture.
+    """
+
+    name: str
+    psnr: float
+    iou: float
+    sharpness: float
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One held-out creature: input frames and true views, RGBA."""
+
+    inputs: UInt8[np.ndarray, "t h w 4"]
+    views: UInt8[np.ndarray, "t v h w 4"]
+
+
+def held_out_clip(index: int, frames: int, size: int, plan: ViewPlan = ViewPlan.EMBEDDED) -> Clip:
+    """The index-th evaluated creature; every other one is seen from an elevation other than 0."""
+    rng = np.random.default_rng([FIRST_EVALUATED, index])
+    elevation = 0.0 if index % 2 == 0 else rng.uniform(-10.0, 30.0)
+    cameras = look_at_cameras(np.array((0.0, *plan.azimuths_deg)), np.full(plan.num_views + 1, elevation))
+    times = rng.uniform(0.0, 1.0 - (frames - 1) / (VIDEO_FRAMES - 1)) + np.arange(frames) / (VIDEO_FRAMES - 1)
+    pictures = render(creature(FIRST_EVALUATED + index), times, cameras, size)
+    return Clip(pictures[:, 0], pictures[:, 1:])
+
+
+def as_floats(pictures: UInt8[np.ndarray, "... h w 4"]) -> Float[np.ndarray, "... h w 4"]:
+    """RGB on white and alpha, in [0, 1]."""
+    return np.concatenate([on_white(pictures), pictures[..., 3:] / 255.0], axis=-1)
+
+
+def mean_views(size: int, objects: int = MEAN_IMAGE_OBJECTS, plan: ViewPlan = ViewPlan.EMBEDDED) -> np.ndarray:
+    """Mean picture of training creatures from each view, [v, h, w, 4] in [0, 1]; elevations as in the evaluation."""
+    rng = np.random.default_rng(TRAINING_SEEDS.start)
+    total = np.zeros((plan.num_views, size, size, 4))
+    for index in range(objects):
+        elevation = 0.0 if index % 2 == 0 else rng.uniform(-10.0, 30.0)
+        cameras = look_at_cameras(np.array(plan.azimuths_deg), np.full(plan.num_views, elevation))
+        subject = creature(int(rng.integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop)))
+        total += as_floats(render(subject, rng.random(1), cameras, size)[0])
+    return total / objects
+
+
+def psnr(made: Float[np.ndarray, "... h w c"], truth: Float[np.ndarray, "... h w c"]) -> Float[np.ndarray, "..."]:
+    """Peak signal-to-noise ratio of each picture, dB."""
+    return -10 * np.log10(np.maximum(((made - truth) ** 2).mean(axis=(-3, -2, -1)), 1e-10))
+
+
+def silhouette_iou(made: Bool[np.ndarray, "... h w"], truth: Bool[np.ndarray, "... h w"]) -> Float[np.ndarray, "..."]:
+    """Intersection over union of each pair of masks; 1 where both are empty."""
+    union = (made | truth).sum(axis=(-2, -1))
+    return np.where(union > 0, (made & truth).sum(axis=(-2, -1)) / np.maximum(union, 1), 1.0)
+
+
+def roughness(pictures: Float[np.ndarray, "... h w c"]) -> float:
+    """Mean absolute difference of neighbouring pixels."""
+    return float(np.abs(np.diff(pictures, axis=-2)).mean() + np.abs(np.diff(pictures, axis=-3)).mean())
+
+
+def score(name: str, made: list[np.ndarray], truth: list[np.ndarray], seconds: float = 0.0) -> Scores:
+    """Scores of pictures [t, v, h, w, 4] in [0, 1], one array an object."""
+    pairs = [(np.broadcast_to(m, t.shape), t) for m, t in zip(made, truth, strict=True)]
+    return Scores(
+        name,
+        float(np.mean([psnr(m[..., :3], t[..., :3]).mean() for m, t in pairs])),
+        float(np.mean([silhouette_iou(m[..., 3] >= 0.5, t[..., 3] >= 0.5).mean() for m, t in pairs])),
+        float(np.mean([roughness(m[..., :3]) / roughness(t[..., :3]) for m, t in pairs])),
+        seconds,
+    )
+
+
+def sample_clip(pipeline: StableVideo4D2Pipeline, clip: Clip, plan: ViewPlan, seed: int) -> np.ndarray:
+    """All views of a clip, [t, v, h, w, 4] in [0, 1], in interleaved calls of the model's number of views."""
+    calls = plan.num_views // pipeline.config.num_views
+    made = np.empty((*clip.views.shape[:4], 4))
+    for call in range(calls):
+        azimuths = plan.azimuths_deg[call::calls]
+        frames = sample_views(pipeline, clip.inputs, azimuths, seed * calls + call)
+        made[:, call::calls] = frames.permute(0, 1, 3, 4, 2).numpy()
+    return made
+
+
+def evaluate(config: EvaluateConfig) -> list[Scores]:
+    """Both baselines, then the model with every combination of steps and sigma_max.
+
+    Raises:
+        InputError: when the model's folder is not one.
+    """
+    torch.set_num_threads(config.threads)
+    folder = config.model or embedded_folder()
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} holds no model (no model_index.json): give --model the 'model' folder of a run.")
+    pipeline = StableVideo4D2Pipeline.from_pretrained(folder).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    size = pipeline.config.image_size
+    clips = [held_out_clip(index, config.frames, size) for index in range(config.objects)]
+    truth = [as_floats(clip.views) for clip in clips]
+    rows = [
+        score("copy of the input frame", [as_floats(clip.inputs)[:, None] for clip in clips], truth),
+        score("mean training picture of the view", [mean_views(size)[None]] * len(clips), truth),
+    ]
+    own_sigma = pipeline.scheduler.config.sigma_max
+    for sigma_max in config.sigma_max or (own_sigma,):
+        settings = {**pipeline.scheduler.config, "sigma_max": sigma_max}
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(settings)
+        for steps in config.steps or (pipeline.config.num_inference_steps,):
+            pipeline.register_to_config(num_inference_steps=steps)
+            began = time.monotonic()
+            made = [sample_clip(pipeline, clip, ViewPlan.EMBEDDED, config.seed + i) for i, clip in enumerate(clips)]
+            seconds = (time.monotonic() - began) / sum(clip.views.shape[0] * clip.views.shape[1] for clip in clips)
+            rows.append(score(f"model, {steps} steps, sigma_max {sigma_max:g}", made, truth, seconds))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def table(rows: list[Scores]) -> str:
+    """A Markdown table."""
+    lines = ["| | PSNR, dB | silhouette IoU | sharpness | s a picture |", "|---|---|---|---|---|"]
+    for row in rows:
+        cost = f"{row.seconds:.3f}" if row.seconds else "-"
+        lines.append(f"| {row.name} | {row.psnr:.2f} | {row.iou:.3f} | {row.sharpness:.2f} | {cost} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line of the evaluation."""
+    with one_sentence_errors():
+        config = tyro.cli(EvaluateConfig, description=__doc__)
+        rows = evaluate(config)
+        print(table(rows))
+        if config.output is not None:
+            with atomic_path(config.output) as temporary:
+                temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+
+
+if __name__ == "__main__":
+    main()
