@@ -139,11 +139,11 @@ def _gaussian(sigma: float, device: torch.device) -> Float[Tensor, "k"]:
 
 
 def embed_images(encoder: ModelMixin | CLIPVisionModelWithProjection, images: Tensor) -> Float[Tensor, "t d"]:
-    """Image embeddings of [t, c, h, w] in [-1, 1].
+    """Image embeddings of [t, c, h, w] in [-1, 1], given on the device on which the encoder runs.
 
     The one place that tells encoders apart: CLIP sees the colours, resized to its own size; any other encoder sees all
     channels and prepares them itself.
     """
     if isinstance(encoder, CLIPVisionModelWithProjection):
         images = clip_pixels(images[:, :3])
-    return encoder(images.to(encoder.device, encoder.dtype)).image_embeds
+    return encoder(images.to(encoder.dtype)).image_embeds

@@ -160,7 +160,7 @@ class MidBlock(_Block):
 
 
 class UpBlock(_Block):
-    """One level of the way up; takes its skip connections from the end of `skips`."""
+    """One level of the way up; joins one skip connection per residual block, the last one first."""
 
     def __init__(
         self,
@@ -178,9 +178,9 @@ class UpBlock(_Block):
         )
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels, use_conv=True)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], conditions: Conditions) -> Tensor:
-        for index in range(len(self.resnets)):
-            x = self._layer(index, torch.cat([x, skips.pop()], dim=1), conditions)
+    def forward(self, x: Tensor, skips: Sequence[Tensor], conditions: Conditions) -> Tensor:
+        for index, skip in enumerate(reversed(skips)):
+            x = self._layer(index, torch.cat([x, skip], dim=1), conditions)
         for upsample in self.upsamplers:
             x = upsample(x)
         return x
@@ -307,7 +307,10 @@ class MultiViewVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             skips += left
         x = self.mid_block(x, conditions)
         for block in self.up_blocks:
-            x = block(x, skips, conditions)
+            taken = self.config["layers_per_block"] + 1
+            # handed over, not popped inside: offloading hooks give a block copies of its lists
+            x = block(x, skips[-taken:], conditions)
+            del skips[-taken:]
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return MultiViewVideoUNetOutput(sample=x) if return_dict else (x,)
 

@@ -67,7 +67,7 @@ def load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Non
 
 
 def rounding_tolerance(pipeline: StableVideo4D2Pipeline, images: torch.Tensor) -> float:
-    """Three times what rounding the images by up to one level changes their latents (about 0.03; latents are ~0.5).
+    """1.5 times what rounding the images by up to one level changes their latents (0.04; the latents are about 0.5).
 
     The recorded 8-bit images are not exactly what the reference encoded: the recorded latents differ from those of the
     stored images as uniform rounding noise of this size does (between 64 and 191 only even levels are stored), while
@@ -76,7 +76,7 @@ def rounding_tolerance(pipeline: StableVideo4D2Pipeline, images: torch.Tensor) -
     """
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     noisy = (images + noise).clamp(0, 255) / 255
-    return 3 * (pipeline.encode_images(noisy) - pipeline.encode_images(images / 255)).abs().max().item()
+    return 1.5 * (pipeline.encode_images(noisy) - pipeline.encode_images(images / 255)).abs().max().item()
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,0 +1,272 @@
+"""The pipeline: diffusers conventions, guidance, partial denoising, saved and loaded, offloaded."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from diffusion_fixture import CAMERA_DIMS, FRAMES, SIZE, VIEWS, tiny_pipeline, tiny_unet, tiny_video
+
+from sv4d_ns.diffusion.conditioning import CLIP_MEAN, CLIP_STD, camera_angles, clip_pixels
+from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
+from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
+from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.errors import InputError
+
+AZIMUTHS, ELEVATIONS = [90.0, 200.0], [0.0, -10.0]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline()
+
+
+def run(pipeline, seed=0, video=None, **arguments):
+    video = tiny_video() if video is None else video
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return pipeline(video, AZIMUTHS, ELEVATIONS, generator=generator, **arguments).frames
+
+
+def test_frames(pipeline):
+    frames = run(pipeline)
+    assert frames.shape == (FRAMES, VIEWS, 3, SIZE, SIZE)
+    assert frames.min() >= 0 and frames.max() <= 1 and frames.std() > 0.01
+
+
+def test_the_generator_decides(pipeline):
+    assert torch.equal(run(pipeline, seed=1), run(pipeline, seed=1))
+    assert not torch.equal(run(pipeline, seed=1), run(pipeline, seed=2))
+
+
+def test_given_noise_is_used(pipeline):
+    noise = torch.randn(FRAMES * VIEWS, 4, 8, 8, generator=torch.Generator("cpu").manual_seed(1))
+    given = pipeline(tiny_video(), AZIMUTHS, ELEVATIONS, latents=noise.unflatten(0, (FRAMES, VIEWS))).frames
+    assert torch.equal(given, run(pipeline, seed=1))
+
+
+def test_output_types(pipeline):
+    images = run(pipeline)
+    array = run(pipeline, output_type="np")
+    assert isinstance(array, np.ndarray)
+    assert np.array_equal(array, images.permute(0, 1, 3, 4, 2).numpy())
+    latents = run(pipeline, output_type="latent")
+    assert latents.shape == (FRAMES, VIEWS, 4, 8, 8)
+    assert torch.equal(pipeline.decode_latents(latents.flatten(0, 1)).unflatten(0, (FRAMES, VIEWS)), images)
+    pair = pipeline(
+        tiny_video(), AZIMUTHS, ELEVATIONS, generator=torch.Generator("cpu").manual_seed(0), return_dict=False
+    )
+    assert isinstance(pair, tuple) and torch.equal(pair[0], images)
+
+
+def test_chunks_do_not_matter(pipeline):
+    torch.testing.assert_close(run(pipeline, decode_chunk_size=1), run(pipeline), atol=1e-5, rtol=0)
+
+
+def test_callback_sees_and_replaces_latents(pipeline):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors["latents"].shape))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = run(pipeline, output_type="latent", callback_on_step_end=callback)
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert [time for _, time, _ in seen] == sorted((time for _, time, _ in seen), reverse=True)
+    assert seen[0][1] == pytest.approx(0.25 * math.log(700), rel=1e-4)
+    assert seen[0][2] == (FRAMES * VIEWS, 4, 8, 8)
+    assert not latents.any()
+
+
+def test_conditions_matter(pipeline):
+    base = run(pipeline, output_type="latent")
+    other_video = run(pipeline, video=tiny_video(seed=5), output_type="latent")
+    with_views = run(pipeline, reference_views=tiny_video(VIEWS, seed=3), output_type="latent")
+    generator = torch.Generator("cpu").manual_seed(0)
+    other_angles = pipeline(tiny_video(), [10.0, 200.0], ELEVATIONS, generator=generator, output_type="latent").frames
+    for other in (other_video, with_views, other_angles):
+        assert (other - base).abs().max() > 1e-3
+
+
+def count_batches(pipeline, monkeypatch) -> list[int]:
+    sizes = []
+    forward = pipeline.unet.forward
+
+    def counting(sample, *args, **kwargs):
+        sizes.append(len(sample))
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.unet, "forward", counting)
+    return sizes
+
+
+def test_guidance_of_one_is_one_forward(pipeline, monkeypatch):
+    sizes = count_batches(pipeline, monkeypatch)
+    alone = run(pipeline, guidance=Guidance(GuidanceKind.CONSTANT, 1.0), output_type="latent")
+    assert sizes == [FRAMES * VIEWS] * 3
+    both = run(pipeline, guidance=Guidance(GuidanceKind.LINEAR, 1.0, 1.0), output_type="latent")
+    assert sizes[3:] == [2 * FRAMES * VIEWS] * 3
+    torch.testing.assert_close(alone, both, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_extrapolates(pipeline):
+    """With one step the result is affine in the scale."""
+    one, two, three = (
+        run(pipeline, guidance=Guidance(GuidanceKind.CONSTANT, s), num_inference_steps=1, output_type="latent")
+        for s in (1.0, 2.0, 3.0)
+    )
+    torch.testing.assert_close(three - two, two - one, atol=1e-2, rtol=1e-3)
+    assert (two - one).abs().max() > 0.1
+
+
+def test_guidance_scales():
+    ramp = Guidance(GuidanceKind.LINEAR, 2.0).scales(12, 4)
+    assert ramp[0, 0] == 1 and ramp[-1, -1] == 2 and torch.all(ramp.flatten().diff() > 0)
+    both = Guidance(GuidanceKind.SPATIOTEMPORAL, 2.5, 1.5).scales(5, 8)
+    assert both.max() == pytest.approx(1.5 + 0.5 * (1 + 6 / 7), abs=1e-6)
+    assert Guidance(GuidanceKind.SPATIOTEMPORAL, 2.5, 1.5).scales(1, 1).item() == 1.5
+    assert Guidance(GuidanceKind.LINEAR, 2.0).scales(1, 1).item() == 1.0
+    with pytest.raises(InputError, match="kind"):
+        Guidance.from_config({"kind": "stronger", "scale": 2, "min_scale": 1})
+    config = Guidance(GuidanceKind.SPATIOTEMPORAL, 2.5, 1.5).to_config()
+    assert Guidance.from_config(config) == Guidance(GuidanceKind.SPATIOTEMPORAL, 2.5, 1.5)
+
+
+def test_strength_runs_the_end_of_the_schedule(pipeline, monkeypatch):
+    start = torch.rand(FRAMES, VIEWS, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
+    clean = pipeline.encode_images(start.flatten(0, 1)) * pipeline.vae.config.scaling_factor
+    distances = []
+    for strength, steps in ((0.1, 1), (0.5, 5), (1.0, 10)):
+        assert pipeline.steps_to_run(10, strength) == steps
+        sizes = count_batches(pipeline, monkeypatch)
+        latents = run(
+            pipeline, initial_views=start, strength=strength, num_inference_steps=10, output_type="latent",
+            guidance=Guidance(GuidanceKind.CONSTANT, 1.0),
+        )  # fmt: skip
+        assert len(sizes) == steps
+        monkeypatch.undo()
+        distances.append((latents.flatten(0, 1) - clean).abs().mean().item())
+    assert distances[0] < 0.02 < distances[1] < distances[2]
+
+
+def test_sampler_recovers_a_known_image(pipeline, monkeypatch):
+    """With a network that knows the answer, every start and strength ends at it."""
+    answer = torch.randn(FRAMES * VIEWS, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+
+    def perfect(sample, timestep, *args, **kwargs):
+        sigma = torch.exp(4 * timestep)
+        noisy = sample[:, :4] * (sigma**2 + 1).sqrt()
+        return ((noisy / (sigma**2 + 1) - answer) * (sigma**2 + 1).sqrt() / sigma,)
+
+    monkeypatch.setattr(pipeline.unet, "forward", perfect)
+    start = torch.rand(FRAMES, VIEWS, 3, SIZE, SIZE)
+    plain = Guidance(GuidanceKind.CONSTANT, 1.0)
+    for arguments in ({}, {"initial_views": start, "strength": 0.6}):
+        latents = run(pipeline, num_inference_steps=5, guidance=plain, output_type="latent", **arguments)
+        torch.testing.assert_close(latents.flatten(0, 1), answer, atol=1e-3, rtol=1e-3)
+
+
+def test_saved_and_loaded(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = StableVideo4D2Pipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert dict(loaded.config).items() >= {"camera_dims": CAMERA_DIMS, "num_frames": FRAMES}.items()
+    assert set(loaded.components) == {"vae", "image_encoder", "unet", "scheduler"}
+    assert torch.equal(run(loaded), run(pipeline))
+
+
+def embedded_pipeline() -> StableVideo4D2Pipeline:
+    vae = PatchAutoencoder(in_channels=4, latent_channels=16, patch_size=2)
+    encoder = PooledImageEncoder(in_channels=4, width=8, embedding_dim=16)
+    unet = tiny_unet(in_channels=32, out_channels=16, reference_channels=16)
+    pipeline = StableVideo4D2Pipeline(
+        vae, encoder, unet, released_scheduler(), num_frames=FRAMES, num_views=VIEWS, image_size=SIZE,
+        num_inference_steps=3, camera_dims=CAMERA_DIMS,
+        guidance=Guidance(GuidanceKind.CONSTANT, 1.0).to_config(),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_components_of_this_package_saved_and_loaded(tmp_path):
+    pipeline = embedded_pipeline()
+    video = tiny_video(channels=4)
+    frames = run(pipeline, video=video)
+    assert frames.shape == (FRAMES, VIEWS, 4, SIZE, SIZE)
+    pipeline.save_pretrained(tmp_path)
+    loaded = StableVideo4D2Pipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.vae, PatchAutoencoder) and isinstance(loaded.image_encoder, PooledImageEncoder)
+    assert torch.equal(run(loaded, video=video), frames)
+
+
+def test_offloaded_runs_are_the_same():
+    pipeline = tiny_pipeline()
+    expected = run(pipeline)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(run(pipeline), expected)
+    assert torch.equal(run(pipeline), expected)
+    for kind in ("block_level", "leaf_level"):
+        pipeline = tiny_pipeline()
+        pipeline.unet.enable_group_offload(torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
+        assert torch.equal(run(pipeline), expected)
+
+
+def test_low_precision_is_close(pipeline):
+    expected = run(pipeline, output_type="latent")
+    low = tiny_pipeline().to(torch.bfloat16)
+    latents = run(low, output_type="latent")
+    assert latents.dtype == torch.float32
+    assert (latents - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_other_lengths_and_view_counts(pipeline):
+    generator = torch.Generator("cpu").manual_seed(0)
+    for frames, views in ((1, 1), (5, 3)):
+        output = pipeline(tiny_video(frames), [30.0] * views, [0.0] * views, generator=generator).frames
+        assert output.shape == (frames, views, 3, SIZE, SIZE)
+
+
+GOOD = {"video": tiny_video(), "azimuths_deg": AZIMUTHS, "elevations_deg": ELEVATIONS}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video": tiny_video(channels=4)}, "video must be"),
+        ({"video": tiny_video() * 255}, r"video must be in \[0, 1\]"),
+        ({"video": tiny_video() * float("nan")}, "NaN"),
+        ({"video": tiny_video()[..., :14]}, "multiples of 4"),
+        ({"elevations_deg": [0.0]}, "2 and 1"),
+        ({"azimuths_deg": [], "elevations_deg": []}, "at least one"),
+        ({"reference_views": tiny_video(1)}, "reference_views"),
+        ({"initial_views": tiny_video()}, "initial_views"),
+        ({"strength": 0.0}, "strength"),
+        ({"strength": 0.5}, "initial_views"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"output_type": "gif"}, "output_type"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback"),
+        ({"latents": torch.zeros(1, 2, 4, 8, 8)}, "latents"),
+        ({"decode_chunk_size": 0}, "decode_chunk_size"),
+    ],
+)
+def test_bad_arguments(pipeline, change, message):
+    with pytest.raises(InputError, match=message):
+        pipeline(**{**GOOD, **change})
+
+
+def test_angles():
+    polar, azimuth = camera_angles([-30.0, 390.0], [10.0, -90.0])
+    torch.testing.assert_close(azimuth.rad2deg(), torch.tensor([330.0, 30.0], dtype=torch.float64))
+    torch.testing.assert_close(polar.rad2deg(), torch.tensor([80.0, 180.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(576, 576), (320, 260), (500, 200), (64, 64)])
+def test_clip_preprocessing_is_that_of_diffusers(size):
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    if max(size) > 224:
+        resized = _resize_with_antialiasing(images, (224, 224))
+    else:
+        resized = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", align_corners=True)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    torch.testing.assert_close(clip_pixels(images), ((resized + 1) / 2 - mean) / std, atol=1e-5, rtol=1e-5)
