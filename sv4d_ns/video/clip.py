@@ -9,7 +9,6 @@ from typing import cast
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -29,18 +28,19 @@ SHORTEST_DELAY_MS = 10
 DEFAULT_DELAY_MS = 100
 """Animations whose delay is missing or at most 10 ms play at 100 ms a frame, as in every browser."""
 
-CONVERSION = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-)
-"""Chroma up-sampling of YUV video. FFmpeg's default is fast but shifts colours: against the exact pictures of four
-benchmark clips its mean absolute error on the object is 3.27 of 255 levels, green 1.3 to 2.0 levels too dark; with
-these flags 2.90, green within 0.4 (what remains is H.264's own loss)."""
+CONVERSION = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+"""How FFmpeg makes RGB of YUV. Its default is fast but shifts colours: against the exact pictures of four benchmark
+clips its mean absolute error on the object is 3.27 of 255 levels, green 1.3 to 2.0 levels too dark; with these flags
+2.68, green within 0.4 (what remains is H.264's own loss)."""
 
 _BT709_FROM_HEIGHT = 577
 _BT709_FROM_WIDTH = 1280
 """Untagged video at least this large is taken as BT.709, smaller as BT.601, as common players do."""
 
-_UNSPECIFIED_COLORSPACE = 2
+_MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
+"""FFmpeg's numbers for the matrix of a YUV frame (ISO/IEC 23091-2) as its scale filter names them."""
+
+_FULL_RANGE = 2
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 
 
@@ -132,7 +132,7 @@ def _open(path: Path) -> _Film:
             pass
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large a picture ({error}): scale it down.") from error
-    except OSError:
+    except (OSError, SyntaxError):
         return _open_video(path, head)
     return _open_animation(path)
 
@@ -255,7 +255,7 @@ def _walk_animation(path: Path) -> Iterator[Image.Image]:
                 image.seek(index)
                 image.load()
                 yield image
-    except (OSError, EOFError, SyntaxError, ValueError, IndexError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is damaged after frame {index} ({error}): export it again.") from error
 
 
@@ -264,25 +264,18 @@ def _walk_animation(path: Path) -> Iterator[Image.Image]:
 
 def _open_video(path: Path, head: bytes) -> _Film:
     times: list[float] = []
-    hdr = None
     discarded = 0
     with _container(path, head) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or 0) or None
         promised = stream.frames
         duration = _promised_duration(container)
-        try:
-            decoder = _decoder(stream)
-            for packet in container.demux(stream):
-                discarded += packet.is_discard
-                for frame in decoder.decode(packet if packet.size else None):
-                    if frame.is_corrupt:
-                        raise _damaged(path, len(times))
-                    hdr = _HDR_TRANSFERS.get(int(frame.color_trc or 0))
-                    stamp = None if frame.pts is None else float(frame.pts * _time_base(stream))
-                    times.append(len(times) / (rate or FOLDER_FPS) if stamp is None else stamp)
-        except (av.error.FFmpegError, EOFError) as error:
-            raise _damaged(path, len(times)) from error
+        for packet, decoded in _decode(path, container):
+            discarded += packet.is_discard
+            for frame in decoded:
+                stamp = None if frame.pts is None else float(frame.pts * _time_base(stream))
+                times.append(len(times) / (rate or FOLDER_FPS) if stamp is None else stamp)
+        hdr = _HDR_TRANSFERS.get(stream.codec_context.color_trc)
     # containers without a frame count at least say how long they are; two frames of slack for rounding
     short = bool(duration and rate and times and times[-1] - times[0] < duration - 3 / rate - 0.05 * duration)
     if len(times) < promised - discarded or (not promised and short):
@@ -294,18 +287,41 @@ def _open_video(path: Path, head: bytes) -> _Film:
 def _video_frames(path: Path, head: bytes, chosen: set[int]) -> Iterator[np.ndarray]:
     with _container(path, head) as container:
         stream = container.streams.video[0]
-        decoder = _decoder(stream)
         index = 0
-        for packet in container.demux(stream):
-            for frame in decoder.decode(packet if packet.size else None):
+        for _, decoded in _decode(path, container):
+            for frame in decoded:
                 if index in chosen:
-                    yield _upright_rgba(frame, stream)
+                    try:
+                        yield _upright_rgba(frame, stream)
+                    except av.error.FFmpegError as error:
+                        raise _damaged(path, index) from error
                 index += 1
+
+
+def _decode(path: Path, container: av.container.InputContainer) -> Iterator[tuple[av.Packet, list[av.VideoFrame]]]:
+    """Every packet of the stream with the frames it completes; the first flaw ends it with an `InputError`."""
+    readable = 0
+    stream = container.streams.video[0]
+    try:
+        decoder = _decoder(path, stream)
+        for packet in container.demux(stream):
+            frames = decoder.decode(packet if packet.size else None)
+            for index, frame in enumerate(frames):
+                if frame.is_corrupt:
+                    raise _damaged(path, readable + index)
+            readable += len(frames)
+            yield packet, frames
+    except (av.error.FFmpegError, EOFError) as error:
+        raise _damaged(path, readable) from error
 
 
 def _container(path: Path, head: bytes) -> av.container.InputContainer:
     try:
-        container = av.open(str(path.resolve()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+        container = av.open(
+            str(path.resolve()),
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
+            metadata_errors="replace",
+        )
     except av.error.FFmpegError as error:
         raise _not_a_video(path, head) from error
     if not container.streams.video:
@@ -330,8 +346,11 @@ def _not_a_video(path: Path, head: bytes) -> InputError:
     )
 
 
-def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:
+def _decoder(path: Path, stream: av.VideoStream) -> av.VideoCodecContext:
     """The stream's own decoder, or for VP8 and VP9 with alpha the library that reads it (FFmpeg's default drops it)."""
+    # a stream of an unknown codec has no context, whatever the type annotations say
+    if cast(av.VideoCodecContext | None, stream.codec_context) is None:
+        raise InputError(f"{path} uses a video codec that FFmpeg does not know: export it again as H.264.")
     library = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
     if library is None or {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") != "1":
         return stream.codec_context
@@ -355,19 +374,32 @@ def _promised_duration(container: av.container.InputContainer) -> float | None:
 
 
 def _upright_rgba(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
-    matrix = None
-    if frame.format.name.startswith("yuv") and int(frame.colorspace) == _UNSPECIFIED_COLORSPACE:
-        large = frame.height >= _BT709_FROM_HEIGHT or frame.width >= _BT709_FROM_WIDTH
-        matrix = "ITU709" if large else "ITU601"
     shape = stream.sample_aspect_ratio
-    converted = frame.reformat(
-        width=round(frame.width * shape) if shape and shape > 0 else None,
-        format="rgba",
-        src_colorspace=matrix,
-        interpolation=CONVERSION,
+    width = round(frame.width * shape) if shape and shape > 0 else frame.width
+    full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    # A filter graph, because not every PyAV lets `reformat` ask for accurate conversion
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=_time_base(stream))
+    scale = graph.add(
+        "scale",
+        f"{width}:{frame.height}:{CONVERSION}:in_color_matrix={_matrix(frame)}:in_range={'full' if full else 'limited'}"
+        if frame.format.name.startswith(("yuv", "nv", "p01"))
+        else f"{width}:{frame.height}:{CONVERSION}",
     )
+    form = graph.add("format", "rgba")
+    sink = graph.add("buffersink")
+    source.link_to(scale)
+    scale.link_to(form)
+    form.link_to(sink)
+    graph.configure()
+    graph.vpush(frame)
     # FFmpeg gives the angle of the display matrix counter-clockwise, as numpy turns
-    return np.rot90(converted.to_ndarray(), round(frame.rotation / 90) % 4)
+    return np.rot90(graph.vpull().to_ndarray(), round(frame.rotation / 90) % 4)
+
+
+def _matrix(frame: av.VideoFrame) -> str:
+    large = frame.height >= _BT709_FROM_HEIGHT or frame.width >= _BT709_FROM_WIDTH
+    return _MATRICES.get(int(frame.colorspace), "bt709" if large else "bt601")
 
 
 def _damaged(path: Path, readable: int) -> InputError:
