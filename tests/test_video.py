@@ -341,6 +341,30 @@ def test_bad_files_are_named_in_one_sentence(tmp_path, rolling, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.filterwarnings("ignore:Invalid APNG")
+def test_random_damage_gives_a_clip_or_a_sentence(tmp_path, rolling):
+    pictures = [Image.fromarray(frame) for frame in ball()]
+    for name in ("a.gif", "a.webp", "a.png"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=100)
+    originals = [rolling, *(tmp_path / name for name in ("a.gif", "a.webp", "a.png"))]
+    draw = np.random.default_rng(0)
+    sentences = 0
+    for index in range(120):
+        original = originals[index % len(originals)]
+        data = bytearray(original.read_bytes())
+        for place in draw.integers(0, min(len(data), 800), 5):
+            data[place] = draw.integers(256)
+        path = tmp_path / f"damaged{original.suffix}"
+        path.write_bytes(data)
+        try:
+            clip = read_clip(path)
+            assert clip.frames.dtype == np.uint8 and len(clip.frames) >= 2 and clip.fps > 0
+        except InputError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            sentences += 1
+    assert sentences > 40
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_unreadable_file(tmp_path, rolling):
     path = tmp_path / "secret.mp4"

@@ -1,6 +1,7 @@
 """Any moving picture becomes a `Clip`: RGBA frames as they are meant to be seen, and their rate."""
 
 import re
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,17 @@ from sv4d_ns.errors import InputError
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 ANIMATION_FORMATS = ("GIF", "PNG", "WEBP", "JPEG", "BMP", "TIFF")
 """What Pillow is asked to open. The video-like formats it also knows are left to FFmpeg."""
+
+_PICTURE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on damaged pictures (found by feeding it some thousand of them)."""
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,ogg,asf,h264,hevc,m4v,ivf,nut,gif,apng"
 """FFmpeg demuxers allowed to open a file. Play lists and scripts, which name other files, are not among them."""
@@ -41,6 +53,9 @@ _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "b
 """FFmpeg's numbers for the matrix of a YUV frame (ISO/IEC 23091-2) as its scale filter names them."""
 
 _FULL_RANGE = 2
+_MOST_OBLONG = 4
+"""Pixels said to be wider or taller than this are a damaged header: real video stays below 2.5."""
+
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 
 
@@ -218,7 +233,7 @@ def _read_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=ANIMATION_FORMATS) as image:
             return _rgba(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _PICTURE_ERRORS as error:
         raise InputError(f"{path} cannot be read as a picture ({error}): export it again.") from error
 
 
@@ -255,7 +270,7 @@ def _walk_animation(path: Path) -> Iterator[Image.Image]:
                 image.seek(index)
                 image.load()
                 yield image
-    except (OSError, EOFError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError) as error:
+    except _PICTURE_ERRORS as error:
         raise InputError(f"{path} is damaged after frame {index} ({error}): export it again.") from error
 
 
@@ -375,7 +390,8 @@ def _promised_duration(container: av.container.InputContainer) -> float | None:
 
 def _upright_rgba(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
     shape = stream.sample_aspect_ratio
-    width = round(frame.width * shape) if shape and shape > 0 else frame.width
+    oblong = shape is not None and 1 / _MOST_OBLONG <= shape <= _MOST_OBLONG
+    width = round(frame.width * shape) if shape and oblong else frame.width
     full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
     # A filter graph, because not every PyAV lets `reformat` ask for accurate conversion
     graph = av.filter.Graph()
