@@ -6,6 +6,7 @@ of diffusers' EulerDiscreteScheduler with v-prediction and continuous time steps
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from typing import Any
 
@@ -25,6 +26,7 @@ from sv4d_ns.diffusion.guidance import Guidance, guide
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 from sv4d_ns.errors import InputError
 
+OWN_COMPONENTS = "sv4d_ns.diffusion.embedded.modules"
 OUTPUT_TYPES = ("pt", "np", "latent")
 # JSON types, which is what diffusers compares a saved pipeline with
 RELEASED_CAMERA_DIMS = [256, 512, 512]
@@ -123,6 +125,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         cls, pretrained_model_name_or_path: str | PathLike[Any], **kwargs: Any
     ) -> "StableVideo4D2Pipeline":
         """A saved pipeline; only safetensors weights are read. Arguments as in diffusers."""
+        # diffusers finds component classes only in modules that are imported already
+        import_module(OWN_COMPONENTS)
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
