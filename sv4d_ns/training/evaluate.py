@@ -29,8 +29,6 @@ from sv4d_ns.training.report import on_white, sample_views
 FIRST_EVALUATED = HELD_OUT_SEEDS.start + 1000
 """Evaluated creatures follow this seed; the ones of the training sheets come before it."""
 
-MEAN_IMAGE_OBJECTS = 300
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -42,10 +40,14 @@ class EvaluateConfig:
     """Held-out creatures."""
     frames: int = 8
     """Frames of each clip, a twentieth of the motion apart."""
+    mean_image_objects: int = 300
+    """Training creatures in the mean picture of a view."""
     steps: tuple[int, ...] = ()
     """Numbers of sampling steps to compare; the model's own by default."""
     sigma_max: tuple[float, ...] = ()
     """First noise levels to compare; the model's own by default."""
+    sigma_min: float | None = None
+    """Last noise level; the model's own by default."""
     threads: int = 2
     """CPU threads."""
     seed: int = 0
@@ -93,7 +95,7 @@ def as_floats(pictures: UInt8[np.ndarray, "... h w 4"]) -> Float[np.ndarray, "..
     return np.concatenate([on_white(pictures), pictures[..., 3:] / 255.0], axis=-1)
 
 
-def mean_views(size: int, objects: int = MEAN_IMAGE_OBJECTS, plan: ViewPlan = ViewPlan.EMBEDDED) -> np.ndarray:
+def mean_views(size: int, objects: int, plan: ViewPlan = ViewPlan.EMBEDDED) -> np.ndarray:
     """Mean picture of training creatures from each view, [v, h, w, 4] in [0, 1]; elevations as in the evaluation."""
     rng = np.random.default_rng(TRAINING_SEEDS.start)
     total = np.zeros((plan.num_views, size, size, 4))
@@ -154,25 +156,28 @@ def evaluate(config: EvaluateConfig) -> list[Scores]:
     folder = config.model or embedded_folder()
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} holds no model (no model_index.json): give --model the 'model' folder of a run.")
-    pipeline = StableVideo4D2Pipeline.from_pretrained(folder).to(torch.float32)
+    pipeline = StableVideo4D2Pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.config.image_size
     clips = [held_out_clip(index, config.frames, size) for index in range(config.objects)]
     truth = [as_floats(clip.views) for clip in clips]
     rows = [
         score("copy of the input frame", [as_floats(clip.inputs)[:, None] for clip in clips], truth),
-        score("mean training picture of the view", [mean_views(size)[None]] * len(clips), truth),
+        score(
+            "mean training picture of the view", [mean_views(size, config.mean_image_objects)[None]] * len(clips), truth
+        ),
     ]
-    own_sigma = pipeline.scheduler.config.sigma_max
-    for sigma_max in config.sigma_max or (own_sigma,):
-        settings = {**pipeline.scheduler.config, "sigma_max": sigma_max}
+    own = pipeline.scheduler.config
+    sigma_min = own.sigma_min if config.sigma_min is None else config.sigma_min
+    for sigma_max in config.sigma_max or (own.sigma_max,):
+        settings = {**own, "sigma_max": sigma_max, "sigma_min": sigma_min}
         pipeline.scheduler = EulerDiscreteScheduler.from_config(settings)
         for steps in config.steps or (pipeline.config.num_inference_steps,):
             pipeline.register_to_config(num_inference_steps=steps)
             began = time.monotonic()
             made = [sample_clip(pipeline, clip, ViewPlan.EMBEDDED, config.seed + i) for i, clip in enumerate(clips)]
             seconds = (time.monotonic() - began) / sum(clip.views.shape[0] * clip.views.shape[1] for clip in clips)
-            rows.append(score(f"model, {steps} steps, sigma_max {sigma_max:g}", made, truth, seconds))
+            rows.append(score(f"model, {steps} steps, sigma {sigma_max:g} to {sigma_min:g}", made, truth, seconds))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 

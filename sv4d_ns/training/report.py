@@ -102,4 +102,5 @@ def sample_views(
     alpha = inputs[..., 3:].astype(np.float64) / 255.0
     video = torch.from_numpy(np.concatenate([on_white(inputs), alpha], axis=-1)).float().permute(0, 3, 1, 2)
     generator = torch.Generator().manual_seed(seed)
-    return pipeline(video, list(azimuths), [0.0] * len(azimuths), generator=generator).frames
+    output = pipeline(video, list(azimuths), [0.0] * len(azimuths), generator=generator, return_dict=False)
+    return torch.as_tensor(output[0])

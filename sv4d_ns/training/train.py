@@ -50,9 +50,9 @@ class TrainConfig:
     """Checkpoints, losses, sample sheets and the exported model go here."""
     seed: int = 2026
     """Of weights, data and noise."""
-    steps_3d: int = 2700
+    steps_3d: int = 3200
     """Steps on single moments (T = 1)."""
-    steps_4d: int = 1300
+    steps_4d: int = 1500
     """Steps on clips, mixed with single moments, after the first stage."""
     objects_3d: int = 4
     """Objects in a batch of single moments."""

@@ -32,4 +32,5 @@ def load_embedded_pipeline(
     folder = embedded_folder()
     if not (folder / "model_index.json").is_file():
         raise InputError(f"The embedded model is missing from {folder}: reinstall sv4d-ns or run 'sv4d train'.")
-    return StableVideo4D2Pipeline.from_pretrained(folder).to(device, dtype or torch.float32)
+    pipeline = StableVideo4D2Pipeline.from_pretrained(folder).to(device)  # float16 on disk, float32 as loaded
+    return pipeline if dtype in (None, torch.float32) else pipeline.to(dtype)

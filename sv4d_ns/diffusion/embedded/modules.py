@@ -1,6 +1,7 @@
 """The two small parts of the embedded model beside its UNet: a linear patch autoencoder and an image encoder."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -62,6 +63,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     EQUALISATION = 0.5
+    config: Any  # untyped because diffusers adds its attributes at run time
 
     @register_to_config
     def __init__(
