@@ -112,7 +112,9 @@ class DiffusionSynthesizer:
     image_size: int
     plan: ViewPlan
     num_inference_steps: int | None = None
-    """Denoising steps; None takes the pipeline's own default."""
+    """Denoising steps of `generate`; None takes the pipeline's own default."""
+    refine_inference_steps: int | None = None
+    """Denoising steps of the whole schedule `refine` runs the last part of; None takes the pipeline's own default."""
 
     def default_plan(self) -> ViewPlan:
         return self.plan
@@ -122,13 +124,18 @@ class DiffusionSynthesizer:
 
         config = {key: value for key, value in self.pipeline.config.items() if not key.startswith("_")}
         scalars = {key: value for key, value in config.items() if isinstance(value, int | float | str | bool)}
-        steps = self.num_inference_steps
-        return {"model": self.name, "code": __version__, "num_inference_steps": steps, "pipeline": scalars}
+        return {
+            "model": self.name,
+            "code": __version__,
+            "num_inference_steps": self.num_inference_steps,
+            "refine_inference_steps": self.refine_inference_steps,
+            "pipeline": scalars,
+        }
 
     def generate(
         self, frames: UInt8[np.ndarray, "t s s 4"], plan: ViewPlan, *, seed: int, store: Path, progress: Progress
     ) -> UInt8[np.ndarray, "t v s s 4"]:
-        return self._run(frames, plan, seed=seed, store=store, progress=progress)
+        return self._run(frames, plan, self.num_inference_steps, seed=seed, store=store, progress=progress)
 
     def refine(
         self,
@@ -142,13 +149,21 @@ class DiffusionSynthesizer:
         progress: Progress,
     ) -> UInt8[np.ndarray, "t v s s 4"]:
         return self._run(
-            frames, plan, seed=seed, store=store, progress=progress, initial_views=renders, strength=strength
+            frames,
+            plan,
+            self.refine_inference_steps,
+            seed=seed,
+            store=store,
+            progress=progress,
+            initial_views=renders,
+            strength=strength,
         )
 
     def _run(
         self,
         frames: UInt8[np.ndarray, "t s s 4"],
         plan: ViewPlan,
+        num_inference_steps: int | None,
         *,
         seed: int,
         store: Path,
@@ -172,10 +187,13 @@ class DiffusionSynthesizer:
             on_progress=progress,
             initial_views=initial,
             strength=strength,
-            num_inference_steps=self.num_inference_steps,
+            num_inference_steps=num_inference_steps,
         )
         return from_model_space(grid)
 
+
+EMBEDDED_REFINE_STEPS = 8
+"""Denoising steps of the embedded model's full schedule in stage 2, of which `strength` is run."""
 
 SynthesisChoice = Literal["auto", "embedded", "official"]
 
@@ -206,11 +224,12 @@ def load_synthesizer(
         from sv4d_ns.diffusion.checkpoints import load_official_pipeline
 
         pipeline, name = load_official_pipeline(device), "stabilityai/sv4d2.0"
-        plan, size = ViewPlan.OFFICIAL_8, 576
+        plan, size, refine_steps = ViewPlan.OFFICIAL_8, 576, None
     else:
         from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 
         pipeline, name = load_embedded_pipeline(device), "sv4d_ns embedded"
-        plan, size = ViewPlan.EMBEDDED, 64
-    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps)
+        # it generates in so few steps that "half of its schedule" would be one
+        plan, size, refine_steps = ViewPlan.EMBEDDED, 64, EMBEDDED_REFINE_STEPS
+    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, refine_steps)
     return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."
