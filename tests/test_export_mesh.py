@@ -81,6 +81,20 @@ def test_floaters_and_cavities_are_removed():
     np.testing.assert_allclose(np.sort(littered.vertices, axis=0), np.sort(clean.vertices, axis=0), atol=1e-5)
 
 
+def test_what_the_renderer_skips_is_not_in_the_mesh(limb, mesh):
+    class Parked(SwingingLimb):
+        """A large part stands where the renderer never looks."""
+
+        def distance(self, x):
+            return torch.minimum(super().distance(x), torch.linalg.norm(x + 0.35, dim=-1) - 0.15)
+
+    seen = canonical_mesh(opacity_grid(Parked(), 64, possible=lambda x: limb.distance(x) < 0.05), max_faces=4000)
+    np.testing.assert_allclose(seen.vertices, mesh.vertices, atol=1e-6)
+    assert len(canonical_mesh(opacity_grid(Parked(), 64)).faces) > 1.2 * len(
+        canonical_mesh(opacity_grid(limb, 64)).faces
+    )
+
+
 def test_vertices_follow_the_known_inverse(limb, mesh):
     tracks = follow_vertices(limb, mesh, TIMES)
     error = np.linalg.norm(tracks.positions - truth(limb, mesh.vertices, TIMES), axis=-1)

@@ -4,8 +4,10 @@ Heavy packages are imported inside functions, so that help and wrong paths answe
 """
 
 import ctypes
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,8 @@ class FinishedRun:
     """What an export needs of a finished run."""
 
     field: "AnimatedField"
+    possible: Callable[[Any], Any]
+    """Whether canonical points [n, 3] may hold the object, as the run's renderer sees it (bool [n])."""
     views: "ViewGrid"
     """What the field was fitted to: times, frame rate, cameras, provenance."""
     name: str
@@ -98,10 +102,16 @@ def load_run(load_config: Path) -> FinishedRun:
     grid = pipeline.datamanager.grid
     return FinishedRun(
         field=pipeline.model.field,
+        possible=lambda x: _occupied_at_rest(pipeline.model, x),
         views=grid,
         name=config.experiment_name or config.method_name,
         extras=_extras(grid.provenance, config.method_name, step),
     )
+
+
+def _occupied_at_rest(model: Any, x: Any) -> Any:
+    """The renderer's own empty-space test at the time whose shape is the canonical one."""
+    return model.occupancy.is_occupied(x, x.new_full((len(x), 1), model.field.config.canonical_time))
 
 
 def _check_config_path(load_config: Path) -> None:
@@ -146,7 +156,7 @@ def make_mesh(
     from sv4d_ns.export.mesh import animate, canonical_mesh, follow_vertices, opacity_grid, surface_colors
 
     sampling = progress.add_task("sampling the field", total=resolution)
-    grid = opacity_grid(run.field, resolution, advance=lambda: progress.advance(sampling))
+    grid = opacity_grid(run.field, resolution, run.possible, advance=lambda: progress.advance(sampling))
     canonical = canonical_mesh(grid, max_faces)
     following = progress.add_task("following the vertices", total=run.views.num_frames)
     tracks = follow_vertices(run.field, canonical, run.views.times, advance=lambda: progress.advance(following))
@@ -295,6 +305,16 @@ def run(arguments: Sequence[str], program: str) -> None:
         # nerfstudio marks its union the same way: booleans take a value
         command = tyro.cli(commands(), prog=program, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
     command.main()
+
+
+def installed_command() -> str:
+    """How to reach the exporters in this environment: "ns-export", or "sv4d export" where nerfstudio's script won.
+
+    Both packages install a script of that name and the last one written stays (docs/export.md).
+    """
+    script = shutil.which("ns-export", path=sysconfig.get_path("scripts"))
+    ours = script is not None and entrypoint.__module__.encode() in Path(script).read_bytes()
+    return "ns-export" if ours else "sv4d export"
 
 
 def entrypoint() -> None:

@@ -153,8 +153,18 @@ def _box(field: AnimatedField) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ canonical mesh
 
 
-def opacity_grid(field: AnimatedField, resolution: int, advance: Callable[[], None] | None = None) -> OpacityGrid:
-    """Sample the canonical density on `resolution`^3 nodes; `advance` is called once per plane.
+def opacity_grid(
+    field: AnimatedField,
+    resolution: int,
+    possible: Callable[[Tensor], Tensor] | None = None,
+    advance: Callable[[], None] | None = None,
+) -> OpacityGrid:
+    """Sample the canonical density on `resolution`^3 nodes.
+
+    Args:
+        possible: whether canonical points [n, 3] may hold the object (bool [n]). A renderer that skips empty space
+            never shows what the field has elsewhere, so training never removed it. None: everywhere.
+        advance: called once per plane of nodes.
 
     Raises:
         InputError: the resolution is below 16.
@@ -164,10 +174,13 @@ def opacity_grid(field: AnimatedField, resolution: int, advance: Callable[[], No
     low, high = _box(field)
     axes = [np.linspace(low[i], high[i], resolution, dtype=np.float32) for i in range(3)]
     step = OPACITY_STEP * float((high - low).max())
+    seen = field.canonical_density
+    if possible is not None:
+        seen = lambda x: field.canonical_density(x) * possible(x)  # noqa: E731
     planes = []
     for x in axes[0]:
         points = np.stack(np.meshgrid(x, axes[1], axes[2], indexing="ij"), axis=-1).reshape(-1, 3)
-        density = _evaluate(field.canonical_density, _device_of(field), points)
+        density = _evaluate(seen, _device_of(field), points)
         planes.append((1 - np.exp(-np.maximum(density, 0) * step)).reshape(resolution, resolution))
         if advance is not None:
             advance()
