@@ -1,9 +1,9 @@
 """Fit one benchmark case with the field alone (no nerfstudio, no diffusion model) and report quality and time.
 
-    python benchmarks/field_fit.py CASE_FOLDER --out OUT [--views truth|generated] [--size 128] [--seconds 150]
+    python benchmarks/field_fit.py CASE_FOLDER --out OUT [--views truth|generated] [--size 128] [--set steps=800]
 
-`truth` trains on the input view and the eight nv8 views; `generated` on the input view at --input-size and the nv4 views
-degraded the way a small generator degrades them (64x64, blurred, a slowly varying shift, zoom and colour gain per
+`truth` trains on the input view and the eight nv8 views; `generated` on the input view at --input-size and the nv4
+views degraded the way a small generator degrades them (64x64, blurred, a slowly varying shift, zoom and colour gain per
 view and frame). Judged on the two elevated views, the input camera and the geometry.
 """
 
@@ -97,9 +97,11 @@ class FitConfig:
     n_samples: int = 128
     lr_encoding: float = 1e-2
     lr_heads: float = 3e-3
-    lr_deformation: float = 2e-3
+    lr_deformation: float = 3e-3
     occupancy_every: int = 2
     hull_margin: float | None = None
+    occupancy_threshold: float = 0.25
+    occupancy_decay: float = 0.7
     seed: int = 0
 
 
@@ -127,7 +129,7 @@ def fit(
     n_frames = views[0].rgb.shape[0]
     canonical = round(field_config.canonical_time * (n_frames - 1))
     field = DeformableField(field_config)
-    occupancy = OccupancyGrid(n_frames)
+    occupancy = OccupancyGrid(n_frames, threshold=config.occupancy_threshold, decay=config.occupancy_decay)
     start = time.perf_counter()
     train = [
         TrainView(v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, torch.full_like(v.alpha, v.weight), v.vote) for v in views

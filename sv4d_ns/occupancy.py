@@ -61,7 +61,7 @@ class OccupancyGrid(nn.Module):
     occupied: Tensor
 
     def __init__(
-        self, bins: int, resolution: int = 64, half_extent: float = 0.57, threshold: float = 1.0, decay: float = 0.5
+        self, bins: int, resolution: int = 64, half_extent: float = 0.57, threshold: float = 0.25, decay: float = 0.7
     ) -> None:
         super().__init__()
         if bins < 1 or resolution < 2:
@@ -70,7 +70,7 @@ class OccupancyGrid(nn.Module):
         self.threshold, self.decay = threshold, decay
         shape = (bins, resolution, resolution, resolution)
         self.register_buffer("hull", torch.ones(shape, dtype=torch.bool))
-        self.register_buffer("density", torch.full(shape, 2 * threshold))
+        self.register_buffer("density", torch.full(shape, 10 * threshold))
         self.register_buffer("occupied", torch.ones(shape, dtype=torch.bool))
 
     @property
@@ -157,7 +157,8 @@ class OccupancyGrid(nn.Module):
             wider.narrow(axis, 1, self.resolution - 1).logical_or_(before)
             wider.narrow(axis, 0, self.resolution - 1).logical_or_(after)
             grown = wider
-        self.occupied[bin_index] = grown & self.hull[bin_index]
+        # A moment without any matter would never be looked at again by a ray: keep all of its hull open instead.
+        self.occupied[bin_index] = grown & self.hull[bin_index] if bool(grown.any()) else self.hull[bin_index]
 
     def is_occupied(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Bool[Tensor, " n"]:
         """Whether points may hold the object at their times (false outside the box)."""

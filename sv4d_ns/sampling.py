@@ -31,9 +31,9 @@ class ScheduleConfig:
     """The frame window has grown to the whole clip (SV4D 2.0's progressive frame sampling)."""
     open_frequencies_at: float = 0.7
     """All frequencies of the deformation are open."""
-    canonical_probability: float = 0.15
+    canonical_probability: float = 0.25
     """Chance that a step draws the canonical frame, so that the shape is not forgotten while the window grows."""
-    frontier_probability: float = 0.35
+    frontier_probability: float = 0.6
     """Chance that a step draws one of the frames newest to the window (the badly fitted ones)."""
     low_resolution: float = 0.5
     """Image scale of the first steps."""

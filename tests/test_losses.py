@@ -87,16 +87,26 @@ def test_distortion_equals_the_double_sum() -> None:
     counts = torch.tensor([4, 0, 1, 7])
     rays = torch.repeat_interleave(torch.arange(4), counts)
     distances = torch.cat([torch.rand(int(c)).sort().values for c in counts])
-    weights = torch.rand(len(rays), requires_grad=True)
+    weights = (torch.rand(len(rays)) / 8).requires_grad_()
     samples = RaySamples(rays, distances, 0.03, 4)
-    expected = torch.zeros(())
-    for ray in range(4):
-        w, s = weights[rays == ray], distances[rays == ray]
-        expected = expected + (w[:, None] * w * (s[:, None] - s).abs()).sum() + 0.03 / 3 * w.square().sum()
+    expected, total = torch.zeros(()), 0.0
+    for ray in (0, 2, 3):
+        alpha = weights[rays == ray].sum()
+        w, s = weights[rays == ray] / alpha, distances[rays == ray]
+        spread = (w[:, None] * w * (s[:, None] - s).abs()).sum() + 0.03 / 3 * w.square().sum()
+        expected, total = expected + alpha.detach() * spread, total + alpha.item()
     value = losses.distortion(weights, samples)
-    assert value.item() == pytest.approx(expected.item() / 4, rel=1e-5)
+    assert value.item() == pytest.approx(expected.item() / total, rel=1e-5)
     ours = torch.autograd.grad(value, weights)[0]
-    torch.testing.assert_close(ours, torch.autograd.grad(expected / 4, weights)[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected / total, weights)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_distortion_does_not_ask_for_transparency() -> None:
+    weights = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+    samples = RaySamples(torch.zeros(3, dtype=torch.long), torch.tensor([1.0, 1.1, 1.3]), 0.1, 1)
+    gradient = torch.autograd.grad(losses.distortion(weights, samples), weights)[0]
+    assert (gradient * weights).sum().item() == pytest.approx(0, abs=1e-7)  # scaling all weights changes nothing
+    assert gradient.abs().max() > 1e-3
 
 
 def test_normal_smoothness_separates_planes_from_bumps() -> None:

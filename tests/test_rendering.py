@@ -275,6 +275,14 @@ def test_update_empties_empty_space_and_finds_what_moved_in() -> None:
     assert occupancy.occupied[0].flatten()[distance < 0.3].all()
 
 
+def test_a_moment_that_lost_its_object_stays_open() -> None:
+    occupancy = OccupancyGrid(bins=2, resolution=16)
+    occupancy.hull[:, :8] = False
+    for _ in range(40):
+        occupancy.update(ball_field(radius=-1.0), 1)
+    assert torch.equal(occupancy.occupied[1], occupancy.hull[1])
+
+
 def test_grid_state_survives_a_checkpoint() -> None:
     occupancy = OccupancyGrid(bins=2, resolution=12)
     occupancy.update(ball_field(0.2), 0)

@@ -38,9 +38,12 @@ class DeformableFieldConfig:
     max_density: float = 200.0
     """Density is max_density * sigmoid(logit), per world unit: bounded, so the surface is the level set logit = 0 and
     a 1/65 unit step through the object is 95 % opaque."""
+    initial_density_share: float = 1.0
+    """Share of max_density in force while `progress` is 0; grows to 1 with it. A softer object is felt from further
+    away, so that motion can find it."""
     initial_logit: float = -4.5
     """Density logit of the untrained field (about 2 per unit: a visible fog that images can carve)."""
-    logit_gain: float = 5.0
+    logit_gain: float = 2.0
     """Factor on the network's density output: how fast fog can become a surface."""
     bounds_resolution: int = 64
     """Cells a side of the grid that bounds the canonical object (see `DeformableField.confine`)."""
@@ -127,6 +130,9 @@ class DeformableField(nn.Module):
         self.color_head = _mlp([config.geometry_features, config.hidden_width, 3])
         inputs = 3 * (1 + 2 * config.space_frequencies) + 1 + 2 * config.time_frequencies
         self.deformation_net = _mlp([inputs] + [config.deformation_width] * config.deformation_layers + [3])
+        for layer in self.density_head:
+            if isinstance(layer, nn.Linear):  # so that the untrained density is initial_logit's, whatever the seed
+                nn.init.zeros_(layer.bias)
         last = self.deformation_net[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -158,14 +164,15 @@ class DeformableField(nn.Module):
         self.bounds.copy_(hull)
 
     def set_progress(self, fraction: float) -> None:
-        """Open the deformation's frequencies: 0 = none beyond the raw coordinates, 1 = all (the default)."""
+        """Open the deformation's time frequencies: 0 = the lowest octave only, 1 = all (the default)."""
         self.progress.fill_(min(max(fraction, 0.0), 1.0))
 
     def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
         """World-unit offset from observed points at time t in [0, 1] to canonical points (zero at canonical_time)."""
         c, progress = self.config, float(self.progress)
-        # The lowest octave is open from the start: raw time alone gives only motion along straight, even paths.
-        space = frequency_encoding(x / c.half_extent, c.space_frequencies, 1 + progress * (c.space_frequencies - 1))
+        # Only time is annealed (as in SV4D): neighbouring limbs move apart from the first moving frame on. Its lowest
+        # octave is open from the start: raw time alone gives only straight, even motion.
+        space = frequency_encoding(x / c.half_extent, c.space_frequencies, c.space_frequencies)
         time = frequency_encoding(t, c.time_frequencies, 1 + progress * (c.time_frequencies - 1))
         gate = torch.tanh((t - c.canonical_time).abs() / c.gate_width)
         return gate * self.deformation_net(torch.cat([space, time], -1))
@@ -231,7 +238,8 @@ class DeformableField(nn.Module):
         return self.config.logit_gain * hidden[:, 0] + self.config.initial_logit, hidden[:, 1:]
 
     def _density(self, logit: Tensor) -> Tensor:
-        return self.config.max_density * torch.sigmoid(logit)
+        soft = self.config.initial_density_share
+        return self.config.max_density * (soft + (1 - soft) * float(self.progress)) * torch.sigmoid(logit)
 
     def _possible(self, xc: Tensor) -> Tensor:
         """Whether canonical points lie in a cell that may hold the object."""
