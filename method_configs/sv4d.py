@@ -31,7 +31,7 @@ method = MethodSpecification(
                 "scheduler": DecaySchedulerConfig(max_steps=STEPS),
             },
             "deformation": {
-                "optimizer": FusedAdamConfig(lr=2e-3),
+                "optimizer": FusedAdamConfig(lr=3e-3),
                 "scheduler": DecaySchedulerConfig(max_steps=STEPS),
             },
         },

@@ -231,7 +231,7 @@ class SV4DDataManager(VanillaDataManager):
     def use_grid(self, grid: "ViewGrid", folder: Path) -> None:
         """Serve another grid from now on (stage 2 calls this with its refined views)."""
         self.grid = grid
-        self.__dict__.pop("_sampler", None)  # it belongs to the old grid
+        self.__dict__.pop("batch_sampler", None)  # it belongs to the old grid
         self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid))
         self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid))
         self.train_dataparser_outputs = self.train_dataset._dataparser_outputs
@@ -260,13 +260,14 @@ class SV4DDataManager(VanillaDataManager):
         self.train_count += 1
         if self.test_mode != "val":
             return self._first_frame_rays(), {}
-        batch = self._sampler.draw(step, self.frame_window(step), self.canonical_frame)
+        batch = self.batch_sampler.draw(step, self.frame_window(step), self.canonical_frame)
         bundle = _ray_bundle(batch)
         bundle.metadata = {"jitter": batch.jitter[:, None], "background": batch.background.expand(len(bundle), 3)}
         return bundle, {"batch": batch}
 
     @cached_property
-    def _sampler(self) -> "BatchSampler":
+    def batch_sampler(self) -> "BatchSampler":
+        """Draws the training rays of the grid in use."""
         return self._make_sampler(rays=self.config.train_num_rays_per_batch, patches=self.config.patches)
 
     def _make_sampler(self, rays: int, patches: int) -> "BatchSampler":

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from sv4d_ns import losses, sampling
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.losses import LossWeights
-from sv4d_ns.occupancy import HullView
+from sv4d_ns.occupancy import HullView, OccupancyGrid
 from sv4d_ns.rendering import RenderOutput, pixel_rays
 from sv4d_ns.sampling import PixelSampler, ScheduleConfig, Window
 from sv4d_ns.views import ViewGrid
+from sv4d_ns.visibility import angular_weight, view_weights
 
 INPUT_VIEW = 0
 
@@ -53,8 +55,10 @@ class TrainView:
     rgb: Float[Tensor, "t h w 3"]
     """sRGB on white, [0, 1]."""
     alpha: Float[Tensor, "t h w"]
+    confidence: Float[Tensor, "t h w"]
+    """How far a pixel is believed, 0..1: 1 in the input view, else the grid's own confidence."""
     weight: Float[Tensor, "t h w"]
-    """How much a pixel counts, 0..1."""
+    """How much a pixel counts: confidence times visibility (by angle alone until the surface is known)."""
     vote: float
     """Share of the votes it takes to carve a point this view sees as empty (1 = its word alone suffices)."""
 
@@ -78,18 +82,9 @@ class Batch:
     patch_side: int
 
 
-def generated_view_weight(angle_deg: float) -> float:
-    """How far a generated view is believed, by its angle from the input: 1 beside it, 0.25 at its back.
-
-    That trust falls with the angle is measured on SV4D 2.0's views by others; the line and its end are ours.
-    """
-    return 1.0 - 0.75 * angle_deg / 180.0
-
-
 def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
     """The views of a grid, the input first and in full weight, with confidence (if known) in the weights."""
     c2w = torch.from_numpy(grid.plan.c2w()).float().to(device)
-    angles = grid.plan.angular_distance_deg()
     azimuths = (0.0, *grid.plan.azimuths_deg)
     views = []
     for number in range(grid.num_views + 1):
@@ -97,9 +92,10 @@ def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
         rgba = grid.input_frames if is_input else np.ascontiguousarray(grid.novel_views[:, number - 1])
         values = torch.from_numpy(rgba).to(device).float() / 255.0
         alpha = values[..., 3]
-        weight = torch.full_like(alpha, 1.0 if is_input else generated_view_weight(float(angles[number])))
+        confidence = torch.ones_like(alpha)
         if grid.confidence is not None and not is_input:
-            weight = weight * torch.from_numpy(grid.confidence[:, number - 1]).to(device).float() / 255.0
+            confidence = torch.from_numpy(grid.confidence[:, number - 1]).to(device).float() / 255.0
+        trust = 1.0 if is_input else angular_weight(c2w[number, :3, 3], c2w[INPUT_VIEW, :3, 3])
         views.append(
             TrainView(
                 azimuth_deg=azimuths[number],
@@ -107,9 +103,10 @@ def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
                 focal=grid.plan.focal_px(rgba.shape[2]),
                 rgb=values[..., :3] * alpha[..., None] + 1.0 - alpha[..., None],
                 alpha=alpha,
-                weight=weight,
-                # generated silhouettes wander: it takes three of them to carve, the input alone may
-                vote=1.0 if is_input else 0.34,
+                confidence=confidence,
+                weight=confidence * trust,
+                # generated silhouettes wander: it takes two of them to carve, the input alone may
+                vote=1.0 if is_input else 0.5,
             )
         )
     return views
@@ -146,6 +143,20 @@ class BatchSampler:
             np.concatenate([single, patch]) for single, patch in zip((view, frame, row, column), patches, strict=True)
         )
         return self._gather(step, view, frame, row, column)
+
+    def update_visibility(self, field: DeformableField, occupancy: OccupancyGrid, frame: int) -> None:
+        """Weight the generated pixels of a frame by what the field's surface says of their visibility.
+
+        Done for one frame now and then, not for every ray: the surface moves slowly.
+        """
+        generated = self.views[INPUT_VIEW + 1 :]
+        size, time = generated[0].rgb.shape[2], frame / max(generated[0].rgb.shape[0] - 1, 1)
+        cameras = torch.stack([view.c2w for view in generated])
+        half_width = size / 2 / generated[0].focal
+        maps = view_weights(field, occupancy, self.views[INPUT_VIEW].c2w, cameras, half_width, size, time)
+        full = functional.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        for view, visibility in zip(generated, full, strict=True):
+            view.weight[frame] = view.confidence[frame] * visibility
 
     def _draw_patches(
         self, rng: np.random.Generator, frames: Int[np.ndarray, " f"], turn: list[int]

@@ -110,6 +110,8 @@ class SV4DModel(Model):
         from sv4d_ns.fitting import hull_views, train_views
 
         self.occupancy.carve(hull_views(train_views(grid, self.device)))
+        # other frames are to be explained by motion, not by matter the canonical frame has no room for
+        self.field.confine(self.occupancy.hull[self.canonical_frame])
 
     def get_outputs(self, ray_bundle: RayBundle | Cameras) -> dict[str, Any]:
         """Render rays on white: rgb, accumulation, depth (world units), normals in [0, 1] and motion (world units).

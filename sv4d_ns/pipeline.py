@@ -40,6 +40,9 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     """The views and how their pixels are drawn."""
     model: ModelConfig = field(default_factory=SV4DModelConfig)
     """The 4D field, its losses and their schedule."""
+    visibility_every: int = 10
+    """Training steps between updates of the visibility weights, one frame each, once frames move; 0 weights generated
+    views by their angle from the input alone."""
     refine_steps: tuple[int, ...] = (1100,)
     """Training steps at which stage 2 renders, noises and denoises all views; one round each, () for stage 1 alone."""
     refine_strength: float = 0.5
@@ -92,8 +95,22 @@ class SV4DPipeline(VanillaPipeline):
             )
             callbacks.append(refine)
         show = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.show_progress)
+        if self.config.visibility_every > 0:
+            weigh = TrainingCallback(
+                [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION],
+                func=self._update_visibility,
+                update_every_num_iters=self.config.visibility_every,
+            )
+            callbacks.append(weigh)
         finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
         return [*callbacks, show, finish]
+
+    def _update_visibility(self, step: int) -> None:
+        window = self.sv4d_model.frame_window(step)
+        if len(window) == 1:
+            return  # the static phase: the surface is still being found
+        frame = window.first + step // self.config.visibility_every % len(window)
+        self.datamanager.batch_sampler.update_visibility(self.sv4d_model.field, self.sv4d_model.occupancy, frame)
 
     def _use_views_of_step(self, step: int) -> None:
         """After a resume: the grid the field was being fitted to at that step."""
