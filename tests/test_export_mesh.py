@@ -9,7 +9,15 @@ import trimesh
 from export_fixture import SwingingLimb
 
 from sv4d_ns.errors import InputError
-from sv4d_ns.export.mesh import canonical_mesh, follow_vertices, opacity_grid, surface_colors, vertex_normals
+from sv4d_ns.export.mesh import (
+    _vertex_graph,
+    canonical_mesh,
+    follow_vertices,
+    opacity_grid,
+    surface_colors,
+    torn_off,
+    vertex_normals,
+)
 
 DIAGONAL = 1.14 * np.sqrt(3)
 TIMES = np.linspace(0, 1, 6)
@@ -79,6 +87,34 @@ def test_floaters_and_cavities_are_removed():
     clean, littered = canonical_mesh(opacity_grid(SwingingLimb(), 64)), canonical_mesh(opacity_grid(Littered(), 64))
     assert littered.dropped_parts == 1
     np.testing.assert_allclose(np.sort(littered.vertices, axis=0), np.sort(clean.vertices, axis=0), atol=1e-5)
+
+
+def test_a_patch_on_a_second_solution_is_torn_off(mesh):
+    graph, reach = _vertex_graph(mesh.faces, len(mesh.vertices)), 0.04
+    tip = mesh.vertices[:, 0] > 0.4
+    moved = mesh.vertices + np.where(tip[:, None], [0, 0.3, 0.0], [0, 0, 0.1])
+    np.testing.assert_array_equal(torn_off(mesh.vertices, moved, graph, reach), tip)
+    stretched = mesh.vertices * [1.8, 1, 1]  # growing is no tear, however far the tip gets
+    assert not torn_off(mesh.vertices, stretched, graph, reach).any()
+
+
+def test_a_second_solution_does_not_draw_the_skin_out(limb, mesh):
+    class Mirrored(SwingingLimb):
+        """From the middle of the clip on, the limb's tip is found only at a place far from the limb."""
+
+        def deformation(self, x, t):
+            away = torch.tensor([0.0, 0.35, 0.0])
+            late, far = t > 0.5, x[:, 1:2] > 0.2
+            canonical = torch.where(late & far, x - away, x)
+            canonical = torch.where(
+                late & ~far, canonical * torch.clamp(0.4 / x.norm(dim=-1, keepdim=True), max=1), canonical
+            )
+            return canonical - x
+
+    tracks = follow_vertices(Mirrored(), mesh, np.linspace(0, 1, 4))
+    edges = mesh.faces[:, [0, 1]]
+    length = np.linalg.norm(tracks.positions[:, edges[:, 0]] - tracks.positions[:, edges[:, 1]], axis=-1)
+    assert length.max() < 0.1
 
 
 def test_what_the_renderer_skips_is_not_in_the_mesh(limb, mesh):

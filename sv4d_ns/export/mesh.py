@@ -13,7 +13,7 @@ from typing import Protocol
 import fast_simplification
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import spsolve
@@ -32,6 +32,8 @@ MINOR_PART = 0.02
 """Connected parts with less than this share of the largest part's area are floaters and are dropped."""
 SOLVED = 1e-3
 """A vertex counts as solved when its residual is below this share of the box's diagonal (2 mm on a 2 m diagonal)."""
+TEAR = 0.02
+"""Edges longer than this share of the box's diagonal (and four times their rest length) count as torn."""
 CONVERGED = 1e-4
 """Iteration stops at this share of the box's diagonal."""
 SKIN = 0.04
@@ -100,8 +102,9 @@ class Tracks:
     positions: Float[np.ndarray, "t n 3"]
     residuals: Float[np.ndarray, "t n"]
     """|x + deformation(x, t) - v| as a share of the box's diagonal, after any fallback."""
-    guessed: Float[np.ndarray, "t n"]
-    """True where no solution was found and the displacement is the smooth average of the solved neighbours."""
+    guessed: Bool[np.ndarray, "t n"]
+    """True where no solution was found, or one that tears the skin, and the displacement is the smooth average of the
+    solved neighbours."""
 
     def summary(self) -> str:
         """One line: mean and 99th percentile of the residual in percent of the box's diagonal, and the guesses."""
@@ -450,9 +453,29 @@ def _solve_frame(
     x = solver.broyden(start, time)
     x = retried(x, x)
     x = retried(x, _neighbours_say(solver, x, start, error(x) <= SOLVED, graph))
-    known = error(x) <= SOLVED
+    known = (error(x) <= SOLVED) & ~torn_off(solver.targets, x, graph, TEAR * solver.diagonal)
     x = _neighbours_say(solver, x, start, known, graph)
     return x, error(x), ~known
+
+
+def torn_off(
+    rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], graph: sparse.csr_matrix, reach: float
+) -> Bool[np.ndarray, " n"]:
+    """Vertices on islands that hang on the largest piece of their part by overstretched edges only.
+
+    A fitted deformation is not one-to-one: a foot can have a second, exact solution elsewhere, and the skin between
+    would be drawn out to a sheet. An edge is overstretched when it is `reach` long and four times its rest length.
+    """
+    edges = sparse.triu(graph).tocoo()
+    length = np.linalg.norm(x[edges.row] - x[edges.col], axis=-1)
+    whole = length <= np.maximum(reach, 4 * np.linalg.norm(rest[edges.row] - rest[edges.col], axis=-1))
+    intact = sparse.coo_matrix((edges.data[whole], (edges.row[whole], edges.col[whole])), graph.shape)
+    _, part = csgraph.connected_components(graph, directed=False)
+    _, island = csgraph.connected_components(intact, directed=False)
+    sizes = np.bincount(island)
+    largest_of_part = np.zeros(part.max() + 1, dtype=np.int64)
+    np.maximum.at(largest_of_part, part, sizes[island])
+    return sizes[island] < largest_of_part[part]
 
 
 def _neighbours_say(
