@@ -174,7 +174,9 @@ def test_references_are_all_or_none_and_never_given_to_single_moments(config):
 
 def test_noise_levels_follow_the_stated_distribution(config):
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([trainer.draw_log_sigma(4, config, generator) for _ in range(2000)])
+    draws = torch.cat(
+        [trainer.draw_log_sigma(4, config.log_sigma_mean, config.log_sigma_std, generator) for _ in range(2000)]
+    )
     assert draws.mean().item() == pytest.approx(config.log_sigma_mean, abs=0.03)
     assert draws.std().item() == pytest.approx(config.log_sigma_std, rel=0.03)
 
@@ -259,7 +261,7 @@ def test_the_loss_falls_on_one_batch(config, monkeypatch):
     batch = make_batch(0, 0, BatchShape(1, 1), 16)
     generator = torch.Generator()
 
-    def fixed_noise(samples, settings, _):
+    def fixed_noise(samples, mean, std, _):
         return torch.full((samples,), 1.0)
 
     monkeypatch.setattr(trainer, "draw_log_sigma", fixed_noise)

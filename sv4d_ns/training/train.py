@@ -38,7 +38,8 @@ from sv4d_ns.training.model import (
 from sv4d_ns.training.report import loss_curve, sample_sheet
 
 KEPT_CHECKPOINTS = 2
-LENGTHS = ("steps_3d", "steps_4d", "decay_steps")
+PLAN = ("steps_3d", "steps_4d", "decay_steps", "clips", "still_share", "log_sigma_mean_4d")
+"""Settings that may change while a run is under way, as long as the steps already made stay the same."""
 ADAM_BETAS = (0.9, 0.99)
 
 
@@ -50,28 +51,30 @@ class TrainConfig:
     """Checkpoints, losses, sample sheets and the exported model go here."""
     seed: int = 2026
     """Of weights, data and noise."""
-    steps_3d: int = 3200
+    steps_3d: int = 3000
     """Steps on single moments (T = 1)."""
-    steps_4d: int = 1500
+    steps_4d: int = 1800
     """Steps on clips, mixed with single moments, after the first stage."""
     objects_3d: int = 4
     """Objects in a batch of single moments."""
-    clips: tuple[tuple[int, int], ...] = ((2, 4), (1, 8))
+    clips: tuple[tuple[int, int], ...] = ((4, 2), (2, 4), (1, 8))
     """(objects, frames) of the clip batches, drawn with equal probability."""
-    still_share: float = 0.3
+    still_share: float = 0.5
     """Probability of a batch of single moments in the second stage."""
     reference_drop: float = 0.5
     """Probability that a clip sample is given no reference views (all or none)."""
     log_sigma_mean: float = 1.0
-    """Mean of ln(sigma). Higher than for images alone: with the input view given, and a few sampling steps, what
-    counts is the prediction from much noise."""
+    """Mean of ln(sigma) in the first stage."""
+    log_sigma_mean_4d: float = 2.0
+    """Mean of ln(sigma) in the second stage: clips hide less under the same noise, and with few sampling steps the
+    prediction from much noise decides."""
     log_sigma_std: float = 1.4
     """Standard deviation of ln(sigma)."""
     learning_rate: float = 7e-4
     """Reached by a linear warm-up, then constant, at the end a half cosine down to 2 percent."""
     warmup_steps: int = 150
     """Steps of the warm-up."""
-    decay_steps: int = 1000
+    decay_steps: int = 1200
     """Steps of the decay at the end."""
     weight_decay: float = 0.01
     """AdamW's."""
@@ -96,8 +99,8 @@ class TrainConfig:
         return self.steps_3d + self.steps_4d
 
     def fingerprint(self) -> str:
-        """Hash of what decides the losses, apart from the lengths of the stages (see `same_history`)."""
-        free = ("output_dir", "threads", "checkpoint_every", "sheet_every", "sampling", *LENGTHS)
+        """Hash of what decides the losses, apart from the `PLAN` (see `same_history`)."""
+        free = ("output_dir", "threads", "checkpoint_every", "sheet_every", "sampling", *PLAN)
         return content_hash({name: value for name, value in asdict(self).items() if name not in free})
 
 
@@ -119,15 +122,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def same_history(first: TrainConfig, second: TrainConfig, steps: int) -> bool:
-    """Whether two settings that differ in the stages' lengths only make the same first `steps` steps.
+    """Whether two settings that differ in their `PLAN` only make the same first `steps` steps."""
 
-    A run may be lengthened or shortened as long as everything done so far would have been the same.
-    """
-    return all(
-        (learning_rate(first, step), batch_shape(first, step))
-        == (learning_rate(second, step), batch_shape(second, step))
-        for step in range(steps)
-    )
+    def settings_of(config: TrainConfig, step: int) -> tuple[float, BatchShape, float]:
+        return learning_rate(config, step), batch_shape(config, step), mean_log_sigma(config, step)
+
+    return all(settings_of(first, step) == settings_of(second, step) for step in range(steps))
+
+
+def mean_log_sigma(config: TrainConfig, step: int) -> float:
+    """Centre of the noise levels of a step."""
+    return config.log_sigma_mean if step < config.steps_3d else config.log_sigma_mean_4d
 
 
 def batch_shape(config: TrainConfig, step: int) -> BatchShape:
@@ -145,13 +150,13 @@ def v_target(x: Float[Tensor, "..."], noise: Float[Tensor, "..."], sigma: Float[
     return (noise - sigma * x) / (sigma.square() + 1).sqrt()
 
 
-def draw_log_sigma(samples: int, config: TrainConfig, generator: torch.Generator) -> Float[Tensor, " b"]:
+def draw_log_sigma(samples: int, mean: float, std: float, generator: torch.Generator) -> Float[Tensor, " b"]:
     """Normally distributed ln(sigma), one from each of `samples` equally probable slices.
 
     The slices make a small batch see small and large noise every time, which steadies the gradient.
     """
     quantile = (torch.arange(samples) + torch.rand(samples, generator=generator)) / samples
-    return config.log_sigma_mean + config.log_sigma_std * torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4))
+    return mean + std * torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4))
 
 
 def batch_loss(
@@ -168,7 +173,8 @@ def batch_loss(
     # a single moment's references would be the very pictures to predict
     keep = (torch.rand(b, generator=generator) >= config.reference_drop) & torch.tensor(t > 1)
     references = x.unflatten(0, (b, t, v))[:, 0] * keep[:, None, None, None, None]
-    log_sigma = draw_log_sigma(b, config, generator).repeat_interleave(t * v)
+    mean = mean_log_sigma(config, step)
+    log_sigma = draw_log_sigma(b, mean, config.log_sigma_std, generator).repeat_interleave(t * v)
     sigma = log_sigma.exp()[:, None, None, None]
     noise = torch.randn(x.shape, generator=generator)
     noisy = (x + sigma * noise) / (sigma.square() + 1).sqrt()
@@ -244,8 +250,8 @@ def save_checkpoint(state: TrainState, vae: PatchAutoencoder, config: TrainConfi
     save_file(state.average.state_dict(), temporary / "average.safetensors")
     save_file(vae.state_dict(), temporary / "autoencoder.safetensors")
     torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
-    lengths = {name: getattr(config, name) for name in LENGTHS}
-    saved = {"step": state.step, "fingerprint": config.fingerprint(), "lengths": lengths}
+    plan = {name: getattr(config, name) for name in PLAN}
+    saved = {"step": state.step, "fingerprint": config.fingerprint(), "plan": plan}
     (temporary / "state.json").write_text(json.dumps(saved))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -266,7 +272,7 @@ def load_checkpoint(folder: Path, state: TrainState, vae: PatchAutoencoder, conf
         InputError: when it belongs to other settings.
     """
     saved = json.loads((folder / "state.json").read_text())
-    earlier = replace(config, **saved["lengths"])
+    earlier = replace(config, **{**saved["plan"], "clips": tuple(map(tuple, saved["plan"]["clips"]))})
     if saved["fingerprint"] != config.fingerprint() or not same_history(earlier, config, saved["step"]):
         raise InputError(
             f"The checkpoint {folder} was made with other training settings: "
