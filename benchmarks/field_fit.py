@@ -131,9 +131,10 @@ def fit(
     field = DeformableField(field_config)
     occupancy = OccupancyGrid(n_frames, threshold=config.occupancy_threshold, decay=config.occupancy_decay)
     start = time.perf_counter()
-    train = [
-        TrainView(v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, torch.full_like(v.alpha, v.weight), v.vote) for v in views
-    ]
+    train = []
+    for v in views:
+        ones = torch.ones_like(v.alpha)
+        train.append(TrainView(v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, v.vote))
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])
     log(f"carve {time.perf_counter() - start:.2f} s, hull share {occupancy.hull.float().mean():.4f}")

@@ -97,29 +97,29 @@ class OccupancyGrid(nn.Module):
         as it is at the edge: empty for a framed object, open where the object is cut off.
 
         Frames are folded into the bins around them. Weak votes (for generated, inconsistent views) carve only in
-        company; the input view's vote of 1 carves alone.
+        company, and they never empty a ray that meets the mask of a view with a vote of 1 (the input): of such a ray
+        the cells with the fewest votes against them stay, or a limb that two generated views have wrong could not be
+        seen from the input camera either.
         """
         if not views:
             raise InputError("carving needs at least one view with masks.")
         centers = self.cell_centers()
         frames = views[0].alpha.shape[0]
-        against = torch.zeros(frames, centers.shape[0], device=centers.device)
+        weak = torch.zeros(frames, len(centers), device=centers.device)
+        empty = torch.zeros(frames, len(centers), dtype=torch.bool, device=centers.device)
         for view in views:
             if view.alpha.shape[0] != frames:
                 raise InputError("the views of a grid must have the same number of frames; re-generate the grid.")
-            height, width = view.alpha.shape[1:]
-            uv, _ = project(centers, view.camera_to_world.to(centers), view.focal, height, width)
-            world = margin if margin is not None else 0.87 * self.cell_size
-            distance = float(view.camera_to_world[:3, 3].norm())
-            radius = math.ceil(world * view.focal / max(distance - self.half_extent, 1e-3)) + 1
-            mask = (view.alpha.to(centers) > 0.05).float()
-            # Separable maximum: a square window of (2 radius + 1) pixels.
-            mask = functional.max_pool2d(mask[:, None], (2 * radius + 1, 1), 1, (radius, 0))
-            mask = functional.max_pool2d(mask, (1, 2 * radius + 1), 1, (0, radius))[:, 0] > 0
-            column, row = uv.floor().long().unbind(-1)
-            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1))[None].expand(frames, -1)
-            against += view.vote * (~mask.flatten(1).gather(1, index))
-        kept = (against < 1 - 1e-6).reshape(frames, *self.hull.shape[1:])
+            outside = ~self._in_mask(view, centers, margin)
+            if view.vote >= 1:
+                empty |= outside
+            else:
+                weak += view.vote * outside
+        kept = weak < 1 - 1e-6
+        for view in views:
+            if view.vote >= 1:
+                kept |= self._least_opposed(view, centers, weak.masked_fill(empty, torch.inf))
+        kept = (kept & ~empty).reshape(frames, *self.hull.shape[1:])
         times = torch.arange(frames, device=centers.device) / max(frames - 1, 1)
         hull = torch.zeros_like(self.hull)
         for low, high, cells in zip(*(b.tolist() for b in self.bins_around(times)), kept, strict=True):
@@ -134,6 +134,37 @@ class OccupancyGrid(nn.Module):
             hull[k] = kept[max(nearest - 1, 0) : nearest + 2].any(0)
         self.hull.copy_(hull)
         self.occupied.copy_(hull)
+
+    def _in_mask(self, view: HullView, centers: Tensor, margin: float | None) -> Tensor:
+        """[t, cells]: whether cell centres fall into a view's dilated masks."""
+        height, width = view.alpha.shape[1:]
+        world = margin if margin is not None else 0.87 * self.cell_size
+        distance = float(view.camera_to_world[:3, 3].norm())
+        radius = math.ceil(world * view.focal / max(distance - self.half_extent, 1e-3)) + 1
+        mask = (view.alpha.to(centers) > 0.05).float()
+        # Separable maximum: a square window of (2 radius + 1) pixels.
+        mask = functional.max_pool2d(mask[:, None], (2 * radius + 1, 1), 1, (radius, 0))
+        mask = functional.max_pool2d(mask, (1, 2 * radius + 1), 1, (0, radius))[:, 0] > 0
+        return mask.flatten(1)[:, self._pixel(view, centers, height, width)]
+
+    def _least_opposed(self, view: HullView, centers: Tensor, against: Tensor) -> Tensor:
+        """[t, cells]: the cells with the fewest votes on each ray that meets a view's (undilated) mask."""
+        # Pixels about as large as cells, so that every ray has cells.
+        side = round(0.75 * self.resolution)
+        coarse = functional.adaptive_max_pool2d(view.alpha.to(centers)[:, None], side)[:, 0].flatten(1) > 0.5
+        pixel = self._pixel(view, centers, side, side)
+        index = pixel[None].expand(len(against), -1)
+        fewest = torch.full_like(coarse, torch.inf, dtype=against.dtype)
+        fewest.scatter_reduce_(1, index, against, "amin")
+        return coarse[:, pixel] & (against <= fewest[:, pixel] + 1e-6) & torch.isfinite(against)
+
+    @staticmethod
+    def _pixel(view: HullView, centers: Tensor, height: int, width: int) -> Tensor:
+        """Flat index of the pixel each centre falls into, at the image's edge for those beyond it."""
+        focal = view.focal * width / view.alpha.shape[2]
+        uv, _ = project(centers, view.camera_to_world.to(centers), focal, height, width)
+        column, row = uv.floor().long().unbind(-1)
+        return row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
 
     @torch.no_grad()
     def update(self, field: DeformableField, bin_index: int, generator: torch.Generator | None = None) -> None:

@@ -243,6 +243,27 @@ def test_carving_keeps_the_object_at_its_time_and_drops_the_rest() -> None:
     assert torch.equal(occupancy.occupied, occupancy.hull)
 
 
+def test_wrong_generated_masks_never_empty_a_ray_of_the_input_view() -> None:
+    limb = torch.tensor([0.0, 0.2, 0.1])
+    seen = ball_mask(camera(0), 96, limb, 0.1)[None]
+    wrong = torch.zeros(1, 48, 48)  # two views that do not show the limb at all
+    wrong[:, 30:34, 30:34] = 1
+    views = [
+        HullView(seen, camera(0), 48 / FOV_TAN, 1.0),
+        HullView(wrong, camera(90), 24 / FOV_TAN, 0.5),
+        HullView(wrong, camera(210), 24 / FOV_TAN, 0.5),
+    ]
+    occupancy = OccupancyGrid(bins=1, resolution=32)
+    occupancy.carve(views)
+    origins, directions = image_rays(camera(0), 96)
+    n = len(origins)
+    samples = march(occupancy, origins, directions, torch.zeros(n, 1), 0.01, torch.full((n,), 0.5))
+    hits = torch.bincount(samples.ray_indices, minlength=n).reshape(96, 96) > 0
+    assert hits[seen[0] > 0].all()
+    far = torch.nn.functional.max_pool2d(seen, 17, 1, 8)[0] == 0
+    assert not hits[far].any()
+
+
 @pytest.mark.parametrize("bins", [1, 2, 5])
 def test_carving_folds_frames_into_any_number_of_bins(bins: int) -> None:
     centres = torch.tensor([[-0.2, 0.0, 0.0], [0.0, 0.0, 0.0], [0.2, 0.0, 0.0]])
