@@ -221,7 +221,7 @@ def load_synthesizer(
         )
     reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
     if official:
-        from sv4d_ns.diffusion.checkpoints import load_official_pipeline
+        from sv4d_ns.diffusion.official import load_official_pipeline
 
         pipeline, name = load_official_pipeline(device), "stabilityai/sv4d2.0"
         plan, size, refine_steps = ViewPlan.OFFICIAL_8, 576, None

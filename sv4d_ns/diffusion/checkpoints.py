@@ -5,9 +5,10 @@ transposes its projection. Source: the key map verified against Stability-AI/gen
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sv4d_ns.diffusion.attention import CameraAttention
@@ -40,7 +41,7 @@ _TOP_NAMES = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_MIDDLE = {0: "resnets.0", 1: "attentions.0", 2: "resnets.1"}
+_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 
 
 def unet_config(reference: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def unet_key(name: str, layers_per_block: int) -> str:
         if _starts(name, old):
             return new + name[len(old) :]
     if match := re.fullmatch(r"middle_block\.([012])\.(.+)", name):
-        return _inside_layer(f"mid_block.{_MIDDLE[int(match[1])]}", match[2])
+        return _inside_layer(f"mid_block.{_MIDDLE[match[1]]}", match[2])
     if match := re.fullmatch(r"input_blocks\.(\d+)\.(\d)\.(.+)", name):
         level, layer = divmod(int(match[1]) - 1, layers_per_block + 1)
         if layer == layers_per_block:
@@ -119,6 +120,41 @@ def _kind(index: int) -> str:
 def convert_unet(state: Mapping[str, Tensor], layers_per_block: int) -> dict[str, Tensor]:
     """Reference UNet state (prefix removed) under our names."""
     return {unet_key(name, layers_per_block): tensor for name, tensor in state.items()}
+
+
+def _inverted(table: Mapping[str, str]) -> dict[str, str]:
+    return {new: old for old, new in table.items()}
+
+
+def _outside_layer(key: str) -> str:
+    """The inverse of `_inside_layer` for what follows `resnets.i.` or `attentions.i.`."""
+    for ours, prefix in (("temporal_res_block.", "time_mix_blocks."), ("spatial_res_block.", "")):
+        if key.startswith(ours):
+            return prefix + _renamed(key.removeprefix(ours), _inverted(_RES_NAMES))
+    return _renamed(key, _inverted(_ATTENTION_NAMES))
+
+
+def _unet_name(key: str, layers_per_block: int, attention_levels: Sequence[bool]) -> str:
+    """The inverse of `unet_key`."""
+    if match := re.fullmatch(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)", key):
+        return f"middle_block.{_inverted(_MIDDLE)[match[1]]}.{_outside_layer(match[2])}"
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", key)
+    if match is None:
+        return _renamed(key, _inverted(_TOP_NAMES))
+    level, layer, inside = int(match[2]), int(match[4]), match[5]
+    first = level * (layers_per_block + 1) + (match[1] == "down")
+    side = "input_blocks" if match[1] == "down" else "output_blocks"
+    if match[3] == "downsamplers":
+        return f"{side}.{first + layers_per_block}.0.{_renamed(inside, {'conv': 'op'})}"
+    if match[3] == "upsamplers":
+        return f"{side}.{first + layers_per_block}.{1 + attention_levels[-1 - level]}.{inside}"
+    return f"{side}.{first + layer}.{int(match[3] == 'attentions')}.{_outside_layer(inside)}"
+
+
+def restore_unet(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `convert_unet` for a network of this `MultiViewVideoUNet` configuration."""
+    depth, levels = config["layers_per_block"], config["attention_levels"]
+    return {_unet_name(key, depth, levels): tensor for key, tensor in state.items()}
 
 
 _VAE_NAMES = {
@@ -195,6 +231,27 @@ def convert_vae(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     return converted
 
 
+def _vae_name(key: str, levels: int) -> str:
+    """The inverse of `vae_key`."""
+    half, _, rest = key.partition(".")
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)|(?:down|up)samplers\.0)\.(.+)", rest)
+    if match is None:
+        return f"{half}.{_renamed(rest, _inverted(_VAE_NAMES))}"
+    level = int(match[2]) if match[1] == "down" else levels - 1 - int(match[2])
+    if match[3] is None:
+        return f"{half}.{match[1]}.{level}.{match[1]}sample.{match[4]}"
+    return f"{half}.{match[1]}.{level}.block.{match[3]}.{_renamed(match[4], {'conv_shortcut': 'nin_shortcut'})}"
+
+
+def restore_vae(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """The inverse of `convert_vae` for an autoencoder without `post_quant_conv`."""
+    restored = {}
+    for key, tensor in state.items():
+        is_matrix = ".attentions." in key and tensor.ndim == 2
+        restored[_vae_name(key, levels)] = tensor[:, :, None, None] if is_matrix else tensor
+    return restored
+
+
 _CLIP_NAMES = {
     "class_embedding": "vision_model.embeddings.class_embedding",
     "positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -257,3 +314,22 @@ def _clip_tensor(name: str, tensor: Tensor) -> dict[str, Tensor]:
     raise InputError(
         f"'visual.{name}' is not a tensor of OpenCLIP's image tower; give an official SV4D 2.0 checkpoint."
     )
+
+
+def restore_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `convert_clip`: the image tower under OpenCLIP's names, `visual.` first, q/k/v fused."""
+    restored: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.(.+)", key)
+        if match is None:
+            name = _renamed(key, _inverted(_CLIP_NAMES))
+            restored[f"visual.{name}"] = tensor.T.contiguous() if name == "proj" else tensor
+            continue
+        layer, inside = f"visual.transformer.resblocks.{match[1]}", match[2]
+        if part := re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", inside):
+            if part[1] == "q":
+                fused = [state[key.replace("q_proj", f"{other}_proj")] for other in "qkv"]
+                restored[f"{layer}.attn.in_proj_{part[2]}"] = torch.cat(fused)
+        else:
+            restored[f"{layer}.{_renamed(inside, _inverted(_CLIP_LAYER_NAMES))}"] = tensor
+    return restored

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,22 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         import_module(OWN_COMPONENTS)
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_official(
+        cls,
+        checkpoint: str | PathLike[str] = "sv4d2.safetensors",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float16,
+    ) -> "StableVideo4D2Pipeline":
+        """A released SV4D 2.0 file, from the hub or from disk; see `official.load_official_pipeline`.
+
+        Raises:
+            InputError: when the file cannot be had, is damaged, or is not one of the released ones.
+        """
+        from sv4d_ns.diffusion.official import load_official_pipeline  # it builds on this module
+
+        return load_official_pipeline(device, Path(checkpoint), dtype)
 
     def steps_to_run(self, num_inference_steps: int | None = None, strength: float = 1.0) -> int:
         """How many denoising steps a call with these arguments makes; at least 1."""
