@@ -216,12 +216,13 @@ class SV4DDataManager(VanillaDataManager):
         description = self.synthesizer.describe()
         key = content_hash(frames, plan.to_dict(), description, self.config.seed)
         with bar("Stage 1: making novel views") as progress:
-            novel = self.synthesizer.generate(
+            views = self.synthesizer.generate(
                 frames, plan, seed=self.config.seed, store=windows_folder(run_dir, key), progress=progress
             )
         return ViewGrid(
             input_frames=video.frames,
-            novel_views=novel,
+            novel_views=views.images,
+            confidence=views.confidence,
             plan=plan,
             fps=video.fps,
             framing=video.framing.to_dict(),

@@ -39,7 +39,7 @@ class BatchConfig:
     patches: int = 2
     """Square patches for the structural loss; the first is of the input view."""
     patch_side: int = 16
-    input_share: float = 0.3
+    input_share: float = 0.5
     """Share of the single rays that look through the input camera, the only view that is not generated."""
     frames_per_step: int = 4
     """SV4D draws 4 frames of 4 views."""

@@ -45,7 +45,7 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     views by their angle from the input alone."""
     refine_steps: tuple[int, ...] = (1100,)
     """Training steps at which stage 2 renders, noises and denoises all views; one round each, () for stage 1 alone."""
-    refine_strength: float = 0.5
+    refine_strength: float = 0.4
     """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again (our choice; the paper
     does not say)."""
 
@@ -144,7 +144,7 @@ class SV4DPipeline(VanillaPipeline):
     def _make_refined_views(self, number: int) -> "ViewGrid":
         from sv4d_ns.files import content_hash
         from sv4d_ns.progress import bar
-        from sv4d_ns.renders import agreement, render_grid
+        from sv4d_ns.renders import agreement, joint_confidence, render_grid
         from sv4d_ns.synthesis import resize_rgba
         from sv4d_ns.views import ViewGrid
 
@@ -168,16 +168,17 @@ class SV4DPipeline(VanillaPipeline):
             )
         return ViewGrid(
             input_frames=grid.input_frames,
-            novel_views=refined,
+            novel_views=refined.images,
             plan=grid.plan,
             fps=grid.fps,
-            confidence=agreement(renders, refined),
+            confidence=joint_confidence(refined.confidence, agreement(renders, refined.images)),
             framing=grid.framing,
             provenance={**grid.provenance, f"refine_{number}": settings},
         )
 
     def finish(self, trainer: "SV4DTrainer") -> None:
         """Write the contact sheet and the summary, and print what to do next."""
+        from sv4d_ns.export.cli import installed_command
         from sv4d_ns.files import atomic_path
         from sv4d_ns.progress import bar
         from sv4d_ns.renders import result_sheet
@@ -199,6 +200,6 @@ class SV4DPipeline(VanillaPipeline):
             "Next:\n"
             f"  ns-viewer --load-config {config_file}\n"
             f"  ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4\n"
-            f"  ns-export mesh --load-config {config_file} --output-dir exports/{name}",
+            f"  {installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
             flush=True,
         )

@@ -95,6 +95,12 @@ def agreement(
     return np.round(255.0 * np.exp(-4.0 * difference.mean(-1))).astype(np.uint8)
 
 
+def joint_confidence(*parts: UInt8[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
+    """Product of confidences in 0..255."""
+    product = np.prod([part.astype(np.float32) / 255.0 for part in parts], axis=0)
+    return np.round(255.0 * product).astype(np.uint8)
+
+
 def psnr(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float:
     """Peak signal-to-noise ratio in dB of images in [0, 1]."""
     return float(-10.0 * np.log10(max(float(np.mean((a - b) ** 2)), 1e-10)))

@@ -4,7 +4,7 @@
 stage 2 calls `refine` (SDEdit on the whole grid); both return plain uint8 RGBA arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -42,7 +42,7 @@ class ViewSynthesizer(Protocol):
 
     def generate(
         self, frames: UInt8[np.ndarray, "t s s 4"], plan: ViewPlan, *, seed: int, store: Path, progress: Progress
-    ) -> UInt8[np.ndarray, "t v s s 4"]:
+    ) -> "Views":
         """Novel views of an object video. Finished windows are kept in `store`, so a killed call resumes."""
         ...
 
@@ -56,7 +56,7 @@ class ViewSynthesizer(Protocol):
         seed: int,
         store: Path,
         progress: Progress,
-    ) -> UInt8[np.ndarray, "t v s s 4"]:
+    ) -> "Views":
         """SDEdit: noise `renders` to the level `strength` in (0, 1] and denoise them given the input video."""
         ...
 
@@ -69,24 +69,43 @@ def to_model_space(rgba: UInt8[np.ndarray, "*batch h w 4"], channels: int) -> Fl
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(white, -1, -3)))
 
 
-def from_model_space(images: Float[Tensor, "*batch c h w"]) -> UInt8[np.ndarray, "*batch h w 4"]:
-    """The inverse of `to_model_space`: straight-alpha RGBA.
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What a synthesizer made."""
 
-    A model without an alpha channel paints on white: what differs from white by more than the noise of a decoder is
-    foreground (smoothstep from 4/255 to 24/255 of the largest channel difference; our choice).
+    images: UInt8[np.ndarray, "t v s s 4"]
+    """sRGB, straight alpha."""
+    confidence: UInt8[np.ndarray, "t v s s"]
+    """How sure the model was of each pixel, 0..255."""
+
+
+def smoothstep(x: Float[np.ndarray, "*n"], low: float, high: float) -> Float[np.ndarray, "*n"]:
+    """u^2 (3 - 2u), u = clip((x - low) / (high - low), 0, 1)."""
+    u = np.clip((x - low) / (high - low), 0.0, 1.0)
+    return u * u * (3.0 - 2.0 * u)
+
+
+def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
+    """The inverse of `to_model_space`, with silhouettes made definite.
+
+    A model with an alpha channel that samples in few steps predicts a mean: its alpha is the probability that the
+    object covers the pixel. The silhouette is cut around one half (smoothstep from 1/4 to 3/4), and the probability
+    becomes the confidence, (2 alpha - 1)^2: 1 where the pixel surely is or is not object, 0 on a coin's toss. A model
+    without one paints on white: what differs from white by more than the noise of a decoder is foreground (smoothstep
+    from 4/255 to 24/255 of the largest channel difference) and all pixels are believed. These curves are our choice.
     """
     values = images.detach().float().cpu().clamp(0, 1).movedim(-3, -1).numpy()
     white = values[..., :3]
     if values.shape[-1] == 4:
-        alpha = values[..., 3:]
+        coverage = values[..., 3:]
+        alpha, confidence = smoothstep(coverage, 0.25, 0.75), (2.0 * coverage - 1.0) ** 2
     else:
-        ramp = np.clip(((1.0 - white).max(-1, keepdims=True) * 255.0 - 4.0) / 20.0, 0.0, 1.0)
-        alpha = ramp * ramp * (3.0 - 2.0 * ramp)
-    # below this coverage the colour is noise divided by nearly nothing
-    alpha = np.where(alpha < 8 / 255, 0.0, alpha)
-    straight = np.where(alpha > 0, (white - (1.0 - alpha)) / np.maximum(alpha, 1e-3), 1.0)
+        coverage = alpha = smoothstep((1.0 - white).max(-1, keepdims=True), 4 / 255, 24 / 255)
+        confidence = np.ones_like(alpha)
+    # at little coverage the colour is noise divided by nearly nothing
+    straight = np.where(coverage > 0.03, (white - (1.0 - coverage)) / np.maximum(coverage, 0.03), 1.0)
     rgba = np.concatenate([np.clip(straight, 0, 1), alpha], axis=-1)
-    return np.round(rgba * 255.0).astype(np.uint8)
+    return Views(np.round(rgba * 255.0).astype(np.uint8), np.round(confidence[..., 0] * 255.0).astype(np.uint8))
 
 
 def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.ndarray, "*batch size size 4"]:
@@ -103,6 +122,12 @@ def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.
     return (straight * 255).round().byte().movedim(1, -1).numpy().reshape(*batch, size, size, 4)
 
 
+def refine_sigma(scheduler: Mapping[str, Any], strength: float) -> float:
+    """The noise level at which the last `strength` (0..1] of a Karras schedule (rho 7) begins."""
+    low, high = scheduler["sigma_min"] ** (1 / 7), scheduler["sigma_max"] ** (1 / 7)
+    return (low + strength * (high - low)) ** 7
+
+
 @dataclass
 class DiffusionSynthesizer:
     """`ViewSynthesizer` around a `StableVideo4D2Pipeline` (official or embedded weights)."""
@@ -114,7 +139,7 @@ class DiffusionSynthesizer:
     num_inference_steps: int | None = None
     """Denoising steps of `generate`; None takes the pipeline's own default."""
     refine_inference_steps: int | None = None
-    """Denoising steps of the whole schedule `refine` runs the last part of; None takes the pipeline's own default."""
+    """Denoising steps of `refine` from its noise level down; None takes the pipeline's own step size."""
 
     def default_plan(self) -> ViewPlan:
         return self.plan
@@ -134,7 +159,7 @@ class DiffusionSynthesizer:
 
     def generate(
         self, frames: UInt8[np.ndarray, "t s s 4"], plan: ViewPlan, *, seed: int, store: Path, progress: Progress
-    ) -> UInt8[np.ndarray, "t v s s 4"]:
+    ) -> Views:
         return self._run(frames, plan, self.num_inference_steps, seed=seed, store=store, progress=progress)
 
     def refine(
@@ -147,17 +172,17 @@ class DiffusionSynthesizer:
         seed: int,
         store: Path,
         progress: Progress,
-    ) -> UInt8[np.ndarray, "t v s s 4"]:
-        return self._run(
-            frames,
-            plan,
-            self.refine_inference_steps,
-            seed=seed,
-            store=store,
-            progress=progress,
-            initial_views=renders,
-            strength=strength,
+    ) -> Views:
+        steps = self.refine_inference_steps or self.pipeline.steps_to_run(self.num_inference_steps, strength)
+        full_schedule = self.pipeline.scheduler
+        # the schedule from the noise level of `strength` down, in as many steps as we like
+        self.pipeline.scheduler = type(full_schedule).from_config(
+            full_schedule.config, sigma_max=refine_sigma(full_schedule.config, strength)
         )
+        try:
+            return self._run(frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders)
+        finally:
+            self.pipeline.scheduler = full_schedule
 
     def _run(
         self,
@@ -169,8 +194,7 @@ class DiffusionSynthesizer:
         store: Path,
         progress: Progress,
         initial_views: UInt8[np.ndarray, "t v s s 4"] | None = None,
-        strength: float = 1.0,
-    ) -> UInt8[np.ndarray, "t v s s 4"]:
+    ) -> Views:
         from sv4d_ns.diffusion.windows import WindowStore, generate_grid
 
         channels = self.pipeline.vae.config.in_channels
@@ -186,14 +210,13 @@ class DiffusionSynthesizer:
             store=WindowStore(store),
             on_progress=progress,
             initial_views=initial,
-            strength=strength,
             num_inference_steps=num_inference_steps,
         )
         return from_model_space(grid)
 
 
-EMBEDDED_REFINE_STEPS = 8
-"""Denoising steps of the embedded model's full schedule in stage 2, of which `strength` is run."""
+EMBEDDED_REFINE_STEPS = 1
+"""Denoising steps of the embedded model in stage 2: like its generation, best in one (more add grain)."""
 
 SynthesisChoice = Literal["auto", "embedded", "official"]
 
@@ -223,13 +246,13 @@ def load_synthesizer(
     if official:
         from sv4d_ns.diffusion.official import load_official_pipeline
 
-        pipeline, name = load_official_pipeline(device), "stabilityai/sv4d2.0"
+        # the 8-view model: its views close the ring around the object in one call, so they agree with each other
+        pipeline, name = load_official_pipeline(device, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
         plan, size, refine_steps = ViewPlan.OFFICIAL_8, 576, None
     else:
         from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 
         pipeline, name = load_embedded_pipeline(device), "sv4d_ns embedded"
-        # it generates in so few steps that "half of its schedule" would be one
         plan, size, refine_steps = ViewPlan.EMBEDDED, 64, EMBEDDED_REFINE_STEPS
     synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, refine_steps)
     return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +115,8 @@ class SV4DTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
+        # the deformation takes no step in the static phase, but its schedule runs
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         with one_sentence_errors():
             self._adopt_views()
             self._resume_in_place()

@@ -1,0 +1,63 @@
+"""Between pictures and a model's own image space, and the noise level of stage 2."""
+
+import numpy as np
+import pytest
+import torch
+
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.errors import InputError
+from sv4d_ns.synthesis import from_model_space, load_synthesizer, refine_sigma, resize_rgba, to_model_space
+from sv4d_ns.views import over_white
+
+
+def disc(size: int = 32) -> np.ndarray:
+    """A soft-edged dark disc, RGBA uint8 [size, size, 4]."""
+    y, x = np.mgrid[:size, :size] - size / 2 + 0.5
+    alpha = np.clip(size / 3 - np.hypot(x, y) + 0.5, 0, 1)
+    colour = np.broadcast_to(np.array([40, 90, 160]), (size, size, 3))
+    return np.concatenate([colour, 255 * alpha[..., None]], -1).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_pictures_survive_the_way_to_a_model_and_back(channels: int) -> None:
+    picture = disc()[None]
+    back = from_model_space(to_model_space(picture, channels))
+    inside = picture[..., 3] == 255
+    assert np.abs(back.images[inside].astype(int) - picture[inside]).max() <= 2
+    assert (back.images[..., 3][picture[..., 3] == 0] == 0).all()
+    assert (back.confidence[inside] >= 250).all()
+
+
+def test_a_coin_toss_is_not_believed_and_silhouettes_are_cut_at_one_half() -> None:
+    coverage = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])
+    images = torch.cat([1 - coverage.expand(3, -1) * 0.5, coverage[None]])[:, None]
+    views = from_model_space(images)
+    assert views.images[0, :, 3].tolist()[:2] == [0, 0] and views.images[0, :, 3].tolist()[3:] == [255, 255]
+    assert 120 < views.images[0, 2, 3] < 136
+    confidence = views.confidence[0].tolist()
+    assert confidence[2] == 0 and confidence[0] == confidence[4] == 255 and 0 < confidence[1] < 255
+
+
+def test_resizing_takes_no_colour_from_empty_pixels() -> None:
+    picture = disc(64)
+    picture[picture[..., 3] == 0] = [255, 0, 0, 0]  # a colour nobody should see
+    small = resize_rgba(picture[None], 16)[0]
+    visible = small[..., 3] > 40
+    assert np.abs(small[visible][:, :3].astype(int) - [40, 90, 160]).max() <= 3
+    large, little = over_white(picture).mean(), over_white(small).mean()
+    assert abs(float(large) - float(little)) < 2.0
+
+
+def test_the_noise_level_of_stage_2_follows_the_schedule() -> None:
+    schedule = {"sigma_min": 0.02, "sigma_max": 40.0}
+    levels = [refine_sigma(schedule, strength) for strength in (0.1, 0.4, 1.0)]
+    assert levels == sorted(levels) and levels[-1] == pytest.approx(40.0)
+    assert refine_sigma(schedule, 1e-9) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_the_choice_of_model_is_said_and_refused_where_it_cannot_run() -> None:
+    synthesizer, sentence = load_synthesizer("auto", "cpu")
+    assert "embedded" in sentence and "cpu" in sentence
+    assert synthesizer.default_plan() == ViewPlan.EMBEDDED
+    with pytest.raises(InputError, match="synthesis embedded"):
+        load_synthesizer("official", "cpu")
