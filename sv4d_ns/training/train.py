@@ -339,6 +339,8 @@ def train(config: TrainConfig) -> Path:
             save_checkpoint(state, vae, config)
         if last or state.step % config.sheet_every == 0:
             report(state, vae, config)
+    if first == config.total_steps:  # a finished run: write its model again, perhaps with other sampling settings
+        report(state, vae, config)
     return config.output_dir / "model"
 
 
