@@ -93,6 +93,7 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
     Args:
         views_and_frames: (view, frame) pairs; view 0 is the input.
     """
+    from sv4d_ns.fitting import largest_silhouette
     from sv4d_ns.views import image_name
 
     c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
@@ -116,7 +117,7 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
         cameras=cameras,
         alpha_color=torch.ones(3),
         scene_box=object_box(),
-        metadata={"num_frames": grid.num_frames},
+        metadata={"num_frames": grid.num_frames, "canonical_frame": largest_silhouette(grid)},
     )
     return InputDataset(outputs)
 

@@ -82,6 +82,15 @@ class Batch:
     patch_side: int
 
 
+def largest_silhouette(grid: ViewGrid) -> int:
+    """The frame in which the input view sees most of the object: the canonical frame.
+
+    What is hidden in the canonical frame cannot appear in another one (motion moves matter, it makes none), so the
+    frame with the object spread out is the better start than the first one. Our choice; SV4D starts at the first.
+    """
+    return int(grid.input_frames[..., 3].astype(np.int64).sum((1, 2)).argmax())
+
+
 def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
     """The views of a grid, the input first and in full weight, with confidence (if known) in the weights."""
     c2w = torch.from_numpy(grid.plan.c2w()).float().to(device)

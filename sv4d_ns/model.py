@@ -54,7 +54,7 @@ class SV4DModel(Model):
 
     def populate_modules(self) -> None:
         """Make the field and the occupancy grid (one bin for every frame of the clip)."""
-        from sv4d_ns.fields.deformable import DeformableField
+        from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
         from sv4d_ns.losses import LossWeights
         from sv4d_ns.occupancy import OccupancyGrid
         from sv4d_ns.sampling import ScheduleConfig
@@ -63,11 +63,12 @@ class SV4DModel(Model):
         # subnormal second moments of rarely touched grid entries would slow Adam down
         torch.set_flush_denormal(True)
         self.num_frames: int = self.kwargs["metadata"]["num_frames"]
-        self.field = DeformableField()
+        self.canonical_frame: int = self.kwargs["metadata"]["canonical_frame"]
+        canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
+        self.field = DeformableField(DeformableFieldConfig(canonical_time=canonical_time))
         self.occupancy = OccupancyGrid(self.num_frames)
         self.loss_weights = LossWeights()
         self.schedule = ScheduleConfig()
-        self.canonical_frame = round(self.field.config.canonical_time * (self.num_frames - 1))
         self.step = 0
         self._pictures_without_time = 0
 

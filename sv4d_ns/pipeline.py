@@ -85,6 +85,8 @@ class SV4DPipeline(VanillaPipeline):
         """Stage 2 at its steps and the results at the end, beside the callbacks of data manager and model."""
         trainer: Any = training_callback_attributes.trainer
         self._use_views_of_step(trainer._start_step)
+        canonical, frames = self.sv4d_model.canonical_frame, self.sv4d_model.num_frames
+        CONSOLE.print(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
         callbacks = super().get_training_callbacks(training_callback_attributes)
         for number, step in enumerate(self.config.refine_steps, start=1):
             refine = TrainingCallback(
