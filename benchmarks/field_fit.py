@@ -95,12 +95,12 @@ class FitConfig:
     seconds: float = 1e9
     steps: int = 1500
     n_samples: int = 128
-    lr_encoding: float = 1e-2
-    lr_heads: float = 3e-3
+    lr_encoding: float = 2e-2
+    lr_heads: float = 1e-2
     lr_deformation: float = 3e-3
     occupancy_every: int = 2
     hull_margin: float | None = None
-    occupancy_threshold: float = 0.25
+    occupancy_threshold: float = 0.05
     occupancy_decay: float = 0.7
     seed: int = 0
 

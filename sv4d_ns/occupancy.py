@@ -61,7 +61,7 @@ class OccupancyGrid(nn.Module):
     occupied: Tensor
 
     def __init__(
-        self, bins: int, resolution: int = 64, half_extent: float = 0.57, threshold: float = 0.25, decay: float = 0.7
+        self, bins: int, resolution: int = 64, half_extent: float = 0.57, threshold: float = 0.05, decay: float = 0.7
     ) -> None:
         super().__init__()
         if bins < 1 or resolution < 2:
@@ -70,7 +70,7 @@ class OccupancyGrid(nn.Module):
         self.threshold, self.decay = threshold, decay
         shape = (bins, resolution, resolution, resolution)
         self.register_buffer("hull", torch.ones(shape, dtype=torch.bool))
-        self.register_buffer("density", torch.full(shape, 10 * threshold))
+        self.register_buffer("density", torch.full(shape, 50 * threshold))
         self.register_buffer("occupied", torch.ones(shape, dtype=torch.bool))
 
     @property

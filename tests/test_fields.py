@@ -120,7 +120,7 @@ def test_new_field_is_static_fog() -> None:
     assert torch.equal(field.deformation(x, t), torch.zeros(64, 3))
     density, color = field.density_and_color(x, t)
     # Far above the occupancy threshold: an object that starts out as culled space would never appear.
-    torch.testing.assert_close(density, torch.full_like(density, 200 / (1 + math.exp(4.5))), rtol=0.01, atol=0)
+    torch.testing.assert_close(density, torch.full_like(density, 200 / (1 + math.exp(6.5))), rtol=0.01, atol=0)
     assert ((color > 0) & (color < 1)).all()
 
 

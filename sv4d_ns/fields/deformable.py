@@ -41,9 +41,10 @@ class DeformableFieldConfig:
     initial_density_share: float = 1.0
     """Share of max_density in force while `progress` is 0; grows to 1 with it. A softer object is felt from further
     away, so that motion can find it."""
-    initial_logit: float = -4.5
-    """Density logit of the untrained field (about 2 per unit: a visible fog that images can carve)."""
-    logit_gain: float = 2.0
+    initial_logit: float = -6.5
+    """Density logit of the untrained field (0.3 per unit: a thin fog). Denser fog must be cleared away before there is
+    an object: -4.5 instead of -6.5 costs several dB after 150 steps. Keep it above the occupancy threshold."""
+    logit_gain: float = 5.0
     """Factor on the network's density output: how fast fog can become a surface."""
     bounds_resolution: int = 64
     """Cells a side of the grid that bounds the canonical object (see `DeformableField.confine`)."""
