@@ -23,11 +23,11 @@ method = MethodSpecification(
         # rates measured with benchmarks/field_fit.py (SV4D used 0.01 for all)
         optimizers={
             "encoding": {
-                "optimizer": FusedAdamConfig(lr=1e-2),
+                "optimizer": FusedAdamConfig(lr=2e-2),
                 "scheduler": DecaySchedulerConfig(max_steps=STEPS),
             },
             "heads": {
-                "optimizer": FusedAdamConfig(lr=3e-3),
+                "optimizer": FusedAdamConfig(lr=1e-2),
                 "scheduler": DecaySchedulerConfig(max_steps=STEPS),
             },
             "deformation": {
