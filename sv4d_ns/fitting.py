@@ -122,8 +122,23 @@ def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
 
 
 def hull_views(views: list[TrainView]) -> list[HullView]:
-    """What the occupancy grid carves its visual hull from."""
-    return [HullView(view.alpha, view.c2w, view.focal, view.vote) for view in views]
+    """What the occupancy grid carves its visual hull from: the silhouettes, generated ones with their gaps closed.
+
+    Views on one ring see a slice of the object in the same row of pixels, so a seam the generator leaves in that row
+    would be carved by all of them together.
+    """
+    return [
+        HullView(view.alpha if view.vote >= 1 else closed(view.alpha), view.c2w, view.focal, view.vote)
+        for view in views
+    ]
+
+
+def closed(alpha: Float[Tensor, "t h w"], radius: int = 3) -> Float[Tensor, "t h w"]:
+    """Morphological closing: gaps up to 2 * `radius` pixels wide are filled, the outline stays."""
+    # a border wide enough that dilation does not end at the picture's edge
+    padded = functional.pad(alpha[:, None], [2 * radius] * 4)
+    grown = functional.max_pool2d(padded, 2 * radius + 1, stride=1)
+    return -functional.max_pool2d(-grown, 2 * radius + 1, stride=1)[:, 0]
 
 
 class BatchSampler:
