@@ -7,7 +7,7 @@ from sv4d_ns.pipeline import SV4DPipelineConfig
 from sv4d_ns.schedulers import DecaySchedulerConfig, FusedAdamConfig
 from sv4d_ns.trainer import SV4DTrainerConfig
 
-STEPS = 1700
+STEPS = 3600
 
 method = MethodSpecification(
     config=SV4DTrainerConfig(

@@ -45,6 +45,8 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Unused: cameras and images come from the view grid."""
     run_dir: tyro.conf.Suppress[Path | None] = None
     """The run's own folder, where its view grids are; filled in when the run is created."""
+    expected_steps: tyro.conf.Suppress[int] = 0
+    """Training steps of the run, for the estimate of its time; filled in like `run_dir`."""
     max_frames: int = 21
     """Frames taken from the video, evenly in time (21 as in the SV4D papers); shorter videos keep all of theirs."""
     frame_ratio: float = 0.9
@@ -212,7 +214,7 @@ class SV4DDataManager(VanillaDataManager):
         for message in video.messages:
             CONSOLE.print(message)
         plan = self.synthesizer.default_plan()
-        say_expected_time(len(video.frames), plan.num_views, str(self.device))
+        say_expected_time(len(video.frames), plan.num_views, self.config.expected_steps, str(self.device))
         frames = resize_rgba(video.frames, self.synthesizer.image_size)
         description = self.synthesizer.describe()
         key = content_hash(frames, plan.to_dict(), description, self.config.seed)

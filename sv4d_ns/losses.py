@@ -19,8 +19,8 @@ from sv4d_ns.rendering import RaySamples
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Factors of the losses; 0 switches one off and saves its cost. Defaults are our own, measured with
-    `benchmarks/field_fit.py`."""
+    """Factors of the losses; 0 switches one off and saves its cost. Defaults are our own, mostly judgement
+    from short fits with `benchmarks/field_fit.py`."""
 
     photometric: float = 1.0
     mask: float = 0.2
@@ -31,9 +31,6 @@ class LossWeights:
     distortion: float = 0.03
     normal_smoothness: float = 0.002
     """Of canonical normals at surface points."""
-    bilateral: float = 0.0
-    """Edge-aware normal smoothness on rendered patches."""
-    depth_smoothness: float = 0.0
     deformation: float = 0.001
     deformation_rigidity: float = 0.02
     deformation_time: float = 0.01
@@ -74,31 +71,6 @@ def dssim(
     ssim = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     per_patch = ((1 - ssim) / 2).mean((1, 2, 3))
     return (weight * per_patch).sum() / weight.sum().clamp(min=1e-8)
-
-
-def depth_smoothness(depth: Float[Tensor, "p s s"], alpha: Float[Tensor, "p s s"]) -> Tensor:
-    """Squared depth differences of neighbouring pixels (RegNeRF, as in SV4D L_depth), only where both are opaque:
-    the background has no depth to be smooth with."""
-    across = (depth[:, :, 1:] - depth[:, :, :-1]).square() * ((alpha[:, :, 1:] > 0.5) & (alpha[:, :, :-1] > 0.5))
-    down = (depth[:, 1:] - depth[:, :-1]).square() * ((alpha[:, 1:] > 0.5) & (alpha[:, :-1] > 0.5))
-    return across.mean() + down.mean()
-
-
-def bilateral_normals(normals: Float[Tensor, "p s s 3"], image: Float[Tensor, "p s s 3"]) -> Tensor:
-    """Edge-aware smoothness of rendered normals, mean of exp(-3 |grad I|) (sqrt(1 + |grad n|) - 1), Sobel gradients
-    (SV4D L_bilateral after Boss et al. 2022; we subtract the constant 1 so that flat means zero)."""
-
-    def gradient(v: Tensor) -> Tensor:
-        kernel = v.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8
-        pair = torch.stack([kernel, kernel.t()])[:, None]
-        channels = v.permute(0, 3, 1, 2)
-        flat = channels.reshape(-1, 1, *channels.shape[2:])
-        return functional.conv2d(flat, pair).square().reshape(v.shape[0], -1, v.shape[1] - 2, v.shape[2] - 2).sum(1)
-
-    edges = (gradient(image) + 1e-12).sqrt()
-    # sqrt(1 + |g|) has no derivative at g = 0; the small constant keeps flat patches finite.
-    bends = (gradient(normals) + 1e-6).sqrt()
-    return (torch.exp(-3 * edges) * ((1 + bends).sqrt() - 1)).mean()
 
 
 def opacity_entropy(alpha: Float[Tensor, " n"]) -> Tensor:

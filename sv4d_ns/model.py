@@ -33,7 +33,7 @@ class SV4DModelConfig(ModelConfig):
     """Rays are cut at the object's box, so nerfstudio's near and far planes are not used."""
     eval_num_rays_per_chunk: int = 16384
     """Rays rendered at once outside training."""
-    schedule_steps: int = 1700
+    schedule_steps: int = 3600
     """Length of the schedule (static phase, growing frame window, opening frequencies) in training steps."""
     train_samples: int = 128
     """Steps along the box's diagonal in training; only those in occupied space are evaluated."""

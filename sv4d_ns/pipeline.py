@@ -43,7 +43,7 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     visibility_every: int = 10
     """Training steps between updates of the visibility weights, one frame each, once frames move; 0 weights generated
     views by their angle from the input alone."""
-    refine_steps: tuple[int, ...] = (1100,)
+    refine_steps: tuple[int, ...] = (2300,)
     """Training steps at which stage 2 renders, noises and denoises all views; one round each, () for stage 1 alone."""
     refine_strength: float = 0.4
     """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again (our choice; the paper

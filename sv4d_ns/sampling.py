@@ -35,10 +35,6 @@ class ScheduleConfig:
     """Chance that a step draws the canonical frame, so that the shape is not forgotten while the window grows."""
     frontier_probability: float = 0.6
     """Chance that a step draws one of the frames newest to the window (the badly fitted ones)."""
-    low_resolution: float = 0.5
-    """Image scale of the first steps."""
-    full_resolution_at: float = 0.35
-    """Images are used at full resolution from here on."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +91,6 @@ def orthogonal_views(azimuths: Sequence[float], base: int) -> list[int]:
         target = azimuths[base] + turn
         taken.append(min(free, key=lambda v: (abs((azimuths[v] - target + 180) % 360 - 180), v)))
     return taken
-
-
-def image_scale(fraction: float, config: ScheduleConfig) -> float:
-    """Scale of the training images at `fraction` of the stage: from `low_resolution` to 1, in halvings of the rest."""
-    if fraction >= config.full_resolution_at:
-        return 1.0
-    return config.low_resolution if fraction < config.full_resolution_at / 2 else (1 + config.low_resolution) / 2
 
 
 def frequency_progress(fraction: float, config: ScheduleConfig) -> float:

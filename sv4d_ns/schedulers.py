@@ -36,7 +36,7 @@ class DecaySchedulerConfig(SchedulerConfig):
     """Steps of linear warm-up from zero."""
     decay_from: float = 0.4
     """Share of `max_steps` at full rate."""
-    max_steps: int = 1800
+    max_steps: int = 3600
     """Step at which the final rate is reached; it stays there."""
     final_ratio: float = 0.1
     """Final learning rate over the optimizer's."""

@@ -46,6 +46,7 @@ class SV4DTrainerConfig(TrainerConfig):
             datamanager = self.pipeline.datamanager
             assert isinstance(datamanager, SV4DDataManagerConfig)
             datamanager.run_dir = self.get_base_dir()
+            datamanager.expected_steps = self.max_num_iterations
             if not self._has_views():
                 datamanager.check_data()
             self._check_output()

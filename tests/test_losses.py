@@ -49,34 +49,6 @@ def test_dssim_agrees_with_skimage() -> None:
     )
 
 
-def test_depth_smoothness_ignores_silhouettes() -> None:
-    depth = torch.full((1, 6, 6), 1.5)
-    alpha = torch.ones(1, 6, 6)
-    depth[:, :, 3:], alpha[:, :, 3:] = 1000.0, 0.0
-    assert losses.depth_smoothness(depth, alpha) == 0
-    alpha[:, :, 3:] = 1.0
-    assert losses.depth_smoothness(depth, alpha) > 1000
-    ramp = torch.arange(6.0).expand(1, 6, 6)
-    assert losses.depth_smoothness(ramp, torch.ones(1, 6, 6)) == pytest.approx(1.0)
-
-
-def test_bilateral_normals_forgive_image_edges() -> None:
-    normals = torch.zeros(1, 8, 8, 3)
-    normals[..., 2] = 1
-    image = torch.full((1, 8, 8, 3), 0.5)
-    flat = losses.bilateral_normals(normals, image)
-    assert flat < 1e-3
-    bent = normals.clone()
-    bent[:, :, 4:] = torch.tensor([1.0, 0.0, 0.0])
-    edge = image.clone()
-    edge[:, :, 4:] = 1.0
-    plain, forgiven = losses.bilateral_normals(bent, image), losses.bilateral_normals(bent, edge)
-    assert flat < forgiven < 0.8 * plain
-    flat_normals = normals.clone().requires_grad_()
-    losses.bilateral_normals(flat_normals, image).backward()
-    assert torch.isfinite(flat_normals.grad).all()
-
-
 def test_opacity_entropy_prefers_decisions() -> None:
     assert losses.opacity_entropy(torch.tensor([0.0, 1.0])) == 0
     assert losses.opacity_entropy(torch.tensor([0.5])) == 1

@@ -16,7 +16,6 @@ from sv4d_ns.sampling import (
     frame_window,
     frequency_progress,
     generator,
-    image_scale,
     orthogonal_views,
     sample_frames,
     uniform,
@@ -81,9 +80,6 @@ def test_orthogonal_views_are_distinct(azimuths: list[float], data: st.DataObjec
 
 def test_schedules_reach_their_ends() -> None:
     assert frequency_progress(0, CONFIG) == 0 and frequency_progress(1, CONFIG) == 1
-    assert image_scale(0, CONFIG) == CONFIG.low_resolution and image_scale(1, CONFIG) == 1
-    scales = [image_scale(f, CONFIG) for f in np.linspace(0, 1, 50)]
-    assert scales == sorted(scales)
 
 
 def disc(size: int, radius: float) -> torch.Tensor:
