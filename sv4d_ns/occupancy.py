@@ -119,7 +119,12 @@ class OccupancyGrid(nn.Module):
         for view in views:
             if view.vote >= 1:
                 kept |= self._least_opposed(view, centers, weak.masked_fill(empty, torch.inf))
-        kept = (kept & ~empty).reshape(frames, *self.hull.shape[1:])
+        # Closed by a cell: between rays whose cells the generated silhouettes left and rays whose cells were only given
+        # back, single cells are missing, and one would look into the object there.
+        shape = (frames, *self.hull.shape[1:])
+        grown = functional.max_pool3d(kept.reshape(shape)[:, None].float(), 3, 1, 1)
+        shrunk = -functional.max_pool3d(-grown, 3, 1, 1)
+        kept = (shrunk[:, 0] > 0) & ~empty.reshape(shape)
         times = torch.arange(frames, device=centers.device) / max(frames - 1, 1)
         hull = torch.zeros_like(self.hull)
         for low, high, cells in zip(*(b.tolist() for b in self.bins_around(times)), kept, strict=True):

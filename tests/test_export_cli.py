@@ -1,5 +1,6 @@
 """`ns-export` and `sv4d`: the superset of nerfstudio's commands, one-sentence errors, and a run on disk exported."""
 
+import copy
 import re
 import resource
 import subprocess
@@ -165,7 +166,7 @@ def finished_run(tmp_path_factory) -> Path:
     pictures = np.full((FRAMES, 16, 16, 4), 255, np.uint8)
     grid = ViewGrid(pictures, pictures[:, None], ViewPlan.ring((90.0,)), FPS, provenance={"source": "ball.mp4"})
     grid.save(run / "views")
-    config = all_methods["sv4d"]
+    config = copy.deepcopy(all_methods["sv4d"])  # tests share it
     config.output_dir, config.experiment_name, config.timestamp = run.parents[2], "ball", "now"
     config.pipeline.datamanager.run_dir = run
     (run / "config.yml").write_text(yaml.dump(config))

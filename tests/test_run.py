@@ -43,6 +43,7 @@ def object_frames(count: int = FRAMES, size: int = 96) -> np.ndarray:
 
 def short_config(output_dir: Path, **changes) -> SV4DTrainerConfig:
     config = yaml.unsafe_load(yaml.dump(method.config))  # nerfstudio mutates the one it is given
+    config.experiment_name, config.timestamp = None, "{timestamp}"
     config.pipeline.refine_steps = (REFINE_AT,)
     config.pipeline.model.schedule_steps = STEPS
     config.pipeline.datamanager.synthesis_steps = 2
