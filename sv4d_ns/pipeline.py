@@ -23,6 +23,7 @@ from sv4d_ns.devices import ensure_ffmpeg_on_path
 from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
 from sv4d_ns.runs import VIEW_FOLDERS, windows_folder
+from sv4d_ns.viewing import StartCamera
 
 if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
@@ -69,6 +70,7 @@ class SV4DPipeline(VanillaPipeline):
             ensure_ffmpeg_on_path()
         with one_sentence_errors():
             super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        self.start_camera = StartCamera()
         self.datamanager.frame_window = self.sv4d_model.frame_window
         self.datamanager.canonical_frame = self.sv4d_model.canonical_frame
         self.sv4d_model.clip_duration = self.datamanager.grid.num_frames / self.datamanager.grid.fps
