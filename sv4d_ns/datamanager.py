@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from nerfstudio.cameras.cameras import Cameras, CameraType
@@ -101,16 +102,15 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
     c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
     views = torch.tensor([view for view, _ in views_and_frames])
     frames = torch.tensor([frame for _, frame in views_and_frames])
-    sizes = torch.tensor([grid.input_frames.shape[1] if v == 0 else grid.novel_views.shape[2] for v in views.tolist()])
-    focal = torch.tensor([grid.plan.focal_px(size) for size in sizes.tolist()])
+    size = grid.input_frames.shape[1]
     cameras = Cameras(
         camera_to_worlds=c2w[views],
-        fx=focal[:, None],
-        fy=focal[:, None],
-        cx=sizes[:, None] / 2,
-        cy=sizes[:, None] / 2,
-        width=sizes[:, None],
-        height=sizes[:, None],
+        fx=grid.plan.focal_px(size),
+        fy=grid.plan.focal_px(size),
+        cx=size / 2,
+        cy=size / 2,
+        width=size,
+        height=size,
         camera_type=CameraType.PERSPECTIVE,
         times=torch.from_numpy(grid.times).float()[frames][:, None],
     )
@@ -121,7 +121,17 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
         scene_box=object_box(),
         metadata={"num_frames": grid.num_frames, "canonical_frame": largest_silhouette(grid)},
     )
-    return InputDataset(outputs)
+    return GridImages(outputs)
+
+
+class GridImages(InputDataset):
+    """Images of a grid, all at the size of their camera: ns-render takes one size for a whole path, and the generated
+    views are smaller than the input."""
+
+    def get_numpy_image(self, image_idx: int) -> np.ndarray:
+        from sv4d_ns.synthesis import resize_rgba
+
+        return resize_rgba(super().get_numpy_image(image_idx)[None], int(self.cameras.height[image_idx]))[0]
 
 
 def object_box() -> SceneBox:
@@ -137,9 +147,14 @@ def every_view_at_first_frame(grid: "ViewGrid") -> list[tuple[int, int]]:
 
 
 def once_around_while_time_passes(grid: "ViewGrid") -> list[tuple[int, int]]:
-    """The diagonal of the grid: all T frames, the views in turn along the ring; what ns-eval and ns-render use."""
-    azimuths = (0.0, *(azimuth % 360.0 for azimuth in grid.plan.azimuths_deg))
-    ring = sorted(range(grid.num_views + 1), key=lambda view: azimuths[view])
+    """The diagonal of the grid: all T frames, the views in turn along the ring; what ns-eval and ns-render use.
+
+    The ring starts at the view nearest to 90 degrees: nerfstudio's spiral takes the first camera's viewing axis, in
+    world coordinates, for the upward direction of its own frame, and only there do the two agree.
+    """
+    azimuths = (0.0, *grid.plan.azimuths_deg)
+    nearest = min(azimuths, key=lambda azimuth: abs((azimuth - 90.0 + 180.0) % 360.0 - 180.0))
+    ring = sorted(range(grid.num_views + 1), key=lambda view: (azimuths[view] - nearest) % 360.0)
     return [(ring[frame * len(ring) // grid.num_frames], frame) for frame in range(grid.num_frames)]
 
 
