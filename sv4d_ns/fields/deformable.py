@@ -38,9 +38,6 @@ class DeformableFieldConfig:
     max_density: float = 200.0
     """Density is max_density * sigmoid(logit), per world unit: bounded, so the surface is the level set logit = 0 and
     a 1/65 unit step through the object is 95 % opaque."""
-    initial_density_share: float = 1.0
-    """Share of max_density in force while `progress` is 0; grows to 1 with it. A softer object is felt from further
-    away, so that motion can find it."""
     initial_logit: float = -6.5
     """Density logit of the untrained field (0.3 per unit: a thin fog). Denser fog must be cleared away before there is
     an object: -4.5 instead of -6.5 costs several dB after 150 steps. Keep it above the occupancy threshold."""
@@ -239,8 +236,7 @@ class DeformableField(nn.Module):
         return self.config.logit_gain * hidden[:, 0] + self.config.initial_logit, hidden[:, 1:]
 
     def _density(self, logit: Tensor) -> Tensor:
-        soft = self.config.initial_density_share
-        return self.config.max_density * (soft + (1 - soft) * float(self.progress)) * torch.sigmoid(logit)
+        return self.config.max_density * torch.sigmoid(logit)
 
     def _possible(self, xc: Tensor) -> Tensor:
         """Whether canonical points lie in a cell that may hold the object."""
