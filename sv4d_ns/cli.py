@@ -3,31 +3,31 @@
 Only the first word is read here; each command imports what it needs when it runs, so `sv4d --help` is quick.
 """
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sv4d_ns import __version__
 from sv4d_ns.errors import one_sentence_errors
 
 
-def _export(arguments: Sequence[str]) -> None:
-    from sv4d_ns.export.cli import run
-
-    run(arguments, "sv4d export")
-
-
-def _train(arguments: Sequence[str]) -> None:
-    import tyro
-
-    from sv4d_ns.training.train import TrainConfig, train
-
-    train(tyro.cli(TrainConfig, prog="sv4d train", args=list(arguments)))
-
-
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "export": ("Write files from a finished run: 'sv4d export mesh' and all of nerfstudio's ns-export.", _export),
-    "train": ("Train the embedded multi-view video diffusion model on procedural creatures.", _train),
+# command: (what it does, "module:function" that takes the arguments after the command's name)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "export": (
+        "Write files from a finished run: 'sv4d export mesh' and all of nerfstudio's ns-export.",
+        "sv4d_ns.export.cli:run",
+    ),
+    "train": (
+        "Train the embedded multi-view video diffusion model on procedural creatures.",
+        "sv4d_ns.training.train:command",
+    ),
 }
+
+
+def _run(target: str, arguments: Sequence[str]) -> None:
+    """Import `module:function` and call it with the arguments."""
+    module, function = target.split(":")
+    getattr(importlib.import_module(module), function)(arguments)
 
 
 def usage() -> str:
@@ -60,5 +60,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: sv4d has no command '{word}': 'sv4d --help' lists them.", file=sys.stderr)
         return 2
     with one_sentence_errors():
-        COMMANDS[word][1](rest)
+        _run(COMMANDS[word][1], rest)
     return 0

@@ -289,7 +289,7 @@ def _provide_libusb() -> None:
         ctypes.CDLL(str(libusb_package.get_library_path()))
 
 
-def run(arguments: Sequence[str], program: str) -> None:
+def run(arguments: Sequence[str], program: str = "sv4d export") -> None:
     """Parse and run one export command.
 
     `mesh` is parsed alone, because importing nerfstudio's exporters for its help would take seconds.

@@ -12,13 +12,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -350,3 +351,8 @@ def report(state: TrainState, vae: PatchAutoencoder, config: TrainConfig) -> Non
     sheet = config.output_dir / "sheets" / f"step_{state.step:07d}.png"
     sample_sheet(state.average, vae, config.model, config.sampling, sheet)
     export(state.average, vae, config.model, config.sampling, config.output_dir / "model")
+
+
+def command(arguments: Sequence[str]) -> None:
+    """`sv4d train`: parse the flags and train."""
+    train(tyro.cli(TrainConfig, prog="sv4d train", args=list(arguments)))
