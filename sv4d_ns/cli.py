@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from sv4d_ns import __version__
 from sv4d_ns.errors import one_sentence_errors
 
-
 # command: (what it does, "module:function" that takes the arguments after the command's name)
 COMMANDS: dict[str, tuple[str, str]] = {
     "export": (
