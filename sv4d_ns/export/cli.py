@@ -74,6 +74,8 @@ class FinishedRun:
     field: "AnimatedField"
     possible: Callable[[Any], Any]
     """Whether canonical points [n, 3] may hold the object, as the run's renderer sees it (bool [n])."""
+    occupancy: Any
+    """The renderer's empty-space grid; `renders.render_rgba` takes it beside the field."""
     views: "ViewGrid"
     """What the field was fitted to: times, frame rate, cameras, provenance."""
     name: str
@@ -103,6 +105,7 @@ def load_run(load_config: Path) -> FinishedRun:
     return FinishedRun(
         field=pipeline.model.field,
         possible=lambda x: _occupied_at_rest(pipeline.model, x),
+        occupancy=pipeline.model.occupancy,
         views=grid,
         name=config.experiment_name or config.method_name,
         extras=_extras(grid.provenance, config.method_name, step),
