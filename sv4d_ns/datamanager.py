@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from sv4d_ns.views import ViewGrid
 
 
+DEFAULT_FRAMES = 21
+"""Frames taken where the user names neither a number nor a rate (as in the SV4D papers)."""
+
+
 @dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Where the views come from and how their pixels are drawn."""
@@ -48,8 +52,16 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """The run's own folder, where its view grids are; filled in when the run is created."""
     expected_steps: tyro.conf.Suppress[int] = 0
     """Training steps of the run, for the estimate of its time; filled in like `run_dir`."""
-    max_frames: int = 21
-    """Frames taken from the video, evenly in time (21 as in the SV4D papers); shorter videos keep all of theirs."""
+    max_frames: int | None = None
+    """Frames taken from the video, evenly in time; shorter videos keep all of theirs. The default is 21, as in the SV4D
+    papers (with --pipeline.datamanager.fps: all at that rate). 1 makes a model of the first frame that stands still."""
+    fps: float | None = None
+    """Take so many frames a second of the video instead of a number of frames."""
+    masks: Path | None = None
+    """A folder (or pattern, or video) of masks, one for each frame: white, or opaque, is the object."""
+    matting: str | None = None
+    """Model of rembg that finds the object where the background is not plain, e.g. isnet-general-use (needs the extra
+    `matting`)."""
     frame_ratio: float = 0.9
     """Share of the square crop that the object's larger side fills, over all frames (SV4D's image_frame_ratio)."""
     input_size: int = 256
@@ -87,7 +99,10 @@ def read_video(config: SV4DDataManagerConfig) -> "ObjectVideo":
     from sv4d_ns.video import load_object_video
 
     assert config.data is not None
-    return load_object_video(config.data, config.input_size, config.max_frames, config.frame_ratio)
+    max_frames = DEFAULT_FRAMES if config.max_frames is None and config.fps is None else config.max_frames
+    return load_object_video(
+        config.data, config.input_size, max_frames, config.frame_ratio, config.fps, config.masks, config.matting
+    )
 
 
 def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]]) -> InputDataset:

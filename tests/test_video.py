@@ -1,5 +1,6 @@
 """Reading video of every kind, and telling the object from its background."""
 
+import importlib.util
 import os
 import struct
 from fractions import Fraction
@@ -9,9 +10,13 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.video import Clip, load_object_video, read_clip, segment
+from sv4d_ns.video.clip import Region, open_film, take
+from sv4d_ns.video.doctor import examine
+from sv4d_ns.video.matting import load_matting
 
 WIDTH, HEIGHT, FRAMES = 64, 48, 8
 
@@ -216,8 +221,85 @@ def test_long_clips_are_thinned_evenly_and_say_so(tmp_path):
     assert clip.fps == pytest.approx(30 / 4, rel=0.01)
     assert clip.messages == ("Kept 6 of 21 frames of long.mkv, evenly spaced in time.",)
     assert len(read_clip(path, max_frames=21).frames) == len(read_clip(path, max_frames=500).frames) == 21
-    with pytest.raises(InputError, match="ask for 2 or more"):
-        read_clip(path, max_frames=1)
+    assert len(read_clip(path, max_frames=1).frames) == 1
+    with pytest.raises(InputError, match="ask for 1 or more"):
+        read_clip(path, max_frames=0)
+
+
+@pytest.mark.parametrize(("fps", "levels"), [(10, [0, 30, 60, 90, 120, 150, 180]), (200, list(range(0, 201, 10)))])
+def test_frames_by_rate(tmp_path, fps, levels):
+    pictures = [np.full((16, 16, 3), 10 * index, np.uint8) for index in range(21)]
+    path = write_video(tmp_path / "long.mkv", pictures, "ffv1", "bgr0", fps=30)
+    clip = read_clip(path, fps=fps)
+    assert clip.frames[:, 0, 0, 0].tolist() == levels
+    assert clip.fps == pytest.approx(min(fps, 30), rel=0.01)
+    for wrong, says in (
+        ({"fps": 0.5}, "lasts 0.67 s"),
+        ({"fps": 0}, "above 0"),
+        ({"fps": 5, "max_frames": 3}, "one of"),
+    ):
+        with pytest.raises(InputError, match=says):
+            read_clip(path, **wrong)
+
+
+def test_large_footage_is_scaled_down_as_it_is_read_and_the_object_read_again(tmp_path, monkeypatch):
+    pictures = over(ball(frames=4, width=480, height=360, radius=30.0), (255, 255, 255))
+    path = write_video(tmp_path / "large.mkv", pictures, "ffv1", "bgr0")
+    exact = load_object_video(path, size=64)
+    monkeypatch.setattr("sv4d_ns.video.clip.CLIP_PIXELS", 4 * 120 * 90)
+    small = read_clip(path)
+    assert small.frames.shape == (4, 90, 120, 4) and small.region.scale == 0.25
+    # the union of the ball's places is 250 pixels wide: at a quarter it would fill 57 pixels of the crop from 62
+    monkeypatch.setattr("sv4d_ns.video.clip.CLIP_PIXELS", 4 * 60 * 45)
+    tiny = load_object_video(path, size=64)
+    assert (tiny.framing.source_width, tiny.framing.source_height) == (480, 360)
+    assert tiny.framing.side == pytest.approx(exact.framing.side, rel=0.04)
+    assert tiny.framing.center_x == pytest.approx(exact.framing.center_x, abs=4)
+    # one framing or the other, the pictures are the same up to the shift by a part of a pixel
+    difference = np.abs(tiny.frames.astype(float) - exact.frames)[..., 3].mean()
+    assert difference < 4
+
+
+def test_a_region_shows_the_source_where_it_says(tmp_path):
+    y, x = np.mgrid[0:40, 0:60]
+    pictures = np.stack([np.dstack([4 * x, 6 * y, 0 * x])] * 2).astype(np.uint8)
+    film = open_film(write_video(tmp_path / "ramp.mkv", pictures, "ffv1", "bgr0"))
+    region = Region(left=10, top=8, width=32, height=24, source_width=60, source_height=40, scale=0.5)
+    frames = take(film, [0, 1], region).frames
+    assert frames.shape == (2, 12, 16, 4)
+    columns, rows = (np.arange(16) + 0.5) / 0.5 + 10, (np.arange(12) + 0.5) / 0.5 + 8
+    np.testing.assert_allclose(frames[0, 0, :, 0], 4 * (columns - 0.5), atol=1)
+    np.testing.assert_allclose(frames[0, :, 0, 1], 6 * (rows - 0.5), atol=1)
+
+
+@pytest.mark.parametrize(("transfer", "number"), [("PQ", 16), ("HLG", 18)])
+def test_hdr_is_brought_to_ordinary_colours(tmp_path, transfer, number):
+    """A grey ramp encoded by the standards' own formulas (the inverse of what is under test)."""
+    light = np.linspace(0.02, 0.75, 64)[None].repeat(48, axis=0)  # of diffuse white
+    if transfer == "PQ":
+        m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+        power = (203 * light / 10000) ** m1
+        encoded = ((c1 + c2 * power) / (1 + c3 * power)) ** m2
+    else:
+        scene = (203 * light / 1000) ** (1 / 1.2)
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        encoded = np.where(scene <= 1 / 12, np.sqrt(3 * scene), a * np.log(np.maximum(12 * scene - b, 1e-9)) + c)
+    picture = np.repeat((65535 * encoded)[..., None], 3, axis=-1).round().astype(np.uint16)
+    path = tmp_path / "hdr.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx265", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv444p10le"
+        stream.options = {"x265-params": f"lossless=1:colorprim=9:transfer={number}:colormatrix=9:log-level=none"}
+        for _ in range(2):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb48le").reformat(
+                format="yuv444p10le", dst_colorspace=9
+            )
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    clip = read_clip(path)
+    assert f"is HDR ({transfer})" in clip.messages[0]
+    expected = 255 * (1.055 * light[0] ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(clip.frames[0, 20, :, 1], expected, atol=3)
 
 
 def test_variable_frame_rate_is_thinned_by_time_and_otherwise_announced(tmp_path):
@@ -481,9 +563,107 @@ def test_warnings_name_the_frames():
     exact[2] = 0
     exact[3:] = np.roll(exact[3:], 30, axis=2)
     exact[3:, :, :48] = 0
-    messages = segment(clip_of(exact)).messages
+    clip = clip_of(exact)
+    messages = [finding.sentence for finding in examine(clip, segment(clip))]
     assert any("touches the border of the picture in 2 of 5 frames (first: 3)" in message for message in messages)
     assert any("not visible in 1 of 5 frames (first: 2)" in message for message in messages)
+
+
+def test_a_good_clip_is_not_flagged():
+    clip = clip_of(ball(frames=9, width=300, height=220, radius=70.0))
+    assert examine(clip, segment(clip)) == []
+
+
+def _names(rgba: np.ndarray, **settings) -> list[str]:
+    clip = clip_of(rgba)
+    return [finding.name for finding in examine(clip, segment(clip, **settings))]
+
+
+def test_the_doctor_finds_what_spoils_a_clip():
+    good = ball(frames=6, width=300, height=220, radius=70.0)
+    still = np.repeat(good[:1], 6, axis=0)
+    assert _names(still) == ["motion"]
+    two = good.copy()
+    two[:, 5:45, 250:295] = (20, 200, 20, 255)
+    assert _names(two) == ["several objects"]
+    jumping = good.copy()
+    jumping[1::2] = np.rot90(np.pad(good[1::2, 90:130], ((0, 0), (90, 90), (0, 0), (0, 0))), 2, (1, 2))
+    jumping[0::2] = np.where((np.arange(300) % 300 > 130)[None, None, :, None] & True, 0, good[0::2])
+    jumping[0::2, :, 100:125] = (200, 60, 30, 255)
+    jumping[0::2, [0, -1]] = 0
+    assert "motion" in _names(jumping)
+    blurred = good.copy()
+    texture = np.random.default_rng(0).integers(0, 255, (*good.shape[1:3], 3))
+    blurred[..., :3] = np.where(good[..., 3:] > 0, texture, good[..., :3])
+    blurred[3, ..., :3] = np.stack([ndimage.gaussian_filter(texture[..., i].astype(float), 4) for i in range(3)], -1)
+    assert _names(blurred) == ["blur"]
+
+
+def test_a_moving_camera_shows_in_the_background():
+    scenery = ndimage.gaussian_filter(np.random.default_rng(0).uniform(0, 255, (220, 400, 3)), (4, 4, 0)) * 3 % 255
+    exact = ball(frames=6, width=300, height=220, radius=60.0)
+    masks = exact[..., 3]
+    for shift, expected in ((0, []), (6, ["camera motion"])):
+        behind = np.stack([scenery[:, shift * index : shift * index + 300] for index in range(6)])
+        picture = exact[..., :3] * (masks[..., None] / 255) + behind * (1 - masks[..., None] / 255)
+        opaque = np.dstack([picture.reshape(-1, 300, 3), np.full((6 * 220, 300, 1), 255)]).reshape(6, 220, 300, 4)
+        assert _names(opaque.astype(np.uint8), masks=masks) == expected
+
+
+# --- masks and matting -----------------------------------------------------------------------------------------------
+
+
+def _busy(exact: np.ndarray) -> np.ndarray:
+    """The object before noise, opaque."""
+    noise = np.random.default_rng(1).integers(0, 255, (*exact.shape[:3], 3))
+    share = exact[..., 3:] / 255
+    colours = exact[..., :3] * share + noise * (1 - share)
+    return np.concatenate([colours, np.full_like(exact[..., 3:], 255)], axis=-1).astype(np.uint8)
+
+
+def test_a_busy_background_needs_a_model_or_masks():
+    exact = ball()
+    clip = clip_of(_busy(exact))
+    with pytest.raises(InputError, match=r"no plain background.*masks.*matting"):
+        segment(clip)
+    calls = []
+
+    def red_things(picture):
+        """A real, if simple, matting model: what is as red as the ball; it loses the ball in the fourth picture."""
+        calls.append(picture.shape)
+        rough = (picture[..., 0].astype(int) - picture[..., 2] > 60) & (picture[..., 1] < 90)
+        mask = ndimage.binary_fill_holes(ndimage.binary_opening(rough, np.ones((5, 5))))
+        return 255 * mask.astype(np.uint8) * (len(calls) != 4)
+
+    foreground = segment(clip, matting=red_things)
+    assert foreground.method == "matting" and len(calls) == FRAMES and 0.9 < foreground.confidence <= 1
+    assert foreground.alpha[3].any(), "the median over time bridges a frame the model lost"
+    with_masks = segment(clip, masks=exact[..., 3])
+    assert with_masks.method == "masks" and (with_masks.alpha == exact[..., 3]).all()
+    soft = (exact[..., 3] > 30) & (exact[..., 3] < 220)
+    error = np.abs(with_masks.frames[..., :3].astype(int) - exact[..., :3])[soft].mean()
+    assert error < 0.5 * np.abs(clip.frames[..., :3].astype(int) - exact[..., :3])[soft].mean()
+
+
+def test_masks_from_a_folder(tmp_path):
+    exact = ball()
+    video = write_video(tmp_path / "busy.mkv", _busy(exact)[..., :3], "ffv1", "bgr0")
+    for name, count in (("masks", FRAMES), ("few", 3)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.fromarray(exact[index, ..., 3]).save(tmp_path / name / f"{index}.png")
+    found = load_object_video(video, size=48, max_frames=4, masks=tmp_path / "masks")
+    assert "cut out with the masks" in " ".join(found.messages) and found.confidence == 1
+    with pytest.raises(InputError, match=r"few holds 3 masks but .*busy.mkv has 8 frames"):
+        load_object_video(video, size=48, masks=tmp_path / "few")
+
+
+def test_matting_models_are_named_and_optional():
+    with pytest.raises(InputError, match="no matting model 'rmbg'"):
+        load_matting("rmbg")
+    if importlib.util.find_spec("rembg") is None:
+        with pytest.raises(InputError, match=r"pip install 'sv4d-ns\[matting\]'"):
+            load_matting("u2net")
 
 
 # --- all together ----------------------------------------------------------------------------------------------------
@@ -493,6 +673,7 @@ def test_load_object_video(rolling):
     video = load_object_video(rolling, size=40, max_frames=4)
     assert video.frames.shape == (4, 40, 40, 4) and video.source == str(rolling)
     assert video.fps == pytest.approx(10 * 3 / 7, rel=0.01) and 0.9 < video.confidence <= 1
-    assert [message.split()[0] for message in video.messages] == ["Kept", "A"]
+    assert [message.split()[0] for message in video.messages] == ["Kept", "A", "The"]
+    assert "only 49 pixels large" in video.messages[2]
     columns = np.flatnonzero((video.frames[..., 3] >= 128).any(axis=(0, 1)))
     assert columns[-1] - columns[0] + 1 == pytest.approx(0.9 * 40, abs=1.5)

@@ -1,14 +1,23 @@
 """From a file of any kind to square, cut-out pictures of one object, and the way back to the source."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from sv4d_ns.video.clip import Clip, read_clip
+from sv4d_ns.video.clip import Clip, Region, choose_frames, open_film, read_clip, take
+from sv4d_ns.video.doctor import examine
 from sv4d_ns.video.foreground import Foreground, segment
-from sv4d_ns.video.framing import FRAME_RATIO, Framing, fixed_framing, released_preprocess
+from sv4d_ns.video.framing import (
+    FRAME_RATIO,
+    VISIBLE_ALPHA,
+    Framing,
+    fixed_framing,
+    released_preprocess,
+    union_box,
+)
+from sv4d_ns.video.matting import load_matting, read_masks
 
 __all__ = [
     "Clip",
@@ -41,7 +50,13 @@ class ObjectVideo:
 
 
 def load_object_video(
-    path: Path, size: int, max_frames: int | None = None, frame_ratio: float = FRAME_RATIO
+    path: Path,
+    size: int,
+    max_frames: int | None = None,
+    frame_ratio: float = FRAME_RATIO,
+    fps: float | None = None,
+    masks: Path | None = None,
+    matting: str | None = None,
 ) -> ObjectVideo:
     """Read a video, cut the object out and frame it.
 
@@ -50,14 +65,48 @@ def load_object_video(
         size: side of the square frames, pixels.
         max_frames: keep at most so many frames, evenly spaced in time.
         frame_ratio: share of the frame that the longer side of the object fills over the whole clip, in (0, 1].
+        fps: keep so many frames a second instead of a number of frames.
+        masks: a folder, pattern or video of masks, which then separate object and background.
+        matting: name of the model that finds the object where the background is not plain (`MATTING_MODELS`).
 
     Raises:
         InputError: the file cannot be read, or no object can be told from its background.
     """
-    clip = read_clip(path, max_frames)
-    foreground = segment(clip)
+    model = load_matting(matting) if matting else None
+    film = open_film(path)
+    chosen = choose_frames(film, max_frames, fps)
+
+    def cut_out(region: Region | None, known: Foreground | None) -> tuple[Clip, Foreground]:
+        clip = take(film, chosen, region)
+        given = read_masks(masks, film, chosen, clip.region) if masks else None
+        return clip, segment(clip, given, model, known.background if known else None)
+
+    clip, foreground = cut_out(None, None)
+    findings = examine(clip, foreground)
+    closer = _closer_look(clip, foreground, size, frame_ratio)
+    if closer is not None:
+        clip, foreground = cut_out(closer, foreground)
     framing = fixed_framing(foreground.alpha, size, frame_ratio)
-    messages = (*clip.messages, *foreground.messages)
+    messages = (*clip.messages, *foreground.messages, *(finding.sentence for finding in findings))
     return ObjectVideo(
-        framing.apply(foreground.frames), clip.fps, framing, foreground.confidence, messages, clip.source
+        framing.apply(foreground.frames),
+        clip.fps,
+        framing.in_source(clip.region),
+        foreground.confidence,
+        messages,
+        clip.source,
     )
+
+
+def _closer_look(clip: Clip, foreground: Foreground, size: int, frame_ratio: float) -> Region | None:
+    """The part of a scaled-down clip to read again, because the crop would show it smaller than it was filmed."""
+    region, scale = clip.region, clip.region.scale
+    side = fixed_framing(foreground.alpha, size, frame_ratio).side / scale
+    wanted = min(1.0, size / side)
+    if scale >= wanted:
+        return None
+    margin = 0.1 * side  # the background's pixels around the object, which the cut-out needs
+    x0, y0, x1, y1 = (edge / scale for edge in union_box(foreground.alpha >= VISIBLE_ALPHA))
+    left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)
+    right, bottom = min(int(x1 + margin) + 1, region.width), min(int(y1 + margin) + 1, region.height)
+    return replace(region, left=left, top=top, width=right - left, height=bottom - top, scale=wanted)

@@ -1,9 +1,10 @@
 """Any moving picture becomes a `Clip`: RGBA frames as they are meant to be seen, and their rate."""
 
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from sv4d_ns.errors import InputError
+from sv4d_ns.video.hdr import Transfer, tone_map
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 ANIMATION_FORMATS = ("GIF", "PNG", "WEBP", "JPEG", "BMP", "TIFF")
@@ -56,7 +58,52 @@ _FULL_RANGE = 2
 _MOST_OBLONG = 4
 """Pixels said to be wider or taller than this are a damaged header: real video stays below 2.5."""
 
-_HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+_HDR_TRANSFERS: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
+
+CLIP_PIXELS = 64_000_000
+"""Pixels a clip holds at most over all its frames (256 MB): larger footage is scaled down as it is read. Full HD stays
+as it is up to 30 frames. The crop around the object is smaller still, and is read again where that shows more."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of the source pictures a clip shows, and its scale.
+
+    Coordinates are continuous, as in `Framing`: clip pixel x shows the source at left + x / scale.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    """Source pixels."""
+    source_width: int
+    source_height: int
+    scale: float = 1.0
+    """Clip pixels for each source pixel, at most 1."""
+
+    @classmethod
+    def whole(cls, width: int, height: int) -> "Region":
+        """All of a picture, unscaled."""
+        return cls(0, 0, width, height, width, height)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the clip's frames."""
+        return max(int(self.height * self.scale), 1), max(int(self.width * self.scale), 1)
+
+    def take(self, picture: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "h w 4"]:
+        """This part of a source picture, scaled down by averaging (colours weighted by alpha)."""
+        part = picture[self.top : self.top + self.height, self.left : self.left + self.width]
+        if self.scale == 1:
+            return part
+        height, width = self.shape
+        image = Image.fromarray(part)
+        opaque = part[..., 3].min() == 255
+        image = image if opaque else image.convert("RGBa")
+        box = (0, 0, min(width / self.scale, self.width), min(height / self.scale, self.height))
+        image = image.resize((width, height), Image.Resampling.BOX, box=box)
+        return np.asarray(image if opaque else image.convert("RGBA"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +121,20 @@ class Clip:
     has_alpha: bool
     """True if some pixel is not opaque."""
     messages: tuple[str, ...] = ()
+    shown: Region | None = None
+    """What part of the source pictures the frames show; None for all of it, unscaled."""
+
+    @property
+    def region(self) -> Region:
+        """What part of the source pictures the frames show."""
+        return self.shown or Region.whole(self.frames.shape[2], self.frames.shape[1])
 
 
 @dataclass(frozen=True)
-class _Film:
+class Film:
     """An opened source: the time of every frame, and a way to walk through the frames once more."""
 
+    path: Path
     times: list[float]
     """Seconds, one for each frame, in order of appearance."""
     nominal_fps: float | None
@@ -89,50 +144,86 @@ class _Film:
     messages: tuple[str, ...] = ()
 
 
-def read_clip(path: Path, max_frames: int | None = None) -> Clip:
+def read_clip(path: Path, max_frames: int | None = None, fps: float | None = None) -> Clip:
     """Read a video, an animated picture, a folder of pictures or a pattern such as `shots/*.png`.
 
     Args:
         path: mp4, mov, webm, avi, mkv and whatever else FFmpeg plays; gif, apng, webp (with alpha); a folder or a
             pattern inside one folder, in natural order (2 before 10) and at 10 frames per second.
-        max_frames: keep at most so many frames (2 or more), evenly spaced in time; the rate adapts and a message
-            says so. Frames that are not kept are never held in memory.
+        max_frames: keep at most so many frames, evenly spaced in time; the rate adapts and a message says so. 1 is
+            allowed: the first frame, for a model that does not move.
+        fps: keep so many frames a second instead. Frames that are not kept are never held in memory.
 
     Raises:
-        InputError: the path is missing, unreadable, not a moving picture, damaged, has fewer than two frames, or
-            holds pictures of different sizes.
+        InputError: the path is missing, unreadable, not a moving picture, damaged, has one frame where more than one
+            was asked for, holds pictures of different sizes, or both or senseless numbers of frames were given.
     """
-    path = Path(path)
-    if max_frames is not None and max_frames < 2:
-        raise InputError(f"At most {max_frames} frames were asked of {path}: ask for 2 or more.")
-    film = _open(path)
+    film = open_film(path)
+    return take(film, choose_frames(film, max_frames, fps))
+
+
+def choose_frames(film: Film, max_frames: int | None = None, fps: float | None = None) -> list[int]:
+    """The indices `read_clip` keeps; raises `InputError` as it does."""
+    if max_frames is not None and fps is not None:
+        raise InputError("Both a number of frames and a frame rate are given: give one of them.")
+    if max_frames is not None and max_frames < 1:
+        raise InputError(f"At most {max_frames} frames were asked of {film.path}: ask for 1 or more.")
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise InputError(f"{fps:g} frames per second were asked of {film.path}: ask for a rate above 0.")
+    if not film.times:
+        raise InputError(f"{film.path} has no frame: give a video of at least 2 frames, in which the object moves.")
+    if max_frames == 1:
+        return [0]
     if len(film.times) < 2:
         raise InputError(
-            f"{path} has {'only one frame' if film.times else 'no frame'}: give a video of at least 2 frames, "
-            "in which the object moves."
+            f"{film.path} has only one frame: give a video of at least 2 frames, in which the object moves, or ask for "
+            "1 frame (--pipeline.datamanager.max-frames 1) to make a model that stands still."
         )
-    chosen = _evenly_spaced(film.times, max_frames)
+    if fps is None:
+        return _evenly_spaced(film.times, max_frames)
+    chosen = _at_rate(film.times, fps)
+    if len(chosen) < 2:
+        raise InputError(
+            f"{film.path} lasts {film.times[-1] - film.times[0]:.2g} s, which gives one frame at {fps:g} frames per "
+            "second: ask for a higher rate."
+        )
+    return chosen
+
+
+def take(film: Film, chosen: list[int], region: Region | None = None) -> Clip:
+    """The chosen frames of a film: its whole pictures, or a region of them; scaled down to fit `CLIP_PIXELS`.
+
+    Raises:
+        InputError: a frame is damaged, or the pictures have different sizes.
+    """
     messages = list(film.messages)
+    name = film.path.name
     if len(chosen) < len(film.times):
-        messages.append(f"Kept {len(chosen)} of {len(film.times)} frames of {path.name}, evenly spaced in time.")
-    elif _irregular(film.times):
-        messages.append(f"{path.name} has a variable frame rate; its frames are treated as evenly spaced in time.")
-    frames = _stack(film.frames(set(chosen)), len(chosen), path)
+        messages.append(f"Kept {len(chosen)} of {len(film.times)} frames of {name}, evenly spaced in time.")
+    elif len(film.times) > 2 and _irregular(film.times):
+        messages.append(f"{name} has a variable frame rate; its frames are treated as evenly spaced in time.")
+    frames, region = _stack(film.frames(set(chosen)), len(chosen), film.path, region)
     fps = _rate([film.times[index] for index in chosen], film.nominal_fps)
-    return Clip(frames, fps, str(path), bool((frames[..., 3] < 255).any()), tuple(messages))
+    transparent = any(bool((frame[..., 3] < 255).any()) for frame in frames)
+    return Clip(frames, fps, str(film.path), transparent, tuple(messages), region)
 
 
-def _open(path: Path) -> _Film:
+def open_film(path: Path) -> Film:
+    """Open a source and walk through it once, to know that it is whole and when its frames are shown."""
+    return _open(Path(path))
+
+
+def _open(path: Path) -> Film:
     if path.is_dir():
         pictures = _natural_order(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
         if not pictures:
             raise InputError(f"The folder {path} has no pictures: put numbered png, jpg or webp files in it.")
-        return _open_pictures(pictures)
+        return _open_pictures(path, pictures)
     if not path.exists() and any(letter in path.name for letter in "*?["):
         pictures = _natural_order(path.parent.glob(path.name))
         if not pictures:
             raise InputError(f"No file matches {path}: check the pattern.")
-        return _open_pictures(pictures)
+        return _open_pictures(path, pictures)
     if not path.is_file():
         raise InputError(f"{path} does not exist: check the path of the video.")
     try:
@@ -169,6 +260,16 @@ def _evenly_spaced(times: list[float], max_frames: int | None) -> list[int]:
     return nearest.tolist()
 
 
+def _at_rate(times: list[float], fps: float) -> list[int]:
+    """Indices of the frames shown at 0, 1/fps, 2/fps ... seconds, each once."""
+    starts = np.asarray(times)
+    last_interval = float(np.median(np.diff(starts)))  # the last frame stays on the screen too
+    wanted = np.arange(times[0], times[-1] + last_interval - 1e-3, 1 / fps)
+    # the frame on the screen is the last one that began, with half a millisecond for rounded time stamps
+    shown = np.searchsorted(starts, wanted + 5e-4, side="right") - 1
+    return np.unique(shown.clip(0)).tolist()
+
+
 def _rate(times: list[float], nominal_fps: float | None) -> float:
     """Frames per second over the whole span; the stated rate where the time stamps only round it."""
     span = times[-1] - times[0]
@@ -183,19 +284,30 @@ def _irregular(times: list[float]) -> bool:
     return bool(np.abs(intervals - intervals.mean()).max() > 0.25 * intervals.mean())
 
 
-def _stack(pictures: Iterator[np.ndarray], count: int, path: Path) -> np.ndarray:
+def _stack(
+    pictures: Iterator[np.ndarray], count: int, path: Path, region: Region | None
+) -> tuple[UInt8[np.ndarray, "t h w 4"], Region]:
     frames: np.ndarray | None = None
+    size: tuple[int, ...] = ()
     for index, picture in enumerate(pictures):
         if frames is None:
-            frames = np.empty((count, *picture.shape), np.uint8)
-        if picture.shape != frames.shape[1:]:
+            size = picture.shape
+            region = _within_budget(region or Region.whole(size[1], size[0]), count)
+            frames = np.empty((count, *region.shape, 4), np.uint8)
+        if picture.shape != size:
             raise InputError(
-                f"{path} changes size from {_size(frames[0])} to {_size(picture)} on the way: "
+                f"{path} changes size from {size[1]}x{size[0]} to {_size(picture)} on the way: "
                 "export it with one size for all frames."
             )
-        frames[index] = picture
-    assert frames is not None  # the caller asks for two frames or more, and readers raise when they run out
-    return frames
+        assert region is not None
+        frames[index] = region.take(picture)
+    assert frames is not None and region is not None  # a frame or more is asked for; readers raise when they run out
+    return frames, region
+
+
+def _within_budget(region: Region, count: int) -> Region:
+    most = math.sqrt(CLIP_PIXELS / (count * region.width * region.height))
+    return replace(region, scale=min(region.scale, most, 1.0))
 
 
 def _size(picture: np.ndarray) -> str:
@@ -212,7 +324,7 @@ def _natural_order(paths) -> list[Path]:
     return sorted((path for path in paths if path.is_file() and not path.name.startswith(".")), key=key)
 
 
-def _open_pictures(paths: list[Path]) -> _Film:
+def _open_pictures(folder: Path, paths: list[Path]) -> Film:
     def frames(chosen: set[int]) -> Iterator[np.ndarray]:
         first: np.ndarray | None = None
         for index in sorted(chosen):
@@ -226,7 +338,8 @@ def _open_pictures(paths: list[Path]) -> _Film:
             yield picture
 
     message = f"Pictures carry no frame rate; {FOLDER_FPS:g} frames per second are assumed."
-    return _Film([index / FOLDER_FPS for index in range(len(paths))], FOLDER_FPS, frames, (message,))
+    times = [index / FOLDER_FPS for index in range(len(paths))]
+    return Film(folder, times, FOLDER_FPS, frames, (message,))
 
 
 def _read_picture(path: Path) -> np.ndarray:
@@ -244,7 +357,7 @@ def _rgba(image: Image.Image) -> np.ndarray:
     return np.array(ImageOps.exif_transpose(image).convert("RGBA"))
 
 
-def _open_animation(path: Path) -> _Film:
+def _open_animation(path: Path) -> Film:
     times, time = [], 0.0
     for image in _walk_animation(path):
         times.append(time)
@@ -256,7 +369,7 @@ def _open_animation(path: Path) -> _Film:
             if index in chosen:
                 yield _rgba(image)
 
-    return _Film(times, None, frames)
+    return Film(path, times, None, frames)
 
 
 def _walk_animation(path: Path) -> Iterator[Image.Image]:
@@ -277,7 +390,7 @@ def _walk_animation(path: Path) -> Iterator[Image.Image]:
 # --- video -----------------------------------------------------------------------------------------------------------
 
 
-def _open_video(path: Path, head: bytes) -> _Film:
+def _open_video(path: Path, head: bytes) -> Film:
     times: list[float] = []
     discarded = 0
     with _container(path, head) as container:
@@ -295,8 +408,8 @@ def _open_video(path: Path, head: bytes) -> _Film:
     short = bool(duration and rate and times and times[-1] - times[0] < duration - 3 / rate - 0.05 * duration)
     if len(times) < promised - discarded or (not promised and short):
         raise _damaged(path, len(times))
-    messages = [f"{path.name} is HDR ({hdr}) and is read without tone mapping; export it as SDR."] if hdr else []
-    return _Film(times, rate, lambda chosen: _video_frames(path, head, chosen), tuple(messages))
+    messages = [f"{path.name} is HDR ({hdr}); it was brought to ordinary sRGB colours."] if hdr else []
+    return Film(path, times, rate, lambda chosen: _video_frames(path, head, chosen), tuple(messages))
 
 
 def _video_frames(path: Path, head: bytes, chosen: set[int]) -> Iterator[np.ndarray]:
@@ -388,7 +501,19 @@ def _promised_duration(container: av.container.InputContainer) -> float | None:
     return None
 
 
-def _upright_rgba(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
+def _upright_rgba(frame: av.VideoFrame, stream: av.VideoStream) -> UInt8[np.ndarray, "h w 4"]:
+    hdr = _HDR_TRANSFERS.get(int(frame.color_trc))
+    if hdr is None:
+        picture = _converted(frame, stream, "rgba").to_ndarray()
+    else:
+        levels = tone_map(_converted(frame, stream, "rgb48le").to_ndarray(), hdr)
+        picture = np.dstack([levels, np.full_like(levels[..., :1], 255)])
+    # FFmpeg gives the angle of the display matrix counter-clockwise, as numpy turns
+    return np.rot90(picture, round(frame.rotation / 90) % 4)
+
+
+def _converted(frame: av.VideoFrame, stream: av.VideoStream, pixel_format: str) -> av.VideoFrame:
+    """The frame with square pixels in an RGB format."""
     shape = stream.sample_aspect_ratio
     oblong = shape is not None and 1 / _MOST_OBLONG <= shape <= _MOST_OBLONG
     width = round(frame.width * shape) if shape and oblong else frame.width
@@ -402,15 +527,14 @@ def _upright_rgba(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
         if frame.format.name.startswith(("yuv", "nv", "p01"))
         else f"{width}:{frame.height}:{CONVERSION}",
     )
-    form = graph.add("format", "rgba")
+    form = graph.add("format", pixel_format)
     sink = graph.add("buffersink")
     source.link_to(scale)
     scale.link_to(form)
     form.link_to(sink)
     graph.configure()
     graph.vpush(frame)
-    # FFmpeg gives the angle of the display matrix counter-clockwise, as numpy turns
-    return np.rot90(graph.vpull().to_ndarray(), round(frame.rotation / 90) % 4)
+    return graph.vpull()
 
 
 def _matrix(frame: av.VideoFrame) -> str:

@@ -1,6 +1,6 @@
 """What is object and what is background: the file's own alpha, or a plain background of any colour."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,60 +34,14 @@ OPEN_OVERLAP = 0.3
 before or after. On the benchmark this opens 93 % of the truly open area and nothing else; see `segment`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Foreground:
-    """The clip with its object cut out."""
-
-    frames: UInt8[np.ndarray, "t h w 4"]
-    """Straight-alpha pictures; along soft edges the colour is the object's own, without the old background."""
-    method: str
-    """"alpha" (from the file) or "plain background"."""
-    confidence: float
-    """0 to 1: 1 for a file's own alpha, else how plain the background is times how well the outline stands out."""
-    messages: tuple[str, ...]
-    """What was chosen, and warnings the user can act on, a sentence each."""
-
-    @property
-    def alpha(self) -> UInt8[np.ndarray, "t h w"]:
-        """Coverage of each pixel by the object, 0 to 255."""
-        return self.frames[..., 3]
-
-
-def segment(clip: Clip) -> Foreground:
-    """Cut the object out of the clip.
-
-    A file with a real alpha channel keeps it. Otherwise the background must be of one colour (any colour), which is
-    estimated from the picture borders of all frames together with its noise; soft edges follow from how far a pixel's
-    colour lies between the background and the object beside it. Patches of background colour enclosed by the object
-    are part of it (a white belly before white), unless they look exactly like the background, have a sharp rim, and
-    are found outside the outline in a frame shortly before or after (the gap between two legs). An opening that stays
-    closed through the whole clip (the handle of a cup) is therefore filled, and a message says so.
-
-    Raises:
-        InputError: no visible object, an object that covers the picture, or a background that is not plain.
-    """
-    if clip.has_alpha:
-        frames, method, confidence = clip.frames, "alpha", 1.0
-        messages = ["The alpha channel of the file separates the object from the background."]
-    else:
-        background = _plain_background(clip)
-        cutouts, contrasts, filled = _cut_out(clip.frames, background)
-        if cutouts is None:
-            raise _nothing_visible(clip)
-        frames, method, confidence = cutouts, "plain background", background.plain_share * contrasts
-        colour = ", ".join(f"{level:.0f}" for level in background.colour)
-        messages = [f"A plain background of colour ({colour}) was removed, confidence {confidence:.2f}."]
-        if filled:
-            messages.append(
-                "Patches of background colour inside the object were taken as part of it; "
-                "if they are openings, give a video with an alpha channel."
-            )
-    _check_coverage(clip, frames[..., 3])
-    return Foreground(frames, method, confidence, (*messages, *_warnings(frames[..., 3])))
+Matting = Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "h w"]]
+"""A model that tells how much of each pixel of a picture the object covers, 0 to 255 (see `matting.py`)."""
 
 
 @dataclass(frozen=True)
-class _Background:
+class Background:
+    """A background of one colour."""
+
     colour: Float[np.ndarray, " 3"]
     noise: float
     """Standard deviation of the background, levels, robustly from the borders."""
@@ -96,13 +50,142 @@ class _Background:
 
     @property
     def contrast(self) -> float:
+        """Levels of difference from which a pixel is not background."""
         return max(MIN_CONTRAST, NOISE_FACTOR * self.noise)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the borders are alike enough to tell an object by its colour."""
+        return self.noise <= MAX_NOISE and self.plain_share >= MIN_PLAIN_SHARE
+
     def distance(self, colours: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
+        """The largest difference from the background in any channel, levels."""
         return np.abs(colours - self.colour).max(axis=-1)
 
 
-def _plain_background(clip: Clip) -> _Background:
+@dataclass(frozen=True, eq=False)
+class Foreground:
+    """The clip with its object cut out."""
+
+    frames: UInt8[np.ndarray, "t h w 4"]
+    """Straight-alpha pictures; along soft edges the colour is the object's own, without the old background."""
+    method: str
+    """"masks" (given by the user), "alpha" (from the file), "plain background" or "matting"."""
+    confidence: float
+    """0 to 1: 1 for masks and a file's own alpha; how plain the background is times how well the outline stands out;
+    how decided a matting model is about the pixels it takes as object."""
+    messages: tuple[str, ...]
+    """What was chosen, a sentence each."""
+    background: Background | None = None
+    """The plain background that was removed, if that was the method."""
+
+    @property
+    def alpha(self) -> UInt8[np.ndarray, "t h w"]:
+        """Coverage of each pixel by the object, 0 to 255."""
+        return self.frames[..., 3]
+
+
+def segment(
+    clip: Clip,
+    masks: UInt8[np.ndarray, "t h w"] | None = None,
+    matting: Matting | None = None,
+    background: Background | None = None,
+) -> Foreground:
+    """Cut the object out of the clip.
+
+    Masks the user gives are used as they are. A file with a real alpha channel keeps it. Otherwise a background of one
+    colour (any colour) is removed; it is estimated from the picture borders of all frames together with its noise;
+    soft edges follow from how far a pixel's colour lies between the background and the object beside it. Patches of
+    background colour enclosed by the object are part of it (a white belly before white), unless they look exactly
+    like the background, have a sharp rim, and are found outside the outline in a frame shortly before or after (the
+    gap between two legs). An opening that stays closed through the whole clip (the handle of a cup) is therefore
+    filled, and a message says so. A background of many colours is left to the matting model, whose alpha is the median
+    of three frames.
+
+    Args:
+        masks: coverage by the object, 0 to 255.
+        matting: used where the background is not plain.
+        background: what is already known of it (for a clip that shows only part of the pictures).
+
+    Raises:
+        InputError: no visible object, an object that covers the picture, or a background that is not plain and no
+            matting model.
+    """
+    if masks is not None:
+        foreground = _with_alpha(clip, masks, "masks", 1.0, "The object was cut out with the masks given.")
+    elif clip.has_alpha:
+        message = "The alpha channel of the file separates the object from the background."
+        foreground = Foreground(clip.frames, "alpha", 1.0, (message,))
+    else:
+        background = background or _border_colour(clip)
+        if background.is_plain:
+            foreground = _without_plain_background(clip, background)
+        elif matting is not None:
+            foreground = _matted(clip, matting, background)
+        else:
+            raise InputError(
+                f"{clip.source} has no plain background ({background.plain_share:.0%} of its border looks alike): give "
+                "a video with an alpha channel or one filmed before a single colour, a folder of masks "
+                "(--pipeline.datamanager.masks), or name a matting model (--pipeline.datamanager.matting "
+                "isnet-general-use)."
+            )
+    _check_coverage(clip, foreground.alpha)
+    return foreground
+
+
+def _with_alpha(clip: Clip, alpha: np.ndarray, method: str, confidence: float, message: str) -> Foreground:
+    """The clip with a given alpha; colours of soft pixels are taken from the object beside them."""
+    frames = np.stack([_own_colours(frame[..., :3], cover) for frame, cover in zip(clip.frames, alpha, strict=True)])
+    return Foreground(frames, method, confidence, (message,))
+
+
+def _own_colours(colours: UInt8[np.ndarray, "h w 3"], alpha: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 4"]:
+    """Straight-alpha pixels in which the old background no longer shines through.
+
+    A soft pixel is C = alpha F + (1 - alpha) B and neither F nor B is known: F is taken from the sure pixels around.
+    """
+    sure = (alpha >= 250).astype(np.float32)
+    reach = max(2, round(min(alpha.shape) / 400))
+    weight = ndimage.gaussian_filter(sure, reach, truncate=4)
+    layers = [ndimage.gaussian_filter(colours[..., i] * sure, reach, truncate=4) for i in range(3)]
+    nearby = np.stack(layers, axis=-1) / np.maximum(weight, 1e-6)[..., None]
+    soft = (alpha > 0) & (alpha < 250) & (weight > 1e-4)
+    clean = np.where(soft[..., None], nearby, colours)
+    clean[alpha == 0] = 255
+    return np.dstack([clean.round().clip(0, 255), alpha]).astype(np.uint8)
+
+
+def _matted(clip: Clip, matting: Matting, background: Background) -> Foreground:
+    alpha = np.stack([matting(np.ascontiguousarray(frame[..., :3])) for frame in clip.frames])
+    if len(alpha) >= 3:  # a per-picture model flickers: the median over time drops what is there for one frame only
+        inner = np.median(np.stack([alpha[:-2], alpha[1:-1], alpha[2:]]), axis=0)
+        alpha = np.concatenate([alpha[:1], inner.astype(np.uint8), alpha[-1:]])
+    seen = alpha[alpha >= 26]
+    confidence = float(np.abs(seen / 127.5 - 1).mean()) if seen.size else 0.0
+    message = (
+        f"The background is not plain ({background.plain_share:.0%} of the border looks alike): the object was found "
+        f"by the matting model, confidence {confidence:.2f}."
+    )
+    return _with_alpha(clip, alpha, "matting", confidence, message)
+
+
+def _without_plain_background(clip: Clip, background: Background) -> Foreground:
+    cutouts, contrasts, filled = _cut_out(clip.frames, background)
+    if cutouts is None:
+        raise _nothing_visible(clip)
+    confidence = background.plain_share * contrasts
+    colour = ", ".join(f"{level:.0f}" for level in background.colour)
+    messages = [f"A plain background of colour ({colour}) was removed, confidence {confidence:.2f}."]
+    if filled:
+        messages.append(
+            "Patches of background colour inside the object were taken as part of it; "
+            "if they are openings, give a video with an alpha channel."
+        )
+    return Foreground(cutouts, "plain background", confidence, tuple(messages), background)
+
+
+def _border_colour(clip: Clip) -> Background:
+    """What the borders of the pictures look like."""
     frames = clip.frames
     width = max(2, round(0.02 * min(frames.shape[1:3])))
     # at most about 30 frames: the borders of a long clip say nothing new
@@ -112,17 +195,12 @@ def _plain_background(clip: Clip) -> _Background:
     colour = np.median(pixels, axis=0)
     distance = np.abs(pixels - colour).max(axis=-1)
     noise = 1.4826 * float(np.median(distance))
-    background = _Background(colour, noise, float((distance <= max(MIN_CONTRAST, NOISE_FACTOR * noise)).mean()))
-    if noise > MAX_NOISE or background.plain_share < MIN_PLAIN_SHARE:
-        raise InputError(
-            f"{clip.source} has no plain background ({background.plain_share:.0%} of its border looks alike): give a "
-            "video with an alpha channel, or one filmed before a single colour."
-        )
-    return background
+    plain = (distance <= max(MIN_CONTRAST, NOISE_FACTOR * noise)).mean()
+    return Background(colour, noise, float(plain))
 
 
 def _cut_out(
-    frames: UInt8[np.ndarray, "t h w 4"], background: _Background
+    frames: UInt8[np.ndarray, "t h w 4"], background: Background
 ) -> tuple[UInt8[np.ndarray, "t h w 4"] | None, float, bool]:
     """Cut-outs (None if nothing is there), the share of the outline that stands out, whether patches were filled."""
     solid = np.stack([_without_specks(background.distance(frame[..., :3]) > background.contrast) for frame in frames])
@@ -154,7 +232,7 @@ def _without_specks(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 
 
 def _fill_closed_pockets(
-    frames: UInt8[np.ndarray, "t h w 4"], solid: Bool[np.ndarray, "t h w"], background: _Background
+    frames: UInt8[np.ndarray, "t h w 4"], solid: Bool[np.ndarray, "t h w"], background: Background
 ) -> tuple[Bool[np.ndarray, "t h w"], bool]:
     """The solid pixels with enclosed background filled, except where it opens to the outside; whether much was."""
     opened = ~np.stack([ndimage.binary_fill_holes(mask) for mask in solid])
@@ -176,7 +254,7 @@ def _fill_closed_pockets(
 
 
 def _see_through(
-    colours: Float[np.ndarray, "h w 3"], pockets: Bool[np.ndarray, "h w"], background: _Background
+    colours: Float[np.ndarray, "h w 3"], pockets: Bool[np.ndarray, "h w"], background: Background
 ) -> Integer[np.ndarray, "h w"]:
     """Labels of the pockets that look like the background itself, with a sharp rim; 0 elsewhere.
 
@@ -205,7 +283,7 @@ def _window(mask: Bool[np.ndarray, "h w"], margin: int) -> tuple[slice, slice] |
 
 
 def _matte(
-    colours: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], background: _Background, reach: int
+    colours: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], background: Background, reach: int
 ) -> tuple[UInt8[np.ndarray, "h w 4"], Float[np.ndarray, " n"]]:
     """Soft alpha and clean colours of one frame, and the contrast along the n pixels of its outline.
 
@@ -257,20 +335,3 @@ def _check_coverage(clip: Clip, alpha: UInt8[np.ndarray, "t h w"]) -> None:
         raise InputError(
             f"The object covers all of {clip.source}: give a video that shows it whole, with space around."
         )
-
-
-def _warnings(alpha: UInt8[np.ndarray, "t h w"]) -> Iterator[str]:
-    solid = alpha >= 128
-    touching = np.asarray(solid[:, [0, -1], :].any(axis=(1, 2)) | solid[:, :, [0, -1]].any(axis=(1, 2)))
-    if touching.any():
-        yield (
-            f"The object touches the border of the picture in {_count(touching)}: what is cut off there is missing "
-            "from the result; film it with space around."
-        )
-    absent = np.asarray(solid.mean(axis=(1, 2)) < MIN_OBJECT_SHARE)
-    if absent.any():
-        yield f"The object is not visible in {_count(absent)}: cut the video to where it is."
-
-
-def _count(flags: np.ndarray) -> str:
-    return f"{int(flags.sum())} of {len(flags)} frames (first: {int(flags.argmax())})"

@@ -1,7 +1,7 @@
 """The square crop around the object, and the way back to the source video."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sv4d_ns.errors import InputError
+from sv4d_ns.video.clip import Region
 
 FRAME_RATIO = 0.9
 """Share of the crop that the longer side of the object fills: the default of the released SV4D 2.0 script."""
@@ -60,6 +61,17 @@ class Framing:
         so that it averages. Where the crop is fully transparent its colour is white.
         """
         return np.stack(list(self._crops(frames)))
+
+    def in_source(self, region: Region) -> "Framing":
+        """The same square in the pixels of the source, for a framing found on a clip that shows a region of it."""
+        return replace(
+            self,
+            center_x=region.left + self.center_x / region.scale,
+            center_y=region.top + self.center_y / region.scale,
+            side=self.side / region.scale,
+            source_width=region.source_width,
+            source_height=region.source_height,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable description; `from_dict` is its inverse."""
@@ -114,7 +126,7 @@ def fixed_framing(alpha: UInt8[np.ndarray, "t h w"], size: int, frame_ratio: flo
         InputError: nothing is visible, or the ratio is out of range.
     """
     _check_ratio(frame_ratio)
-    left, top, right, bottom = _union_box(alpha >= VISIBLE_ALPHA)
+    left, top, right, bottom = union_box(alpha >= VISIBLE_ALPHA)
     height, width = alpha.shape[1:]
     side = max(right - left, bottom - top) / frame_ratio
     return Framing((left + right) / 2, (top + bottom) / 2, side, width, height, size)
@@ -145,7 +157,7 @@ def released_preprocess(
         frames = np.concatenate([frames, np.full_like(frames[..., :1], 255)], axis=-1)
     else:
         visible = frames[..., 3] > 0
-    left, top, right, bottom = _union_box(visible)
+    left, top, right, bottom = union_box(visible)
     half_height, half_width = frames.shape[1] // 2, frames.shape[2] // 2
     half = max(half_height - left, right - half_height, half_width - top, bottom - half_width)
     side = frames.shape[1] if frame_ratio is None else int(2 * half / frame_ratio)
@@ -163,7 +175,7 @@ def _check_ratio(frame_ratio: float) -> None:
         raise InputError(f"The object cannot fill {frame_ratio:g} of the frame: give a share above 0 and at most 1.")
 
 
-def _union_box(visible: np.ndarray) -> tuple[int, int, int, int]:
+def union_box(visible: np.ndarray) -> tuple[int, int, int, int]:
     """Left, top, right, bottom (exclusive) of everything visible in any frame."""
     union: np.ndarray = np.any(visible, axis=0)
     if not union.any():

@@ -1,0 +1,93 @@
+"""Finding the object before a background of many colours: a matting model, or masks the user made.
+
+Matting needs the optional extra `matting` (rembg); its models are downloaded by rembg itself to `~/.u2net`
+(`$U2NET_HOME`) when they are used for the first time. Models for non-commercial use only are not offered.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from sv4d_ns.errors import InputError
+from sv4d_ns.video.clip import Film, Region, open_film
+from sv4d_ns.video.foreground import Matting
+
+MATTING_MODELS = (
+    "isnet-general-use",
+    "birefnet-general",
+    "birefnet-general-lite",
+    "birefnet-portrait",
+    "u2net",
+    "u2netp",
+    "u2net_human_seg",
+    "isnet-anime",
+    "silueta",
+)
+"""Names rembg knows. `bria-rmbg` is left out: its licence forbids commercial use."""
+
+
+def load_matting(model: str) -> Matting:
+    """A rembg model with one session for the whole clip.
+
+    Raises:
+        InputError: an unknown name, rembg is not installed, or its model cannot be downloaded or opened.
+    """
+    if model not in MATTING_MODELS:
+        raise InputError(f"There is no matting model '{model}': take one of {', '.join(MATTING_MODELS)}.")
+    try:
+        import rembg
+    except (ImportError, SystemExit) as error:  # rembg ends the process where onnxruntime is missing
+        raise InputError(
+            f"The matting model '{model}' needs rembg: install it with `pip install 'sv4d-ns[matting]'`."
+        ) from error
+    try:
+        session = rembg.new_session(model)
+    except Exception as error:  # downloads fail in as many ways as there are networks
+        raise InputError(
+            f"The matting model '{model}' cannot be loaded ({_first_line(error)}): check the network, or put its file "
+            "into ~/.u2net (or $U2NET_HOME)."
+        ) from error
+
+    def matte(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+        return np.asarray(rembg.remove(Image.fromarray(picture), session=session, only_mask=True).convert("L"))
+
+    return matte
+
+
+def read_masks(path: Path, film: Film, chosen: list[int], region: Region) -> UInt8[np.ndarray, "t h w"]:
+    """The masks of the chosen frames of a film, for a region of its pictures.
+
+    Args:
+        path: a folder, pattern or video of masks; white (or opaque, where they have an alpha channel) is object.
+
+    Raises:
+        InputError: they cannot be read, or their number or size is not that of the film.
+    """
+    masks = open_film(path)
+    if len(masks.times) == len(film.times):
+        wanted = chosen
+    elif len(masks.times) == len(chosen):
+        wanted = list(range(len(chosen)))
+    else:
+        raise InputError(
+            f"{path} holds {len(masks.times)} masks but {film.path} has {len(film.times)} frames: give one mask for "
+            "each frame."
+        )
+    result = np.empty((len(wanted), *region.shape), np.uint8)
+    for index, picture in enumerate(masks.frames(set(wanted))):
+        if picture.shape[0] < region.top + region.height or picture.shape[1] < region.left + region.width:
+            raise InputError(
+                f"The masks of {path} are {picture.shape[1]}x{picture.shape[0]}, smaller than the pictures of "
+                f"{film.path}: give masks of the same size."
+            )
+        opaque = picture[..., 3].min() == 255
+        grey = picture[..., :3].max(axis=-1) if opaque else picture[..., 3]
+        layers = np.dstack([grey, grey, grey, np.full_like(grey, 255)])
+        result[index] = region.take(layers)[..., 0]
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
