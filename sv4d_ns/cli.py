@@ -12,6 +12,10 @@ from sv4d_ns.errors import one_sentence_errors
 
 # command: (what it does, "module:function" that takes the arguments after the command's name)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": (
+        "Convert a released SV4D 2.0 file into a folder that diffusers loads.",
+        "sv4d_ns.diffusion.convert:command",
+    ),
     "export": (
         "Write files from a finished run: 'sv4d export mesh' and all of nerfstudio's ns-export.",
         "sv4d_ns.export.cli:run",
