@@ -1,0 +1,166 @@
+"""Shape and motion of a fitted field against true surface samples and true tracks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
+
+from sv4d_ns.evaluation.alignment import Similarity
+from sv4d_ns.evaluation.cases import Geometry
+from sv4d_ns.export.mesh import AnimatedField, CanonicalMesh, canonical_mesh, follow_vertices, opacity_grid
+
+SURFACE_SAMPLES = 100_000
+"""Area-uniform samples of the reconstructed surface: so many that their spacing adds nothing to the distances."""
+F_SCORE_DISTANCES = (0.01, 0.02)
+"""World units within which a sample counts as right (the object's box is 1.14 wide)."""
+SURFACE_RESOLUTION = 128
+"""Nodes of the marching-cubes grid along the box's side."""
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """Oriented samples of a surface."""
+
+    points: Float[np.ndarray, "n 3"]
+    normals: Float[np.ndarray, "n 3"]
+    """Unit length."""
+
+
+def chamfer_and_friends(made: Surface, truth: Surface) -> dict[str, float]:
+    """Distances between two sampled surfaces.
+
+    `accuracy` is the mean distance from the samples of `made` to the nearest of `truth`, `completeness` the mean of
+    the other direction (both plain distances, not squared, world units); `chamfer` is their mean. `chamfer_floor` is
+    what a perfect reconstruction would get: half the mean distance of true samples to their nearest other true
+    sample, because truth is known by samples only. `f_score@d` is the harmonic mean of the shares of samples within d,
+    either way. `normal_consistency` is the mean of |n . n'| over nearest pairs, averaged over the two directions
+    (Mescheder et al. 2019, Occupancy Networks; the absolute value because sheets have no outside).
+    """
+    made_tree, true_tree = cKDTree(made.points), cKDTree(truth.points)
+    to_truth, nearest_true = true_tree.query(made.points)
+    to_made, nearest_made = made_tree.query(truth.points)
+    spacing = true_tree.query(truth.points, k=2)[0][:, 1] if len(truth.points) > 1 else np.zeros(1)
+    agreement = [
+        np.abs((made.normals * truth.normals[nearest_true]).sum(-1)).mean(),
+        np.abs((truth.normals * made.normals[nearest_made]).sum(-1)).mean(),
+    ]
+    result = {
+        "chamfer": 0.5 * (to_truth.mean() + to_made.mean()),
+        "accuracy": to_truth.mean(),
+        "completeness": to_made.mean(),
+        "chamfer_floor": 0.5 * spacing.mean(),
+        "normal_consistency": np.mean(agreement),
+    }
+    for distance in F_SCORE_DISTANCES:
+        precision, recall = (to_truth <= distance).mean(), (to_made <= distance).mean()
+        result[f"f_score@{distance:g}"] = 2 * precision * recall / max(precision + recall, 1e-12)
+    return {name: float(value) for name, value in result.items()}
+
+
+def sample_surface(
+    vertices: Float[np.ndarray, "v 3"], faces: Int[np.ndarray, "f 3"], count: int = SURFACE_SAMPLES, seed: int = 0
+) -> Surface:
+    """Area-uniform samples of a mesh with the normals of their faces."""
+    import trimesh
+
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    points, face = trimesh.sample.sample_surface(mesh, count, seed=seed)
+    return Surface(np.asarray(points), np.asarray(mesh.face_normals[face]))
+
+
+class _FieldAtTime:
+    """A moving field frozen at one time, so that the export's surface extraction reads it like a canonical one."""
+
+    def __init__(self, field: AnimatedField, occupancy: Any, time: float):
+        self.field, self.occupancy, self.time = field, occupancy, time
+        self.aabb = field.aabb
+
+    def canonical_density(self, x: Any) -> Any:
+        density = x.new_zeros(len(x))
+        seen = self.occupancy.is_occupied(x, x.new_full((len(x), 1), self.time)).nonzero()[:, 0]
+        if len(seen):
+            density[seen] = self.field.density(x[seen], x.new_full((len(seen), 1), self.time))
+        return density
+
+
+def surface_at(field: AnimatedField, occupancy: Any, time: float, resolution: int = SURFACE_RESOLUTION) -> Surface:
+    """The field's own surface at a time: marching cubes of what the renderer shows there, as the export cuts it.
+
+    Hollows nobody sees are filled and floaters below 2 % of the surface are dropped, as in the exported mesh.
+
+    Raises:
+        InputError: the field is empty at that time.
+    """
+    frozen: Any = _FieldAtTime(field, occupancy, time)
+    mesh = canonical_mesh(opacity_grid(frozen, resolution))
+    return sample_surface(mesh.vertices, mesh.faces)
+
+
+def carried_tracks(
+    field: AnimatedField, start: Float[np.ndarray, "k 3"], start_time: float, times: Float[np.ndarray, " t"]
+) -> Float[np.ndarray, "t k 3"]:
+    """Where the field's deformation carries surface points from one time to others.
+
+    A point x at `start_time` has the canonical position c = x + deformation(x, start_time); at every other time its
+    place is the solution x' of x' + deformation(x', t) = c. The equation is solved by the mesh exporter's own solver,
+    each time from its neighbour's solution, outward from the time that deforms least; where it has no solution the
+    point stays where it was at the neighbouring time. `times` should be dense (all frames of the clip).
+    """
+    import torch
+
+    with torch.no_grad():
+        x = torch.from_numpy(np.asarray(start, np.float32)).to(field.aabb.device)
+        canonical = x + field.deformation(x, torch.full_like(x[:, :1], start_time))
+    loose_points = CanonicalMesh(canonical.cpu().numpy(), np.zeros((0, 3), np.int32), 0)
+    return follow_vertices(field, loose_points, times).positions
+
+
+def track_error(
+    carried: Float[np.ndarray, "t k 3"], tracks: Float[np.ndarray, "t k 3"]
+) -> dict[str, float | list[float]]:
+    """Mean distance between carried and true tracks over all frames after the first (world units).
+
+    `track_if_static` is the same for points that never move: what a field without motion gets. `track_p90` is the 90th
+    percentile over points and frames, `track_per_frame` has one mean for each frame, the first included.
+    """
+    error = np.linalg.norm(carried - tracks, axis=-1)
+    still = np.linalg.norm(tracks - tracks[:1], axis=-1)
+    return {
+        "track": float(error[1:].mean()),
+        "track_if_static": float(still[1:].mean()),
+        "track_p90": float(np.percentile(error[1:], 90)),
+        "track_per_frame": [float(value) for value in error.mean(-1)],
+    }
+
+
+def evaluate_geometry(
+    field: AnimatedField,
+    occupancy: Any,
+    truth: Geometry,
+    frame_times: Float[np.ndarray, " t"],
+    to_source: Similarity,
+) -> dict[str, Any]:
+    """Everything geometric, per frame and on average, in the case's world units.
+
+    Args:
+        frame_times: all times of the run's clip, [0, 1]; tracks are followed through them.
+        to_source: from the field's world to the case's.
+    """
+    per_frame = []
+    for index, time in enumerate(truth.times):
+        made = surface_at(field, occupancy, float(time))
+        moved = Surface(to_source.points(made.points), to_source.directions(made.normals))
+        per_frame.append(chamfer_and_friends(moved, Surface(truth.points[index], truth.normals[index])))
+    mean = {name: float(np.mean([frame[name] for frame in per_frame])) for name in per_frame[0]}
+    dense = np.union1d(np.round(frame_times, 9), np.round(truth.times, 9))
+    to_field = to_source.inverse()
+    carried = carried_tracks(field, to_field.points(truth.tracks[0]), float(truth.times[0]), dense)
+    at = [int(np.abs(dense - time).argmin()) for time in truth.times]
+    return {
+        **mean,
+        **track_error(to_source.points(carried[at]), truth.tracks),
+        "per_frame": per_frame,
+        "frame_indices": list(truth.frame_indices),
+    }
