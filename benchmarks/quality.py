@@ -9,9 +9,10 @@
 similarity that the run's stored framing tells, without looking at the truth.
 
 Every case runs in a process of its own; `--minutes` counts from that process's start (imports, views and all) and
-ends training after the step in progress. On a shared machine `--clock cpu` counts processor time over two instead. Judged are views the field was not fitted to, and its surface and motion
-against points, normals and tracks (sv4d_ns/evaluation/geometry.py defines each figure). Finished cases are kept, so
-that a run that was killed goes on; a case is fitted anew when settings or code have changed.
+ends training after the step in progress. On a shared machine `--clock cpu` counts processor time over two instead.
+Judged are views the field was not fitted to, and its surface and motion against points, normals and tracks
+(sv4d_ns/evaluation/geometry.py defines each figure). Finished cases are kept, so that a run that was killed goes on; a
+case is fitted anew when settings or code have changed.
 """
 
 import json
