@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import lzma
 import os
+import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from sv4d_ns.diffusion.checkpoints import convert_unet, convert_vae, unet_config, vae_config
@@ -17,42 +21,46 @@ from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 
 FOLDER = Path(os.environ.get("SV4D_FIXTURES") or Path(__file__).parents[1] / "data" / "sv4d2")
 ATOL = 1e-4
+PACKED: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
+
+
+def files() -> list[str]:
+    """Every recording, by its name without compression."""
+    found = (path.name.removesuffix(".xz").removesuffix(".gz") for path in FOLDER.iterdir())
+    return sorted(name for name in found if name.endswith((".safetensors", ".json")))
 
 
 def has(*names: str) -> bool:
-    return all((FOLDER / name).exists() for name in names)
+    return set(names) <= set(files())
 
 
-def needs(*names: str) -> Any:
-    """Leave a test out where the folder does not have these files."""
-    missing = [name for name in names if not has(name)]
-    return pytest.mark.skipif(bool(missing), reason=f"not in {FOLDER}: {', '.join(missing)}")
-
-
-def names(prefix: str, *suffixes: str) -> list[str]:
-    """X for every `<prefix>X.json` that has all of `<prefix>X<suffix>` beside it."""
-    stems = [path.name.removeprefix(prefix).removesuffix(".json") for path in sorted(FOLDER.glob(f"{prefix}*.json"))]
-    return [stem for stem in stems if has(*(f"{prefix}{stem}{suffix}" for suffix in suffixes))]
-
-
-def unet_names() -> list[str]:
-    return names("unet_", "_weights.safetensors", "_cases.safetensors")
-
-
-def with_unet(found: list[str]) -> list[str]:
-    """Those recordings whose network is in the folder."""
-    return [name for name in found if read_json(f"{name}.json")["unet"] in unet_names()]
+def read(name: str) -> bytes:
+    for packing, unpack in PACKED.items():
+        if (FOLDER / f"{name}{packing}").exists():
+            return unpack((FOLDER / f"{name}{packing}").read_bytes())
+    return (FOLDER / name).read_bytes()
 
 
 def read_json(name: str) -> Any:
-    path = FOLDER / name
-    if path.exists():
-        return json.loads(path.read_text())
-    return json.loads(gzip.decompress((FOLDER / f"{name}.gz").read_bytes()))
+    return json.loads(read(name))
 
 
+@lru_cache(maxsize=4)
 def tensors(name: str) -> dict[str, Tensor]:
-    return load_file(FOLDER / name)
+    return load(read(name))
+
+
+def need(*names: str) -> None:
+    """Leave the running test out, with a reason, where the folder lacks a file it builds on."""
+    missing = [name for name in names if not has(name)]
+    if missing:
+        pytest.skip(f"not in {FOLDER}: {', '.join(missing)}")
+
+
+def names(prefix: str, suffix: str = ".json") -> list[str]:
+    """X for every file `<prefix>X<suffix>`."""
+    found = (re.fullmatch(f"{re.escape(prefix)}(.*){re.escape(suffix)}", name) for name in files())
+    return [match[1] for match in found if match]
 
 
 def part(recorded: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -60,21 +68,50 @@ def part(recorded: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}/"): value for name, value in recorded.items() if name.startswith(f"{prefix}/")}
 
 
+def cases(recorded: dict[str, Tensor], tensor: str) -> list[str]:
+    """What stands before `/<tensor>`."""
+    return sorted(name.removesuffix(f"/{tensor}") for name in recorded if name.endswith(f"/{tensor}"))
+
+
+def weights(name: str) -> dict[str, Tensor]:
+    """Float16 on disk, and run as float32 by the reference."""
+    return {key: value.float() for key, value in tensors(name).items()}
+
+
 def load_unet(name: str) -> MultiViewVideoUNet:
+    need(f"unet_{name}.json", f"unet_{name}_weights.safetensors")
     reference = read_json(f"unet_{name}.json")["reference_kwargs"]
     unet = MultiViewVideoUNet(**unet_config(reference)).eval()
-    state = {key: value.float() for key, value in tensors(f"unet_{name}_weights.safetensors").items()}
-    unet.load_state_dict(convert_unet(state, reference["num_res_blocks"]), strict=True)
+    state = convert_unet(weights(f"unet_{name}_weights.safetensors"), reference["num_res_blocks"])
+    unet.load_state_dict(state, strict=True)
     return unet
 
 
-def load_vae(ddconfig: dict[str, Any]) -> Any:
+def load_vae(name: str = "tiny") -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    need(f"vae_{name}_weights.safetensors")
+    state = weights(f"vae_{name}_weights.safetensors")
+    ddconfig = vae_ddconfig(state)
     vae = AutoencoderKL(**vae_config(ddconfig)).eval()
-    state = {key: value.float() for key, value in tensors("vae_tiny_weights.safetensors").items()}
     vae.load_state_dict(convert_vae(state, len(ddconfig["ch_mult"])), strict=True)
     return vae
+
+
+def vae_ddconfig(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The reference's settings of an autoencoder, read off the shapes of its tensors."""
+    width = state["encoder.conv_in.weight"].shape[0]
+    levels = sorted({int(match[1]) for name in state if (match := re.match(r"encoder\.down\.(\d+)\.", name))})
+    blocks = {match[1] for name in state if (match := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name))}
+    widths = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in levels]
+    return {
+        "ch": width,
+        "ch_mult": [level // width for level in widths],
+        "num_res_blocks": len(blocks),
+        "in_channels": state["encoder.conv_in.weight"].shape[1],
+        "out_ch": state["decoder.conv_out.weight"].shape[0],
+        "z_channels": state["decoder.conv_in.weight"].shape[1],
+    }
 
 
 def script_guidance(options: dict[str, Any]) -> Guidance:

@@ -4,13 +4,14 @@ import parity_folder as folder
 import pytest
 import torch
 
-from sv4d_ns.diffusion.conditioning import GridCondition, camera_angles, camera_vectors, sinusoid
+from sv4d_ns.diffusion.conditioning import GridCondition, camera_vectors, sinusoid
 from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind, guide
+from sv4d_ns.diffusion.official import RELEASES
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline, released_scheduler
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 
-SAMPLING, GUIDERS = "sampling.safetensors", "guider_configs.json"
-TRAJECTORIES = folder.with_unet([f"traj_{name}" for name in folder.names("traj_", ".safetensors")])
+SAMPLING, GUIDERS, CONDITIONING = "sampling.safetensors", "guider_configs.json", "conditioning.safetensors"
+TRAJECTORIES = [f"traj_{name}" for name in folder.names("traj_")]
 
 
 def recorded_condition(recorded: dict[str, torch.Tensor], sigma_dims: int) -> GridCondition:
@@ -24,36 +25,42 @@ def sampler(unet: MultiViewVideoUNet, vae: object = None) -> StableVideo4D2Pipel
     return pipeline
 
 
-@folder.needs(SAMPLING, GUIDERS)
+def recorded_guidance(name: str) -> Guidance:
+    """The guider of `guider_configs.json`, or the released model's of that name where the folder has no such file."""
+    if not folder.has(GUIDERS):
+        return RELEASES[f"{name}.safetensors"].guidance
+    config = folder.read_json(GUIDERS)[name]
+    kinds = {
+        "LinearPredictionGuider": GuidanceKind.LINEAR,
+        "SpatiotemporalPredictionGuider": GuidanceKind.SPATIOTEMPORAL,
+    }
+    params = config["params"]
+    kind = kinds[config["target"].rpartition(".")[2]]
+    return Guidance(kind, params["max_scale"], params.get("min_scale", 1.0))
+
+
 def test_guiders():
+    folder.need(SAMPLING)
     recorded = folder.tensors(SAMPLING)
-    configs = folder.read_json(GUIDERS)
-    assert configs
-    for name, config in configs.items():
-        linear = config["target"].endswith("LinearPredictionGuider")
-        kind = GuidanceKind.LINEAR if linear else GuidanceKind.SPATIOTEMPORAL
-        params = config["params"]
-        guidance = Guidance(kind, params["max_scale"], params.get("min_scale", 1.0))
+    for name in folder.cases(folder.part(recorded, "guider"), "scale"):
         case = folder.part(recorded, f"guider/{name}")
-        scales = guidance.scales(*case["scale"].shape)
+        scales = recorded_guidance(name).scales(*case["scale"].shape)
         folder.assert_within(scales, case["scale"], 1e-6)
         folder.assert_within(guide(*case["in"].chunk(2), scales.flatten()), case["out"], 1e-5, 1e-5)
 
 
-@folder.needs(SAMPLING)
 def test_schedule():
+    folder.need(SAMPLING)
     recorded = folder.tensors(SAMPLING)
-    counts = [int(name.split("/")[1]) for name in recorded if name.startswith("sigmas/")]
-    assert counts
-    for count in counts:
+    for count in map(int, folder.part(recorded, "sigmas")):
         scheduler = released_scheduler()
         scheduler.set_timesteps(count)
         folder.assert_within(scheduler.sigmas, recorded[f"sigmas/{count}"], 0.0, 1e-5)
         folder.assert_within(scheduler.timesteps, recorded[f"c_noise/{count}"], 1e-5, 1e-5)
 
 
-@folder.needs(SAMPLING)
 def test_preconditioning():
+    folder.need(SAMPLING)
     case = folder.part(folder.tensors(SAMPLING), "precond")
     for i, sigma in enumerate(case["sigma"]):
         scheduler = released_scheduler()
@@ -74,74 +81,50 @@ def test_preconditioning():
         folder.assert_within(denoised, coefficients, 1e-5, 1e-5)
 
 
-@folder.needs("conditioning.safetensors")
 def test_camera_vectors():
-    recorded = folder.tensors("conditioning.safetensors")
-    cases = [name.split("/")[0] for name in recorded if name.endswith("/vector_cond")]
-    assert cases
-    for name in cases:
+    folder.need(CONDITIONING)
+    recorded = folder.tensors(CONDITIONING)
+    for name in folder.cases(recorded, "vector_cond"):
         case = folder.part(recorded, name)
         dims = [case[f"{part}_emb"].shape[1] for part in ("sigma", "polar", "azimuth")]
         vectors = camera_vectors(case["polar_rad"], case["azimuth_rad"], 1e-5, dims)
         folder.assert_within(vectors, case["vector_cond"], 1e-6)
+        parts = torch.cat([case[f"{part}_emb"] for part in ("sigma", "polar", "azimuth")], dim=1)
+        folder.assert_within(vectors, parts, 1e-6)
         condition = GridCondition(torch.ones(1, 1, 1), torch.ones(1, 1, 1, 1), vectors, torch.ones(1, 1, 1, 1), dims[0])
         other = condition.unconditional()
         folder.assert_within(other.cameras, case["vector_uncond"], 1e-6)
         assert not other.embeddings.any() and not other.latents.any() and not other.references.any()
 
 
-@folder.needs("conditioning.safetensors")
 def test_sinusoids_of_several_values():
-    recorded = folder.tensors("conditioning.safetensors")
-    checked = 0
+    folder.need(CONDITIONING)
+    recorded = folder.tensors(CONDITIONING)
     for name, values in recorded.items():
         if name.endswith("/in"):
             for output in (key for key in recorded if key.startswith(f"{name.removesuffix('in')}out_")):
                 dim = int(output.rpartition("_")[2])
                 ours = sinusoid(values.flatten(), dim).view(len(values), -1)
                 folder.assert_within(ours, recorded[output], 1e-6)
-                checked += 1
-    assert checked
-
-
-@folder.needs("windows_and_cameras.json")
-def test_camera_angles():
-    recorded = folder.read_json("windows_and_cameras.json")
-    azimuths = {"sv4d2": [60, 120, 180, 240], "sv4d2_8views": [30, 75, 120, 165, 210, 255, 300, 330]}
-    for name, case in recorded["default_cameras"].items():
-        polar, azimuth = camera_angles(azimuths[name], [0] * len(azimuths[name]))
-        folder.assert_within(polar, torch.tensor(case["polar_rad"], dtype=torch.float64), 1e-9)
-        folder.assert_within(azimuth, torch.tensor(case["azimuth_rad"], dtype=torch.float64), 1e-9)
-    case = recorded["custom_cameras"]
-    relative = [
-        [value - values[0] for value in values[1:]] for values in (case["azimuths_deg"], case["elevations_deg"])
-    ]
-    polar, azimuth = camera_angles(*relative)
-    folder.assert_within(polar, torch.tensor(case["polar_rad"], dtype=torch.float64), 1e-9)
-    folder.assert_within(azimuth, torch.tensor(case["azimuth_rad"], dtype=torch.float64), 1e-9)
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
 def test_trajectory(name):
+    folder.need(f"{name}.safetensors")
     described, recorded = folder.read_json(f"{name}.json"), folder.tensors(f"{name}.safetensors")
+    pipeline = sampler(folder.load_unet(described["unet"]))
     unet_json = folder.read_json(f"unet_{described['unet']}.json")
     frames, views, dims = unet_json["T"], unet_json["V"], list(unet_json["y_dims"].values())
-    guidance = script_scales(described, frames, views)
+    guidance = folder.script_guidance(described["guider_options"]).scales(frames, views)
     folder.assert_within(guidance, recorded["guidance_scale"], 1e-6)
     condition = recorded_condition(recorded, dims[0])
     vectors = camera_vectors(
         recorded["polar_rad"][0].double(), recorded["azimuth_rad"][0].double(), unet_json["sigma_cond_value"], dims
     )
     folder.assert_within(vectors.repeat(frames, 1), condition.cameras, 1e-6)
-    for key, value in folder.part(recorded, "uc").items():
-        ours = condition.unconditional()
-        matching = {
-            "crossattn": ours.embeddings, "concat": ours.latents, "vector": ours.cameras, "cond_view": ours.references
-        }  # fmt: skip
-        if key in matching:
-            folder.assert_within(matching[key], value, 1e-6)
+    assert_unconditional(condition, recorded)
 
-    pipeline = sampler(folder.load_unet(described["unet"]))
+    denoised = record_denoised(pipeline)
     steps: list[torch.Tensor] = []
 
     def keep(_, __, ___, tensors):
@@ -150,12 +133,36 @@ def test_trajectory(name):
 
     with torch.no_grad():
         pipeline.denoise(condition, recorded["noise"], guidance.flatten(), described["steps"], callback=keep)
-    assert len(steps) == described["steps"]
+    folder.assert_within(pipeline.scheduler.sigmas, recorded["sigmas"], 0.0, 1e-5)
+    assert len(steps) == len(denoised) == described["steps"]
     folder.assert_within(recorded["noise"] * pipeline.scheduler.init_noise_sigma, recorded["x_init"], 0.0, 1e-5)
-    for i, latents in enumerate(steps):
+    for i, (latents, clean) in enumerate(zip(steps, denoised, strict=True)):
+        folder.assert_relative_to_peak(clean, recorded[f"denoised_{i}"], 1e-4)
         folder.assert_relative_to_peak(latents, recorded[f"x_after_step_{i}"], 1e-4)
     folder.assert_within(steps[-1], recorded[f"x_after_step_{len(steps) - 1}"], 3e-4)
 
 
-def script_scales(described: dict, frames: int, views: int) -> torch.Tensor:
-    return folder.script_guidance(described["guider_options"]).scales(frames, views)
+def record_denoised(pipeline: StableVideo4D2Pipeline) -> list[torch.Tensor]:
+    """Filled, while the pipeline runs, with the guided denoised images D of every step."""
+    found: list[torch.Tensor] = []
+    step = pipeline.scheduler.step
+
+    def recording(*args, return_dict=True):
+        output = step(*args, return_dict=True)
+        found.append(output.pred_original_sample)
+        return output if return_dict else (output.prev_sample,)
+
+    pipeline.scheduler.step = recording
+    return found
+
+
+def assert_unconditional(condition: GridCondition, recorded: dict[str, torch.Tensor]) -> None:
+    """What the reference's second conditioner pass gives."""
+    other = condition.unconditional()
+    ours = {
+        "crossattn": other.embeddings, "concat": other.latents, "vector": other.cameras, "cond_view": other.references
+    }  # fmt: skip
+    reference = folder.part(recorded, "uc")
+    for key, value in ours.items():
+        folder.assert_within(value, reference[key], 1e-6)
+    assert not reference["cond_motion"].any()  # it has no place here: the network ignores it

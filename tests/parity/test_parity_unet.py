@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sv4d_ns.diffusion.checkpoints import unet_key
+from sv4d_ns.diffusion.conditioning import camera_vectors
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 
-CASES = ("b1", "b1_first", "cfg", "stress")
+UNETS = folder.names("unet_", "_weights.safetensors")
+TRACES = [stem.split("_trace_") for stem in folder.names("unet_", ".safetensors") if "_trace_" in stem]
 
 
 def run(unet: MultiViewVideoUNet, case: dict[str, Tensor]) -> Tensor:
@@ -18,19 +20,37 @@ def run(unet: MultiViewVideoUNet, case: dict[str, Tensor]) -> Tensor:
         return unet(case["x"], case["timesteps"], case["context"], case["y"], case["cond_view"]).sample
 
 
-def test_the_folder_has_a_network():
-    assert folder.unet_names(), f"no unet_*.json with weights and cases in {folder.FOLDER}"
+def load(name: str) -> tuple[MultiViewVideoUNet, dict[str, Tensor]]:
+    folder.need(f"unet_{name}_cases.safetensors")
+    return folder.load_unet(name), folder.tensors(f"unet_{name}_cases.safetensors")
 
 
-@pytest.mark.parametrize("name", folder.unet_names())
+@pytest.mark.parametrize("name", UNETS)
 def test_output(name):
     unet, recorded = load(name)
-    for case_name in CASES:
+    found = folder.cases(recorded, "out")
+    assert found
+    for case_name in found:
         case = folder.part(recorded, case_name)
         folder.assert_within(run(unet, case), case["out"], folder.ATOL)
 
 
-@pytest.mark.parametrize("name", folder.unet_names())
+@pytest.mark.parametrize("name", UNETS)
+def test_camera_vectors_of_the_cases(name):
+    """Every case's y is the camera vector of its angles; the first half of a CFG batch lacks the noise level's part."""
+    folder.need(f"unet_{name}.json", f"unet_{name}_cases.safetensors")
+    described, recorded = folder.read_json(f"unet_{name}.json"), folder.tensors(f"unet_{name}_cases.safetensors")
+    dims, frames = list(described["y_dims"].values()), described["T"]
+    for case_name in folder.cases(recorded, "polar_rad"):
+        case = folder.part(recorded, case_name)
+        angles = zip(case["polar_rad"].double(), case["azimuth_rad"].double(), strict=True)
+        samples = [camera_vectors(p, a, described["sigma_cond_value"], dims).repeat(frames, 1) for p, a in angles]
+        if not case["context"][0].any():
+            samples[0][:, : dims[0]] = 0
+        folder.assert_within(torch.cat(samples), case["y"], 1e-6)
+
+
+@pytest.mark.parametrize("name", UNETS)
 def test_gradient_checkpointing_changes_nothing(name):
     unet, recorded = load(name)
     case = folder.part(recorded, "b1")
@@ -43,10 +63,6 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 def never_used(name: str) -> bool:
     return any(part in name for part in (".norm2.", ".attn2.to_q.", ".attn2.to_k.")) and "transformer_blocks" in name
-
-
-def load(name: str) -> tuple[MultiViewVideoUNet, dict[str, Tensor]]:
-    return folder.load_unet(name), folder.tensors(f"unet_{name}_cases.safetensors")
 
 
 # Our modules keep tokens as [b, t, v, pixel, c] and group them their own way; the reference's layouts, for b = 1:
@@ -139,16 +155,13 @@ def kept_images(ours: Tensor, recorded: Tensor, views: int) -> Tensor:
     return ours[[0, views + 1]] if len(recorded) == 2 and len(ours) > 2 and ours.ndim == 4 else ours
 
 
-TRACED = [name for name in folder.unet_names() if folder.has(f"unet_{name}_trace_b1.safetensors")]
-
-
-@pytest.mark.parametrize("name", TRACED)
-def test_trace(name):
+@pytest.mark.parametrize(("name", "case"), TRACES)
+def test_trace(name, case):
     unet, recorded = load(name)
     described = folder.read_json(f"unet_{name}.json")
     depth, views = described["reference_kwargs"]["num_res_blocks"], described["V"]
     released = described["reference_kwargs"]["use_3d_attention"]
-    trace = folder.tensors(f"unet_{name}_trace_b1.safetensors")
+    trace = folder.tensors(f"unet_{name}_trace_{case}.safetensors")
     seen: dict[str, Tensor] = {}
 
     def keep(key: str, convert: Callable[[Tensor], Tensor]) -> Callable[..., None]:
@@ -162,7 +175,7 @@ def test_trace(name):
         place = block_place(unet, module_name, depth) if is_block(module_name) else place_of(module_name, depth)
         hook = keep(key, converter(module_name, released, views))
         unet.get_submodule(place).register_forward_hook(hook)
-    run(unet, folder.part(recorded, "b1"))
+    run(unet, folder.part(recorded, case))
 
     assert seen.keys() == trace.keys() and trace
     for key, reference in trace.items():

@@ -1,23 +1,36 @@
-"""Windows of long videos against recordings of the reference's scripts."""
+"""Windows of long videos and default cameras against recordings of the reference's scripts."""
 
 import parity_folder as folder
 import pytest
+import torch
 
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.diffusion.conditioning import camera_angles
 from sv4d_ns.diffusion.windows import Window, WindowStride, plan_windows
 from sv4d_ns.errors import InputError
 
-RULES = {
-    "sv4d2|stride=T (clone)": (12, WindowStride.RELEASED_T),
-    "sv4d2|stride=T-1 (upstream HEAD)": (12, WindowStride.RELEASED_T_MINUS_1),
-    "sv4d2_8views|stride=T-1": (5, WindowStride.RELEASED_FULL_WINDOWS),
-}
+RECORDING = "windows_and_cameras.json"
+WINDOW_LENGTHS = {"sv4d2": 12, "sv4d2_8views": 5}
+PLANS = {"sv4d2": ViewPlan.OFFICIAL_4, "sv4d2_8views": ViewPlan.OFFICIAL_8}
 
 
-@folder.needs("windows_and_cameras.json")
-@pytest.mark.parametrize("name", RULES)
+def recorded_rules() -> list[str]:
+    return [name for name in folder.read_json(RECORDING) if "|stride=" in name] if folder.has(RECORDING) else []
+
+
+def rule_of(name: str) -> tuple[int, WindowStride]:
+    """Window length and rule of `<model>|stride=<stride> (<version>)`."""
+    model, stride = name.split("|stride=")
+    if model == "sv4d2_8views":
+        return WINDOW_LENGTHS[model], WindowStride.RELEASED_FULL_WINDOWS
+    rules = {"T": WindowStride.RELEASED_T, "T-1": WindowStride.RELEASED_T_MINUS_1}
+    return WINDOW_LENGTHS[model], rules[stride.split(" ")[0]]
+
+
+@pytest.mark.parametrize("name", recorded_rules())
 def test_released_rules(name):
-    size, rule = RULES[name]
-    cases = folder.read_json("windows_and_cameras.json")[name]
+    size, rule = rule_of(name)
+    cases = folder.read_json(RECORDING)[name]
     assert cases
     for case in cases:
         if case["error"] is not None:
@@ -34,8 +47,34 @@ def test_released_rules(name):
                 assert reference["cond_view"] == {"window": window.anchor, "frame": window.start}
         if windows:
             assert owners(windows) == case["final_window_of_each_frame"]
+            assert len(owners(windows)) == case["output_frames"]
 
 
 def owners(windows: list[Window]) -> list[int]:
     last = {frame: index for index, window in enumerate(windows) for frame in window.frames}
     return [last[frame] for frame in sorted(last)]
+
+
+def assert_angles(azimuths_deg, elevations_deg, recorded) -> None:
+    polar, azimuth = camera_angles(azimuths_deg, elevations_deg)
+    folder.assert_within(polar, torch.tensor(recorded["polar_rad"], dtype=torch.float64), 1e-9)
+    folder.assert_within(azimuth, torch.tensor(recorded["azimuth_rad"], dtype=torch.float64), 1e-9)
+
+
+def test_default_cameras():
+    folder.need(RECORDING)
+    for name, recorded in folder.read_json(RECORDING).get("default_cameras", {}).items():
+        assert_angles(PLANS[name].azimuths_deg, PLANS[name].elevations_deg, recorded)
+
+
+def test_custom_cameras():
+    """Angles are relative to the first, which is the input view."""
+    folder.need(RECORDING)
+    for name, recorded in folder.read_json(RECORDING).items():
+        if name.startswith("custom_cameras"):
+            relative = [[v - values[0] for v in values[1:]] for values in _lists(recorded)]
+            assert_angles(*relative, recorded)
+
+
+def _lists(recorded) -> tuple[list[float], list[float]]:
+    return recorded["azimuths_deg"], recorded["elevations_deg"]
