@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sv4d_ns.diffusion.memory import Chunks
 from sv4d_ns.diffusion.attention import CameraAttention, Conditions, Mixer, MultiViewTransformer, head_count
 
 RESNET_EPS = 1e-5
@@ -86,6 +87,7 @@ class _Layers:
     reference_channels: int
     embedding_dim: int
     camera_attention: CameraAttention
+    chunks: Chunks
 
     def resnet(self, in_channels: int, out_channels: int) -> SpatioTemporalResBlock:
         return SpatioTemporalResBlock(in_channels, out_channels, self.embedding_dim)
@@ -99,6 +101,7 @@ class _Layers:
             self.reference_channels,
             self.embedding_dim,
             self.camera_attention,
+            self.chunks,
         )
 
 
@@ -236,6 +239,7 @@ class MultiViewVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             reference_channels,
             embedding_dim,
             CameraAttention(camera_attention),
+            Chunks("tokens of the network", 1024),
         )
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], embedding_dim)
