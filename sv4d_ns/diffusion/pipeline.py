@@ -171,6 +171,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int = 8,
+        reference_known: Sequence[bool] | None = None,
     ) -> StableVideo4D2PipelineOutput | tuple[Tensor | np.ndarray]:
         """Generate the views of one window.
 
@@ -178,7 +179,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
             video: input frames in [0, 1]; channels as the autoencoder has them (3: RGB on white; 4: and alpha).
             azimuths_deg: azimuth of each view relative to the input view, degrees.
             elevations_deg: elevation of each view relative to the input view, degrees.
-            reference_views: what the views of the first frame look like, in [0, 1], where an earlier window made them.
+            reference_views: what the views of the first frame look like, in [0, 1], where an earlier window or call
+                made them.
             initial_views: images to start from, in [0, 1], for a `strength` below 1 (SDEdit).
             strength: share of the noise schedule that is run, in (0, 1]; 1 starts from pure noise (plus
                 `initial_views` where given).
@@ -192,17 +194,20 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
                 return replaced latents.
             callback_on_step_end_tensor_inputs: names of the tensors handed to the callback; only "latents" exists.
             decode_chunk_size: images the autoencoder takes at once.
+            reference_known: which of the reference views are to be looked at; all by default.
 
         Raises:
             InputError: when an argument has the wrong shape or range.
         """
         self.check_inputs(
             video, azimuths_deg, elevations_deg, reference_views, initial_views, strength, num_inference_steps,
-            output_type, callback_on_step_end_tensor_inputs, decode_chunk_size,
+            output_type, callback_on_step_end_tensor_inputs, decode_chunk_size, reference_known,
         )  # fmt: skip
         frames, views = len(video), len(azimuths_deg)
         guidance = guidance or Guidance.from_config(self.config.guidance)
-        condition = self.encode_condition(video, azimuths_deg, elevations_deg, reference_views, decode_chunk_size)
+        condition = self.encode_condition(
+            video, azimuths_deg, elevations_deg, reference_views, decode_chunk_size, reference_known
+        )
         start = None
         if initial_views is not None:
             start = self.encode_images(initial_views.flatten(0, 1), decode_chunk_size) * self.vae.config.scaling_factor
@@ -296,6 +301,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         elevations_deg: Sequence[float],
         reference_views: Float[Tensor, "v c h w"] | None = None,
         chunk_size: int = 8,
+        reference_known: Sequence[bool] | None = None,
     ) -> GridCondition:
         """Everything the network is told about one window; arguments as in `__call__`."""
         frames, views = len(video), len(azimuths_deg)
@@ -310,6 +316,9 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
             references = latents.new_zeros(views, *latents.shape[1:])
         else:
             references = self.encode_images(reference_views, chunk_size) * factor
+            if reference_known is not None:
+                # a view that is not known is masked as all are in a first window: latents of zero
+                references = references * torch.tensor(reference_known, device=references.device)[:, None, None, None]
         return GridCondition(
             embeddings=embeddings[None],
             latents=latents.repeat_interleave(views, dim=0),
@@ -342,6 +351,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
         decode_chunk_size: int,
+        reference_known: Sequence[bool] | None = None,
     ) -> None:
         """Raise InputError, naming the argument, for anything `__call__` cannot use."""
         channels = self.vae.config.in_channels
@@ -355,6 +365,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         frames, views, size = len(video), len(azimuths_deg), tuple(video.shape[1:])
         if reference_views is not None and tuple(reference_views.shape) != (views, *size):
             raise InputError(f"reference_views must be {(views, *size)}, got {tuple(reference_views.shape)}.")
+        if reference_known is not None and (reference_views is None or len(reference_known) != views):
+            raise InputError(f"reference_known must say for each of {views} reference_views whether it is known.")
         if initial_views is not None and tuple(initial_views.shape) != (frames, views, *size):
             raise InputError(f"initial_views must be {(frames, views, *size)}, got {tuple(initial_views.shape)}.")
         for name, images in (("video", video), ("reference_views", reference_views), ("initial_views", initial_views)):
