@@ -16,6 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Convert a released SV4D 2.0 file into a folder that diffusers loads.",
         "sv4d_ns.diffusion.convert:command",
     ),
+    "evaluate": (
+        "Judge a run or a view grid by a named protocol, or compare two: JSON and one HTML page.",
+        "sv4d_ns.evaluation.command:run",
+    ),
     "export": (
         "Write files from a finished run: 'sv4d export mesh' and all of nerfstudio's ns-export.",
         "sv4d_ns.export.cli:run",

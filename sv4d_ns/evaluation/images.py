@@ -42,6 +42,22 @@ def ssim(made: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Flo
     return torch.cat(values).double().cpu().numpy()
 
 
+def union_box(alpha: UInt8[np.ndarray, "n h w"], margin: int = 4) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box around everything opaque in any picture, grown by `margin` pixels.
+
+    Whole pictures where nothing is opaque. At least 11 pixels wide, so that SSIM's window fits where pictures allow.
+    """
+    union = (alpha >= OPAQUE).any(0)
+    if not union.any():
+        return slice(0, alpha.shape[1]), slice(0, alpha.shape[2])
+    box = []
+    for axis in (1, 0):
+        used = np.flatnonzero(union.any(axis))
+        grow = max(margin, (11 - (used[-1] + 1 - used[0]) + 1) // 2)
+        box.append(slice(max(int(used[0]) - grow, 0), int(used[-1]) + 1 + grow))
+    return box[0], box[1]
+
+
 def silhouette_iou(made: UInt8[np.ndarray, "n h w"], truth: UInt8[np.ndarray, "n h w"]) -> Float[np.ndarray, " n"]:
     """Intersection over union of the silhouettes (alpha at least one half); 1 where both are empty."""
     a, b = made >= OPAQUE, truth >= OPAQUE

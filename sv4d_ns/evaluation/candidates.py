@@ -1,0 +1,312 @@
+"""What is judged: finished runs, saved view grids, or folders of pictures, each seen through the cameras of a truth."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sv4d_ns.errors import InputError
+from sv4d_ns.evaluation.alignment import Similarity, check_source_size, run_to_source, whole_picture
+from sv4d_ns.evaluation.backbones import sha256
+from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView
+from sv4d_ns.evaluation.protocols import CONSISTENT4D_AZIMUTHS, eval_files
+from sv4d_ns.evaluation.scores import Pictures
+from sv4d_ns.files import content_hash
+from sv4d_ns.runs import checkpoint_steps
+from sv4d_ns.synthesis import Progress, resize_rgba
+from sv4d_ns.views import GRID_FILE, ViewGrid
+
+CONFIG_FILE = "config.yml"
+ANGLE_TOLERANCE_DEG = 0.5
+"""Views this close in azimuth and elevation are the same view."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One object to be judged, not yet opened."""
+
+    path: Path
+    kind: str
+    """run, grid or pictures."""
+
+
+def find_candidate(path: Path, object_name: str | None = None) -> Candidate:
+    """A run (config.yml or its folder), a grid (folder with grid.json), or pictures (eval_0/0.png, ...).
+
+    Args:
+        object_name: where `path` holds one of these for each object, the object's name: the one below it is taken.
+
+    Raises:
+        InputError: nothing of the kind is there, or more than one.
+    """
+    if path.is_file() and path.name == CONFIG_FILE:
+        return Candidate(path.parent, "run")
+    for marker, kind in ((CONFIG_FILE, "run"), (GRID_FILE, "grid"), ("eval_0", "pictures")):
+        if (path / marker).exists():
+            return Candidate(path, kind)
+    if not path.is_dir():
+        raise InputError(f"{path} does not exist: give a run's folder, a view grid's folder, or a folder of them.")
+    if object_name is None:
+        raise InputError(f"{path} is neither a run ({CONFIG_FILE}) nor a view grid ({GRID_FILE}).")
+    below = path / object_name
+    runs = sorted(below.rglob(CONFIG_FILE)) if below.is_dir() else []
+    if len(runs) > 1:
+        raise InputError(f"{below} holds {len(runs)} runs: give the folder of one.")
+    if runs:
+        return Candidate(runs[0].parent, "run")
+    if not below.is_dir():
+        raise InputError(f"{path} has nothing named {object_name}: name what is to be judged like the truth's objects.")
+    return find_candidate(below)
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A candidate's pictures beside their truth, and what it is made of."""
+
+    pictures: Pictures
+    facts: dict[str, Any]
+    """Hashes and settings for the report."""
+    skipped: tuple[str, ...]
+    """Views of the truth the candidate does not have."""
+    run: Any = None
+    """The opened run (`export.cli.FinishedRun`), for geometry; None for pictures."""
+    to_source: Similarity | None = None
+    """From the run's world to the truth's."""
+
+
+def open_candidate(candidate: Candidate, case: Case | None, size: int | None, progress: Progress) -> Opened:
+    """Read or render a candidate at the views and times of a truth, or at its own where there is none.
+
+    Args:
+        size: pixels along the side of the pictures; None takes the truth's (without one, the grid's novel views').
+
+    Raises:
+        InputError: the candidate cannot be opened, or has no view or time of the truth.
+    """
+    if candidate.kind == "run":
+        return _open_run(candidate.path, case, size, progress)
+    if candidate.kind == "grid":
+        return _open_grid(candidate.path, case, size)
+    if case is None:
+        raise InputError(f"{candidate.path} holds pictures without cameras: give --truth with their truth.")
+    return _open_pictures(candidate.path, case, size)
+
+
+def novel_views(case: Case) -> tuple[CaseView, ...]:
+    """All views but the input."""
+    return tuple(view for view in case.views if INPUT_ROLE not in view.roles)
+
+
+def _open_run(folder: Path, case: Case | None, size: int | None, progress: Progress) -> Opened:
+    from sv4d_ns.export.cli import load_run
+    from sv4d_ns.renders import render_rgba
+
+    run = load_run(folder / CONFIG_FILE)
+    grid = run.views
+    facts = {"kind": "run", "path": str(folder), **_run_facts(folder), "grid": grid.content_id}
+    facts["provenance"] = grid.provenance
+    if case is None:
+        size = size or grid.novel_views.shape[2]
+        cameras, focal, times = grid.plan.c2w()[1:], grid.plan.focal_px(size), grid.times
+        names, azimuths, elevations = _plan_views(grid)
+        to_source = None
+    else:
+        size = size or case.size
+        to_source = similarity_to(grid, case)
+        views = novel_views(case)
+        cameras = np.stack([to_source.inverse().camera(view.c2w) for view in views])
+        focal, times = case.focal_px * size / case.size, case.times
+        names, azimuths, elevations = _case_views(case, views)
+    made = np.empty((len(times), len(cameras), size, size, 4), np.uint8)
+    for frame, time in enumerate(times):
+        for view, camera in enumerate(cameras):
+            made[frame, view] = render_rgba(run.field, run.occupancy, camera, focal, size, float(time))
+            progress(frame * len(cameras) + view + 1, made.shape[0] * made.shape[1])
+    truth = None
+    if case is not None:
+        truth = np.stack([case.frames(view, size) for view in novel_views(case)], axis=1)
+    pictures = Pictures(
+        case.name if case else run.name, made, truth, names, azimuths, elevations, times, cameras, focal
+    )
+    return Opened(pictures, facts, (), run, to_source)
+
+
+def similarity_to(grid: ViewGrid, case: Case) -> Similarity:
+    """From the world of a grid (and of the field fitted to it) to that of its case; see `alignment`."""
+    from sv4d_ns.video.framing import Framing
+
+    source = case.input_view
+    if grid.framing is None:
+        framing = whole_picture(case.size)
+    else:
+        framing = Framing.from_dict(grid.framing)
+        if source.files:  # Consistent4D's truth has no input video to compare with
+            check_source_size(framing, case.size, str(case.folder))
+        elif framing.source_width != framing.source_height:
+            raise InputError(f"The run for {case.name} was made from a video that is not square: no truth fits it.")
+    focal = case.focal_px * framing.source_width / case.size
+    return run_to_source(framing, grid.plan, source.c2w, focal, case.radius)
+
+
+def _run_facts(folder: Path) -> dict[str, Any]:
+    steps = checkpoint_steps(folder / "nerfstudio_models")
+    facts: dict[str, Any] = {"config": sha256(folder / CONFIG_FILE)}
+    if steps:
+        facts["step"] = steps[-1]
+        facts["checkpoint"] = sha256(folder / "nerfstudio_models" / f"step-{steps[-1]:09d}.ckpt")
+    return facts
+
+
+def _open_grid(folder: Path, case: Case | None, size: int | None) -> Opened:
+    grid = ViewGrid.load(folder)
+    size = size or (case.size if case else grid.novel_views.shape[2])
+    names, azimuths, elevations = _plan_views(grid)
+    facts = {"kind": "grid", "path": str(folder), "grid": grid.content_id, "provenance": grid.provenance}
+    cameras, focal = grid.plan.c2w()[1:], grid.plan.focal_px(size)
+    made = resize_rgba(grid.novel_views, size)
+    if case is None:
+        name = folder.resolve().name
+        return Opened(Pictures(name, made, None, names, azimuths, elevations, grid.times, cameras, focal), facts, ())
+    if grid.framing is not None and not _is_whole(grid.framing):
+        made = uncropped(grid, case, size)
+    frames, true_frames = _common_times(grid.times, case.times, folder)
+    pairs, skipped = [], []
+    for view in novel_views(case):
+        wanted = (view.azimuth_deg - case.input_view.azimuth_deg, view.elevation_deg - case.input_elevation_deg)
+        same = [i for i in range(grid.num_views) if _same_view((azimuths[i], elevations[i]), wanted)]
+        pairs += [(same[0], view)] if same else []
+        skipped += [] if same else [view.name]
+    if not pairs:
+        raise InputError(f"{folder} has none of the views of {case.folder}: it has azimuths {azimuths.tolist()}.")
+    index = [number for number, _ in pairs]
+    truth = np.stack([case.frames(view, size)[true_frames] for _, view in pairs], axis=1)
+    pictures = Pictures(
+        case.name,
+        made[frames][:, index],
+        truth,
+        tuple(view.name for _, view in pairs),
+        azimuths[index],
+        elevations[index],
+        case.times[true_frames],
+        np.stack([view.c2w for _, view in pairs]),
+        case.focal_px * size / case.size,
+    )
+    return Opened(pictures, facts, tuple(skipped))
+
+
+def _is_whole(framing: dict[str, Any]) -> bool:
+    return (
+        framing["side"] == framing["source_width"] == framing["source_height"]
+        and 2 * framing["center_x"] == framing["source_width"]
+        and 2 * framing["center_y"] == framing["source_height"]
+    )
+
+
+def uncropped(grid: ViewGrid, case: Case, size: int) -> np.ndarray:
+    """Novel views of a framed grid as the uncropped cameras of its case show them, uint8 [t, v, size, size, 4].
+
+    The picture of a scaled and shifted object is the picture scaled about the image of the crop's origin: exact on the
+    plane through the object that faces the camera, as in `alignment.run_to_source`.
+    """
+    from sv4d_ns.video.framing import Framing
+
+    to_source = similarity_to(grid, case)
+    origin = to_source.points(np.zeros((1, 3)))[0]
+    frames = []
+    for view, relative in enumerate(zip(grid.plan.azimuths_deg, grid.plan.elevations_deg, strict=True)):
+        same = [v for v in novel_views(case) if _same_view(_relative(case, v), relative)]
+        source = grid.novel_views[:, view]
+        if same:
+            centre, magnified = _seen_at(origin, same[0].c2w, case, to_source.scale, grid)
+            # the part of the grid's picture, in its own pixels, that the case's picture shows
+            part = source.shape[1] / magnified
+            framing = Framing(
+                center_x=source.shape[1] / 2 + (0.5 - centre[0]) * part,
+                center_y=source.shape[1] / 2 + (0.5 - centre[1]) * part,
+                side=part,
+                source_width=source.shape[2],
+                source_height=source.shape[1],
+                size=size,
+            )
+            source = framing.apply(source)
+        frames.append(resize_rgba(source, size))
+    return np.stack(frames, axis=1)
+
+
+def _seen_at(
+    origin: Float[np.ndarray, " 3"], c2w: Float[np.ndarray, "4 4"], case: Case, scale: float, grid: ViewGrid
+) -> tuple[Float[np.ndarray, " 2"], float]:
+    """Where the grid's origin is in a case's picture (shares of its side) and how much larger than in the grid's."""
+    local = (origin - c2w[:3, 3]) @ c2w[:3, :3]
+    depth = -local[2]
+    centre = np.array(
+        [0.5 + case.focal_px / case.size * local[0] / depth, 0.5 - case.focal_px / case.size * local[1] / depth]
+    )
+    in_case = case.focal_px / case.size * scale / depth
+    in_grid = grid.plan.focal_px(1) / grid.plan.radius
+    return centre, float(in_case / in_grid)
+
+
+def _open_pictures(folder: Path, case: Case, size: int | None) -> Opened:
+    size = size or case.size
+    views = novel_views(case)
+    if len(views) != len(CONSISTENT4D_AZIMUTHS):
+        raise InputError(f"{folder} holds pictures in Consistent4D's layout: judge them with --protocol consistent4d.")
+    files = [eval_files(folder, number) for number in range(len(views))]
+    if any(len(one) != case.num_frames for one in files):
+        raise InputError(f"{folder} has other numbers of pictures than the truth's {case.num_frames} a view.")
+    made = np.stack([resize_rgba(np.stack([_read(path) for path in one]), size) for one in files], axis=1)
+    truth = np.stack([case.frames(view, size) for view in views], axis=1)
+    names, azimuths, elevations = _case_views(case, views)
+    cameras, focal = np.stack([view.c2w for view in views]), case.focal_px * size / case.size
+    facts = {"kind": "pictures", "path": str(folder), "pictures": content_hash(made)}
+    return Opened(Pictures(case.name, made, truth, names, azimuths, elevations, case.times, cameras, focal), facts, ())
+
+
+def _read(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            picture = image.convert("RGBA")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is damaged ({error}): make it again.") from error
+    if picture.width != picture.height:
+        raise InputError(f"{path} is {picture.width}x{picture.height}: only square pictures are evaluated.")
+    return np.array(picture)
+
+
+def _plan_views(
+    grid: ViewGrid,
+) -> tuple[tuple[str, ...], Float[np.ndarray, " v"], Float[np.ndarray, " v"]]:
+    azimuths, elevations = np.array(grid.plan.azimuths_deg), np.array(grid.plan.elevations_deg)
+    names = tuple(f"az{a % 360:03.0f}_el{e:+03.0f}" for a, e in zip(azimuths, elevations, strict=True))
+    return names, azimuths, elevations
+
+
+def _relative(case: Case, view: CaseView) -> tuple[float, float]:
+    return view.azimuth_deg - case.input_view.azimuth_deg, view.elevation_deg - case.input_elevation_deg
+
+
+def _case_views(
+    case: Case, views: tuple[CaseView, ...]
+) -> tuple[tuple[str, ...], Float[np.ndarray, " v"], Float[np.ndarray, " v"]]:
+    relative = np.array([_relative(case, view) for view in views])
+    return tuple(view.name for view in views), relative[:, 0], relative[:, 1]
+
+
+def _same_view(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    turn = abs((first[0] - second[0] + 180.0) % 360.0 - 180.0)
+    return turn < ANGLE_TOLERANCE_DEG and abs(first[1] - second[1]) < ANGLE_TOLERANCE_DEG
+
+
+def _common_times(
+    grid: Float[np.ndarray, " t"], truth: Float[np.ndarray, " u"], folder: Path
+) -> tuple[list[int], list[int]]:
+    """Indices of the times that both have, in order."""
+    pairs = [(i, int(j)) for i, time in enumerate(grid) for j in np.flatnonzero(np.abs(truth - time) < 1e-4)]
+    if not pairs:
+        raise InputError(f"{folder} has no time in common with its truth: its {len(grid)} frames fall between them.")
+    return [i for i, _ in pairs], [j for _, j in pairs]
