@@ -1,4 +1,4 @@
-"""The released SV4D 2.0 files as a pipeline: found on the hub or on disk, checked by name and shape, read as a stream.
+"""The released SV4D 2.0 files as a pipeline: checked by name and shape, read as a stream.
 
 The layout of the files is that of the reference's model code (Stability-AI/generative-models @ 0ad7de9). The files
 themselves are gated; nothing here was written against their content.
@@ -7,22 +7,15 @@ themselves are gated; nothing here was written against their content.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sv4d_ns.diffusion.attention import CameraAttention
@@ -37,15 +30,14 @@ from sv4d_ns.diffusion.checkpoints import (
     vae_config,
 )
 from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
+from sv4d_ns.diffusion.hub import DEFAULT_FILE, LICENCE, MODEL_URL, damaged, fetch, locate, verify
 from sv4d_ns.diffusion.pipeline import RELEASED_CAMERA_DIMS, StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.diffusion.streaming import TensorInfo, bytes_bar, layout, read_tensors, unreadable
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 from sv4d_ns.errors import InputError
 
-REPOSITORY = "stabilityai/sv4d2.0"
-MODEL_URL = f"https://huggingface.co/{REPOSITORY}"
-LICENCE = "Stability AI Community License"
-REMEDY = "or go without these weights: --pipeline.datamanager.synthesis embedded"
 NAMES_SHOWN = 10
+FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -94,115 +86,12 @@ class Architecture:
     image_size: int = 576
 
 
-def load_official_pipeline(
-    device: torch.device | str,
-    checkpoint: str | Path = "sv4d2.safetensors",
-    dtype: torch.dtype = torch.float16,
-    architecture: Architecture | None = None,
-) -> StableVideo4D2Pipeline:
-    """The released model, ready to sample; says in a printed line under which licence.
-
-    Tensors go one by one from the file to the device, so that main memory never holds the whole file. The autoencoder
-    stays float32, as the reference decodes in float32.
-
-    Args:
-        device: where the weights go.
-        checkpoint: one of the names in `RELEASES`, fetched from the hub (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are
-            honoured) unless such a file is in the working directory; or the path of a local file of one of these names.
-        dtype: of the network and the image encoder.
-        architecture: the released one by default.
-
-    Raises:
-        InputError: when the file cannot be had, is damaged, or has missing, unknown or wrongly shaped tensors.
-    """
-    architecture = architecture or Architecture()
-    path, release = locate(checkpoint)
-    print(f"The SV4D 2.0 weights ({path}) are used under the {LICENCE}: {MODEL_URL}")
-    unet, vae, image_encoder = _empty_modules(architecture, release)
-    parts = _parts(unet, vae, image_encoder)
-    with _opened(path) as file:
-        names = file.keys()
-        _check_layout(path, {name: tuple(file.get_slice(name).get_shape()) for name in names}, parts)
-        _check_same_autoencoder(path, file, parts)
-        for module, kind in ((unet, dtype), (image_encoder, dtype), (vae, torch.float32)):
-            state: dict[str, Tensor] = {}
-            for part in parts:
-                if part.module is module and part.prefix != VIEWS_PREFIX:
-                    state |= _read(path, file, part, torch.device(device), kind)
-            module.load_state_dict(state, strict=True, assign=True)
-            module.eval()
-    return StableVideo4D2Pipeline(
-        vae,
-        image_encoder,
-        unet,
-        released_scheduler(),
-        num_frames=release.num_frames,
-        num_views=release.num_views,
-        image_size=architecture.image_size,
-        guidance=release.guidance.to_config(),
-        camera_dims=list(architecture.camera_dims),
-    ).to(device)
-
-
-def locate(checkpoint: str | Path) -> tuple[Path, Release]:
-    """The file on this machine, downloaded where it is not, and what its name says about it.
-
-    Raises:
-        InputError: when it is not one of the released files, or cannot be had.
-    """
-    path = Path(checkpoint)
-    known = " or ".join(RELEASES)
-    if path.name not in RELEASES:
-        raise InputError(
-            f"'{checkpoint}' is not {known}: give one of these names, or a local file of that name (the name says "
-            "which of the two models it is; the tensors do not)."
-        )
-    release = RELEASES[path.name]
-    if path.is_file():
-        return path, release
-    if path.parent != Path():
-        raise InputError(f"{path} does not exist: give an existing file, or just {path.name} to fetch it from the hub.")
-    return _download(path.name), release
-
-
-def _download(name: str) -> Path:
-    """The cached or freshly fetched file; every way this can fail is one sentence."""
-    log_in = f"accept the licence at {MODEL_URL}, log in with 'hf auth login' (or set HF_TOKEN)"
-    try:
-        return Path(hf_hub_download(REPOSITORY, name))
-    except GatedRepoError as error:
-        raise InputError(
-            f"The official SV4D 2.0 weights need your consent to the {LICENCE}: {log_in}, {REMEDY}."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"The hub shows no repository {REPOSITORY} to you: look at {MODEL_URL}; if it is there, {log_in}, {REMEDY}."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            raise InputError(
-                f"{name} is not in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE forbids to fetch it: unset "
-                f"HF_HUB_OFFLINE, or set HF_HOME to a cache that has it, {REMEDY}."
-            ) from error
-        raise InputError(
-            f"{name} is not in the cache {constants.HF_HUB_CACHE} and the hub cannot be reached: connect to the "
-            f"network, or copy the file from {MODEL_URL} here, {REMEDY}."
-        ) from error
-    except EntryNotFoundError as error:
-        raise InputError(f"{MODEL_URL} has no file {name}: look there for its new name, {REMEDY}.") from error
-    except Exception as error:  # the client's transport errors differ from version to version
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise InputError(
-            f"{name} could not be fetched from {MODEL_URL} ({reason}): check the network, the free disk space and "
-            f"that you are logged in ('hf auth login'), {REMEDY}."
-        ) from error
-
-
 UNET_PREFIX = "model.diffusion_model."
 CLIP_PREFIX = "conditioner.embedders.0.open_clip.model."
-FRAMES_PREFIX = "conditioner.embedders.1.encoder."
-VIEWS_PREFIX = "conditioner.embedders.4.encoder."
 DECODER_PREFIX = "first_stage_model."
+FRAMES, VIEWS, MOTION = (f"conditioner.embedders.{index}" for index in (1, 4, 5))
+AUTOENCODERS = {FRAMES: "frames", VIEWS: "views", MOTION: "motion, which nothing uses"}
+"""The embedders that hold a whole autoencoder each (below `.encoder.`), and what the reference encodes with it."""
 
 DROPPED = (
     # the text tower's leftovers; the reference's image embedder never runs them
@@ -210,10 +99,11 @@ DROPPED = (
         f"{CLIP_PREFIX}{name}"
         for name in ("positional_embedding", "text_projection", "logit_scale", "token_embedding.", "ln_final.")
     ),
+    # the autoencoders beside the one that is read: compared with it (`compare_autoencoders`)
+    f"{VIEWS}.encoder.",
+    f"{MOTION}.encoder.",
     # the embedders' autoencoders only encode
-    *(f"{prefix}{name}" for prefix in (FRAMES_PREFIX, VIEWS_PREFIX) for name in ("decoder.", "post_quant_conv.")),
-    # cond_motion: encoded by the reference, and used nowhere
-    "conditioner.embedders.5.",
+    *(f"{FRAMES}.encoder.{name}" for name in ("decoder.", "post_quant_conv.")),
     # not in the files as the model code would write them, but read by nobody if they are (the reference does not load
     # strictly): the other half of the first-stage autoencoder, and what a trainer saves beside a network
     *(f"{DECODER_PREFIX}{name}" for name in ("encoder.", "quant_conv.", "post_quant_conv.", "loss.")),
@@ -225,107 +115,328 @@ DROPPED = (
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The tensors below one prefix of a file, and the module they fill (or a part of it)."""
+class Part:
+    """The tensors below one prefix of a file and the component of the pipeline whose weights they are."""
 
+    component: str
     prefix: str
-    module: nn.Module
     shapes: Mapping[str, tuple[int, ...]]
-    """Of every tensor the module needs from here, by its name in the file."""
-    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """Of every tensor the component needs from here, by its name in the file."""
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """From the reference's names without the prefix to ours; see `checkpoints`."""
+
+    def convert(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What one tensor of the file becomes: one of ours, or the three of a fused q/k/v."""
+        return self.rename({name.removeprefix(self.prefix): tensor})
 
 
-def _empty_modules(architecture: Architecture, release: Release) -> tuple[MultiViewVideoUNet, Any, Any]:
+@dataclass(frozen=True)
+class OfficialFile:
+    """A released file that was found whole and in order, and the empty components it fills."""
+
+    path: Path
+    release: Release
+    sha256: str | None
+    """The checksum that was verified, if one was known."""
+    layout: Mapping[str, TensorInfo]
+    architecture: Architecture
+    components: Mapping[str, Any]
+    """`unet`, `vae` and `image_encoder`; their parameters are on the meta device."""
+    parts: Sequence[Part]
+
+    def pipeline(self) -> StableVideo4D2Pipeline:
+        """The pipeline around the components as they are."""
+        return StableVideo4D2Pipeline(
+            **self.components,
+            scheduler=released_scheduler(),
+            num_frames=self.release.num_frames,
+            num_views=self.release.num_views,
+            image_size=self.architecture.image_size,
+            guidance=self.release.guidance.to_config(),
+            camera_dims=list(self.architecture.camera_dims),
+        )
+
+
+def load_official_pipeline(
+    device: torch.device | str = "cpu",
+    checkpoint: str | PathLike[str] = DEFAULT_FILE,
+    dtype: torch.dtype | None = None,
+    architecture: Architecture | None = None,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    **opening: Any,
+) -> StableVideo4D2Pipeline:
+    """The released model, ready to sample; says in a printed line under which licence.
+
+    Tensors go one by one from the file to the device, so that main memory never holds the whole file. The autoencoder
+    stays float32, as the reference decodes in float32.
+
+    Args:
+        device: where the weights go.
+        checkpoint: one of the names in `RELEASES`, fetched from the hub (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are
+            honoured) unless such a file is in the working directory; a local file or folder; or a repository of the
+            hub, see `hub.locate`.
+        dtype: of the network and the image encoder; float16 by default.
+        architecture: the released one by default.
+        torch_dtype: the older name of `dtype` in diffusers.
+        opening: further arguments of `open_official`.
+
+    Raises:
+        InputError: when the file cannot be had, is damaged, or has missing, unknown or wrongly shaped tensors.
+    """
+    official = open_official(checkpoint, architecture=architecture, **opening)
+    half = dtype or torch_dtype or torch.float16
+    names = [name for part in official.parts for name in part.shapes]
+    sources = {name: part for part in official.parts for name in part.shapes}
+    states: dict[str, dict[str, Tensor]] = {component: {} for component in official.components}
+    report_differences(compare_autoencoders(official.path, official.layout))
+    with bytes_bar(f"Loading {official.path.name}", sum(official.layout[name].nbytes for name in names)) as advance:
+        for name, tensor in zip(names, stream(official.path, names), strict=True):
+            part = sources[name]
+            kind = torch.float32 if part.component == "vae" else half
+            moved = tensor.to(torch.device(device), kind)
+            if not torch.isfinite(moved).all():
+                raise damaged(official.path, f"{name} has values that are not finite as {kind}")
+            states[part.component] |= part.convert(name, moved)
+            advance(tensor.nbytes)
+    for component, module in official.components.items():
+        module.load_state_dict(states[component], strict=True, assign=True)
+        module.eval()
+    return official.pipeline().to(device)
+
+
+def open_official(
+    checkpoint: str | PathLike[str] = DEFAULT_FILE,
+    *,
+    architecture: Architecture | None = None,
+    model: str | None = None,
+    filename: str | None = None,
+    variant: str | None = None,
+    sha256: str | None = None,
+    ignore_unknown: bool = False,
+    **download: Any,
+) -> OfficialFile:
+    """Find a released file, name its licence, and check it: checksum where one is known, names, shapes, size.
+
+    Args:
+        checkpoint, filename, variant: see `hub.locate`.
+        architecture: the released one by default.
+        model: "sv4d2" or "sv4d2_8views", for a file whose name does not say which of the two it is.
+        sha256: checksum to verify; see `hub.verify`.
+        ignore_unknown: accept tensors nobody knows (they are named, and not read).
+        download: for `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        InputError: when the file cannot be had, is damaged, or has missing, unknown or wrongly shaped tensors.
+    """
+    architecture = architecture or Architecture()
+    source = locate(checkpoint, filename, variant)
+    release = release_of(source.name, model)
+    path = fetch(source, **download)
+    print(f"The SV4D 2.0 weights ({path}) are used under the {LICENCE}: {MODEL_URL}")
+    verified = verify(path, sha256)
+    with reading(path):
+        found = layout(path)
+    components = empty_components(architecture, release)
+    parts = parts_of(components)
+    check_layout(path, found, parts, ignore_unknown)
+    return OfficialFile(path, release, verified, found, architecture, components, parts)
+
+
+def release_of(name: str, model: str | None = None) -> Release:
+    """What a file's name (or `model`, where it is given) says about it.
+
+    Raises:
+        InputError: when it says nothing.
+    """
+    stem = model or name.removesuffix(".safetensors").split(".")[0]
+    if f"{stem}.safetensors" in RELEASES and (model or name.endswith(".safetensors")):
+        return RELEASES[f"{stem}.safetensors"]
+    known = " or ".join(RELEASES)
+    raise InputError(
+        f"'{model or name}' is not {known}: give one of these names, or say which of the two models it is with model "
+        "(--model) sv4d2 or sv4d2_8views (the tensors do not say)."
+    )
+
+
+def empty_components(architecture: Architecture, release: Release) -> dict[str, Any]:
     """Network, autoencoder and image encoder whose parameters are on the meta device (buffers are real)."""
     with init_empty_weights(include_buffers=False):
-        unet = MultiViewVideoUNet(**architecture.unet, camera_attention=release.camera_attention.value)
-        vae = AutoencoderKL(**architecture.vae)
-        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**architecture.image_encoder))
-    return unet, vae, image_encoder
+        return {
+            "unet": MultiViewVideoUNet(**architecture.unet, camera_attention=release.camera_attention.value),
+            "vae": AutoencoderKL(**architecture.vae),
+            "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**architecture.image_encoder)),
+        }
 
 
-def _parts(unet: MultiViewVideoUNet, vae: Any, image_encoder: nn.Module) -> list[_Part]:
+def parts_of(components: Mapping[str, Any]) -> list[Part]:
+    """Where in a released file the weights of the components are."""
+    unet, vae, image_encoder = (components[name] for name in ("unet", "vae", "image_encoder"))
     depth, levels = unet.config["layers_per_block"], len(vae.config.block_out_channels)
     vae_state = restore_vae(vae.state_dict(), levels)
     decoder = {name: tensor for name, tensor in vae_state.items() if name.startswith("decoder.")}
     encoder = {name: tensor for name, tensor in vae_state.items() if name not in decoder}
-    clip = restore_clip(image_encoder.state_dict())
 
-    def part(prefix: str, module: nn.Module, state: Mapping[str, Tensor], convert: Any) -> _Part:
-        shapes = {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in state.items()}
-        return _Part(prefix, module, shapes, convert)
+    def part(component: str, prefix: str, state: Mapping[str, Tensor], rename: Any) -> Part:
+        return Part(
+            component, prefix, {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in state.items()}, rename
+        )
+
+    def to_unet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return convert_unet(state, depth)
 
     def to_vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return convert_vae(state, levels)
 
     return [
-        part(UNET_PREFIX, unet, restore_unet(unet.state_dict(), unet.config), lambda state: convert_unet(state, depth)),
-        part(CLIP_PREFIX, image_encoder, clip, convert_clip),
-        part(FRAMES_PREFIX, vae, encoder, to_vae),
-        part(VIEWS_PREFIX, vae, encoder, to_vae),
-        part(DECODER_PREFIX, vae, decoder, to_vae),
+        part("unet", UNET_PREFIX, restore_unet(unet.state_dict(), unet.config), to_unet),
+        part("image_encoder", CLIP_PREFIX, restore_clip(image_encoder.state_dict()), convert_clip),
+        part("vae", f"{FRAMES}.encoder.", encoder, to_vae),
+        part("vae", DECODER_PREFIX, decoder, to_vae),
     ]
-
-
-def _damaged(path: Path, reason: object) -> InputError:
-    return InputError(
-        f"{path} is damaged or incomplete ({reason}): delete it and fetch it again from {MODEL_URL}, {REMEDY}."
-    )
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The file, read lazily; whatever is wrong with its bytes is one sentence."""
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file's bytes is one sentence.
+
+    Raises:
+        InputError: for a file that cannot be opened, or is not the safetensors file its header says.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        with unreadable(path):
+            yield
+    except SafetensorError as error:
+        raise damaged(path, error) from error
 
 
-def _check_layout(path: Path, found: Mapping[str, tuple[int, ...]], parts: Sequence[_Part]) -> None:
-    """Every tensor of the networks is there with its shape, and nothing else but what is known to be left out."""
+def stream(path: Path, names: Sequence[str]) -> Iterator[Tensor]:
+    """`streaming.read_tensors` with the errors of `reading`."""
+    with reading(path):
+        yield from read_tensors(path, names)
+
+
+def check_layout(
+    path: Path, found: Mapping[str, TensorInfo], parts: Sequence[Part], ignore_unknown: bool = False
+) -> None:
+    """Every tensor of the components is there with its shape, and nothing else but what is known to be left out.
+
+    Raises:
+        InputError: naming every tensor that is missing, unknown, wrongly shaped or not of a floating-point type.
+    """
     expected = {name: shape for part in parts for name, shape in part.shapes.items()}
-    missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected and not name.startswith(DROPPED)]
-    misshapen = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    counts = (("missing", missing), ("unknown", unknown), ("wrongly shaped", misshapen))
-    problems = [f"{len(names)} {what} ({_listed(names)})" for what, names in counts if names]
-    if problems:
+    if not any(name.startswith(UNET_PREFIX) for name in found):
         raise InputError(
-            f"{path} is not an SV4D 2.0 checkpoint: of its tensors {'; '.join(problems)}; give the file of {MODEL_URL}."
+            f"{path} is not an SV4D 2.0 checkpoint: it has no tensor below {UNET_PREFIX} (but {_some(list(found))}); "
+            f"give the file of {MODEL_URL}."
+        )
+    unknown = [name for name in found if name not in expected and not name.startswith(DROPPED)]
+    if unknown and ignore_unknown:
+        print(f"Not read, because unknown: {', '.join(unknown)}.")
+        unknown = []
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": unknown,
+        "wrongly shaped": [
+            f"{name} {list(found[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ],
+        "not of a floating-point type": [
+            f"{name} {found[name].dtype}" for name in expected if name in found and found[name].dtype not in FLOATING
+        ],
+    }
+    told = [f"{len(names)} {what} ({', '.join(names)})" for what, names in problems.items() if names]
+    if told:
+        only_unknown = len(told) == 1 and bool(unknown)
+        remedy = ", or leave them out with ignore_unknown (--ignore-unknown)" if only_unknown else ""
+        raise InputError(
+            f"{path} is not an SV4D 2.0 checkpoint: of its tensors {'; '.join(told)}; give the file of "
+            f"{MODEL_URL}{remedy}."
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     rest = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _check_same_autoencoder(path: Path, file: Any, parts: Sequence[_Part]) -> None:
-    """The frames' and the views' encoders are equal, so that one autoencoder serves both."""
-    frames = next(part for part in parts if part.prefix == FRAMES_PREFIX)
-    for name in frames.shapes:
-        other = name.replace(FRAMES_PREFIX, VIEWS_PREFIX)
-        first, second = file.get_tensor(name), file.get_tensor(other)
-        if not torch.equal(first, second):
-            difference = (first.float() - second.float()).abs().max().item()
-            raise InputError(
-                f"{path} encodes frames and views with different autoencoders ({name} and {other} differ by up to "
-                f"{difference:.3g}), which this pipeline cannot do: give the file of {MODEL_URL}."
-            )
+ABSENT = "not in the file"
 
 
-def _read(path: Path, file: Any, part: _Part, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A part's tensors under our names, on the device."""
-    state: dict[str, Tensor] = {}
-    for name in part.shapes:
-        tensor = file.get_tensor(name).to(device, dtype)
-        if not torch.isfinite(tensor).all():
-            raise _damaged(path, f"{name} has values that are not finite as {dtype}")
-        state |= part.convert({name.removeprefix(part.prefix): tensor})
-    return state
+@dataclass(frozen=True)
+class Difference:
+    """A tensor of one of the `AUTOENCODERS` that is not the one of the same name in `FRAMES`, which is read."""
+
+    embedder: str
+    name: str
+    """Below `<embedder>.encoder.`; empty where the whole autoencoder is `ABSENT`."""
+    reason: str
+
+    @property
+    def matters(self) -> bool:
+        """Whether the reference computes with it."""
+        return self.embedder == VIEWS and self.name.startswith(("encoder.", "quant_conv."))
+
+
+def compare_autoencoders(path: Path, found: Mapping[str, TensorInfo]) -> list[Difference]:
+    """Compare the three embedded autoencoders, tensor by tensor.
+
+    Nothing in the reference makes them equal; this pipeline has one.
+
+    Args:
+        path: the file.
+        found: its layout.
+    """
+    prefixes = [f"{key}.encoder." for key in AUTOENCODERS]
+    names = {name.removeprefix(prefix) for prefix in prefixes for name in found if name.startswith(prefix)}
+    present = [key for key in (VIEWS, MOTION) if any(name.startswith(f"{key}.encoder.") for name in found)]
+    pairs, differences = [], []
+    if VIEWS not in present:
+        differences.append(Difference(VIEWS, "", ABSENT))
+    for name in sorted(names):
+        for embedder in present:
+            first, second = (found.get(f"{key}.encoder.{name}") for key in (FRAMES, embedder))
+            if first is None or second is None:
+                differences.append(Difference(embedder, name, f"only in {FRAMES if first else embedder}"))
+            elif first.shape != second.shape:
+                differences.append(Difference(embedder, name, f"{list(second.shape)} instead of {list(first.shape)}"))
+            else:
+                pairs.append((embedder, name))
+    wanted = [f"{key}.encoder.{name}" for embedder, name in pairs for key in (FRAMES, embedder)]
+    tensors = stream(path, wanted)
+    with bytes_bar("Comparing the autoencoders", sum(found[name].nbytes for name in wanted)) as advance:
+        for (embedder, name), first, second in zip(pairs, tensors, tensors, strict=True):
+            if not _equal(first, second):
+                largest = (first.float() - second.float()).abs().max().item()
+                differences.append(Difference(embedder, name, f"max abs difference {largest:.3g}"))
+            advance(first.nbytes + second.nbytes)
+    return differences
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype:
+        return torch.equal(first.double(), second.double())
+    # bits: a value that is not a number equals itself here
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+
+
+def report_differences(differences: Sequence[Difference]) -> None:
+    """Print one line for each autoencoder that differs: in what, by how much, and what is used."""
+    for embedder in (VIEWS, MOTION):
+        own = [difference for difference in differences if difference.embedder == embedder]
+        if not own:
+            continue
+        if own[0].reason == ABSENT:
+            print(f"The file has no {embedder} ({AUTOENCODERS[embedder]}): {FRAMES} encodes both.")
+            continue
+        used = (
+            f"{FRAMES} encodes both, so the results will differ from the reference's"
+            if any(difference.matters for difference in own)
+            else "no result depends on them"
+        )
+        names = _some([f"{difference.name} ({difference.reason})" for difference in own])
+        print(
+            f"The autoencoder of {embedder} ({AUTOENCODERS[embedder]}) differs from that of {FRAMES} "
+            f"({AUTOENCODERS[FRAMES]}) in {len(own)} tensors: {names}; {used}."
+        )
