@@ -1,0 +1,74 @@
+"""What changes over the 4D optimisation: noise levels, loss weights, the size of the renders.
+
+Source: aejion/4Diffusion @ 627d0cd (threestudio's scheduled values) and the paper's appendix A.1. Steps are those of
+the reference's 35,000-step run; a shorter run passes the same schedule faster (`reference_step`).
+"""
+
+from dataclasses import dataclass, field
+
+REFERENCE_STEPS = 35_000
+NOISE_STEPS = 1000
+"""Steps of the diffusion process."""
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """`start` until `start_step`, `end` from `end_step` on, linear between."""
+
+    start_step: int
+    start: float
+    end: float
+    end_step: int
+
+    @classmethod
+    def constant(cls, value: float) -> "Ramp":
+        """The same at every step."""
+        return cls(0, value, value, 1)
+
+    def at(self, step: float) -> float:
+        """The value at a step of the reference's run."""
+        done = (step - self.start_step) / (self.end_step - self.start_step)
+        return self.start + (self.end - self.start) * max(min(1.0, done), 0.0)
+
+
+@dataclass(frozen=True)
+class LossRamps:
+    """Weights of the terms of the objective. The paper's names are in docs/4diffusion.md."""
+
+    sds: Ramp = field(default_factory=lambda: Ramp.constant(1.0))
+    lpips: Ramp = field(default_factory=lambda: Ramp.constant(200.0))
+    """The reference's configuration says 100 and its code adds the term twice."""
+    ssim: Ramp = field(default_factory=lambda: Ramp.constant(100.0))
+    """Likewise: 50, added twice."""
+    orientation: Ramp = field(default_factory=lambda: Ramp(0, 10.0, 1000.0, 5000))
+    sparsity: Ramp = field(default_factory=lambda: Ramp.constant(100.0))
+    opaque: Ramp = field(default_factory=lambda: Ramp(10_000, 0.0, 100.0, 10_001))
+    z_variance: Ramp = field(default_factory=lambda: Ramp.constant(0.0))
+    """HiFA's variance of depth along a ray; off in the reference."""
+
+    def at(self, step: float) -> dict[str, float]:
+        """Every weight at a step of the reference's run."""
+        return {name: ramp.at(step) for name, ramp in vars(self).items()}
+
+
+LOWEST_NOISE = Ramp(0, 0.98, 0.02, 5000)
+HIGHEST_NOISE = Ramp(0, 0.98, 0.25, 5000)
+"""Ends of the range of noise levels, as shares of the diffusion process."""
+
+RENDER_SIZES = ((0, 64), (5000, 192), (10_000, 256))
+"""(first step, pixels a side) of the renders."""
+
+
+def reference_step(step: int, total_steps: int) -> float:
+    """Where a step of a run of `total_steps` is in the reference's run."""
+    return step * REFERENCE_STEPS / total_steps
+
+
+def noise_range(step: float) -> tuple[int, int]:
+    """Lowest and highest diffusion step that may be drawn, both inclusive."""
+    return int(NOISE_STEPS * LOWEST_NOISE.at(step)), int(NOISE_STEPS * HIGHEST_NOISE.at(step))
+
+
+def render_size(step: float) -> int:
+    """Pixels along the side of the square renders."""
+    return max(size for first, size in RENDER_SIZES if step >= first)
