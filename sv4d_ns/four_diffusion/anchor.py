@@ -52,7 +52,7 @@ def choose_anchor(grid: "ViewGrid", override: int | None = None) -> int:
     if override is not None:
         if not 0 <= override <= grid.num_views:
             raise InputError(
-                f"--pipeline.anchor-view {override} is not a view of the grid: it has 0 (the input) to {grid.num_views}."
+                f"--pipeline.anchor-view {override} is not a view of the grid: give 0 (the input) to {grid.num_views}."
             )
         return override
     if grid.provenance.get(KNOWN_POSE, True):

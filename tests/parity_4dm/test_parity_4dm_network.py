@@ -41,9 +41,14 @@ def test_motion_module(name):
     block = module.transformer_blocks[0]
     # ours are in (b n) (h w) f order; the recorded ones in (b n f) (h w)
     watched = {
-        "proj_in": module.proj_in, "block0.norm0": block.norm1, "block0.attn0": block.attn1, "block0.norm1": block.norm2,
-        "block0.attn1": block.attn2, "block0.ff": block.ff, "block0.out": block,
-    }  # fmt: skip
+        "proj_in": module.proj_in,
+        "block0.norm0": block.norm1,
+        "block0.attn0": block.attn1,
+        "block0.norm1": block.norm2,
+        "block0.attn1": block.attn2,
+        "block0.ff": block.ff,
+        "block0.out": block,
+    }
     for key, part in watched.items():
         part.register_forward_hook(lambda _, __, output, key=key: seen.__setitem__(key, output))
     with torch.no_grad():

@@ -195,7 +195,9 @@ def test_training_cameras(name):
     azimuth, elevation = entry("azimuth").double().numpy(), entry("elevation").double().numpy()
     assert elevation.min() >= 0 and elevation.max() <= HIGHEST_ELEVATION_DEG
     assert np.allclose(np.diff(azimuth), 90.0, atol=1e-4)
-    made = np.stack([look_at_cameras(a[None], e[None], d)[0] for a, e, d in zip(azimuth, elevation, distance)])
+    made = np.stack(
+        [look_at_cameras(a[None], e[None], d)[0] for a, e, d in zip(azimuth, elevation, distance, strict=True)]
+    )
     c2w = torch.from_numpy(made).float()
     folder.assert_within(c2w, entry("c2w"), CAMERA_ATOL)
     folder.assert_within(camera_vectors(c2w), entry("camera_cond"), CAMERA_ATOL)
