@@ -191,17 +191,13 @@ class SV4DModel(Model):
     def get_image_metrics_and_images(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """PSNR and SSIM of a picture against an image of the grid, both on white, and the pair side by side.
+        """PSNR, SSIM and LPIPS of a picture against an image of the grid, both on white, and the pair side by side.
 
         The input view's images are real; all others are the diffusion model's, so this measures the fit, not truth.
         """
-        from torchmetrics.functional.image import structural_similarity_index_measure
+        from sv4d_ns.evaluation.scores import nerfstudio_metrics
 
         truth, made = batch["image"].to(self.device)[..., :3], outputs["rgb"]
-        error = (truth - made).square().mean().clamp(min=1e-10)
-        ssim = structural_similarity_index_measure(
-            made.movedim(-1, 0)[None], truth.movedim(-1, 0)[None], data_range=1.0
-        )
-        metrics = {"psnr": float(-10 * error.log10()), "ssim": float(torch.as_tensor(ssim))}
+        metrics = nerfstudio_metrics(made, truth)
         images = {"img": torch.cat([truth, made], dim=1), "accumulation": outputs["accumulation"]}
         return metrics, images

@@ -41,7 +41,7 @@ TITLES = {
     "clip_c": "CLIP-C",
     "flicker": "temporal flicker",
     "flicker_truth": "temporal flicker of the truth",
-    "hull": "silhouettes their hull explains",
+    "hull": "hull agreement",
     "fvd_f": "FVD-F",
     "fvd_v": "FVD-V",
     "fvd_diag": "FVD-Diag",

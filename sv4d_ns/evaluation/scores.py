@@ -4,12 +4,15 @@
 table with what each figure rests on, `video_figures` the Fréchet distances over all objects.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from sv4d_ns.evaluation.backbones import (
     BackboneMissing,
@@ -67,10 +70,14 @@ class Backbones:
         return [network.identity for network in networks]
 
 
-def load_backbones(protocol: Protocol, fetch: bool, i3d: "object" = None, i3d_sha256: str | None = None) -> Backbones:
-    """The networks of a protocol that are on this machine (or fetched); the others are noted, not fatal."""
-    from pathlib import Path
+def load_backbones(
+    protocol: Protocol, fetch: bool = False, i3d: Path | None = None, i3d_sha256: str | None = None
+) -> Backbones:
+    """The networks of a protocol that are on this machine (or fetched); the others are noted, not fatal.
 
+    Raises:
+        InputError: a file is there but is damaged or not the trusted one.
+    """
     from sv4d_ns.evaluation.backbones import load_clip, load_i3d, load_lpips
 
     found = Backbones()
@@ -84,10 +91,32 @@ def load_backbones(protocol: Protocol, fetch: bool, i3d: "object" = None, i3d_sh
     except BackboneMissing as error:
         found.missing["clip_s, clip_c"] = str(error)
     try:
-        found.videos.insert(0, load_i3d(None if i3d is None else Path(str(i3d)), i3d_sha256, fetch))
+        found.videos.insert(0, load_i3d(i3d, i3d_sha256, fetch))
     except BackboneMissing as error:
         found.missing["fvd_f, fvd_v, fvd_diag, fvd_4d"] = str(error)
     return found
+
+
+@functools.cache
+def _lpips_at_hand() -> Lpips | None:
+    """LPIPS (AlexNet, as nerfstudio's own models use) if its weights are on this machine; said once if not."""
+    from sv4d_ns.evaluation.backbones import load_lpips
+
+    try:
+        return load_lpips("alex")
+    except BackboneMissing:
+        print("Left out: LPIPS, because its weights are not on this machine; 'sv4d evaluate --fetch' gets them.")
+        return None
+
+
+def nerfstudio_metrics(made: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"]) -> dict[str, float]:
+    """What `ns-eval` averages: psnr, ssim and, where its weights are at hand, lpips of one picture in [0, 1]."""
+    a, b = (picture.detach().clamp(0, 1).movedim(-1, 0)[None].cpu() for picture in (made, truth))
+    metrics = {"psnr": float(psnr(a, b)[0]), "ssim": float(ssim(a, b)[0])}
+    lpips = _lpips_at_hand()
+    if lpips is not None:
+        metrics["lpips"] = float(lpips.distance(a, b)[0])
+    return metrics
 
 
 Figures = dict[str, Float[np.ndarray, "t v"]]
