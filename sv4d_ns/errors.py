@@ -12,6 +12,15 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(ArithmeticError):
+    """A term of the loss is NaN or infinite; raised before the step changes anything."""
+
+    def __init__(self, term: str, step: int):
+        super().__init__(f"the loss term '{term}' is not finite at step {step}")
+        self.term = term
+        self.step = step
+
+
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """For command-line entry points: end the process with the sentence of an `InputError` and exit code 1."""

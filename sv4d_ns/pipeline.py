@@ -20,9 +20,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManager, SV4DDataManagerConfig
 from sv4d_ns.devices import ensure_ffmpeg_on_path
-from sv4d_ns.errors import one_sentence_errors
+from sv4d_ns.errors import NotFiniteError, one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
-from sv4d_ns.runs import VIEW_FOLDERS, windows_folder
+from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, windows_folder
 from sv4d_ns.viewing import StartCamera
 
 if TYPE_CHECKING:
@@ -108,6 +108,19 @@ class SV4DPipeline(VanillaPipeline):
             callbacks.append(weigh)
         finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
         return [*callbacks, show, finish]
+
+    def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """nerfstudio's; raises `NotFiniteError` before the loss can spoil the field."""
+        outputs, loss_dict, metrics_dict = super().get_train_loss_dict(step)
+        for term, loss in loss_dict.items():
+            if not loss.isfinite().all():
+                raise NotFiniteError(term, step)
+        return outputs, loss_dict, metrics_dict
+
+    def go_back(self, step: int) -> None:
+        """Be as before `step`: its views, and other pixels than those that led to a loss that is not finite."""
+        self.datamanager.config.seed += 1
+        self._use_views_of_step(step)
 
     def _update_visibility(self, step: int) -> None:
         window = self.sv4d_model.frame_window(step)
@@ -195,7 +208,7 @@ class SV4DPipeline(VanillaPipeline):
             )
         with atomic_path(self._run_dir / "contact_sheet.png") as path:
             sheet.save(path, format="PNG")
-        with atomic_path(self._run_dir / "summary.json") as path:
+        with atomic_path(self._run_dir / SUMMARY_FILE) as path:
             path.write_text(json.dumps({"steps": trainer.config.max_num_iterations, **summary}, indent=2))
         config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
         CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")

@@ -4,12 +4,33 @@ outputs/<video>/sv4d/<timestamp>/
     config.yml  nerfstudio_models/step-*.ckpt     nerfstudio's own
     views/                                        stage 1's view grid (a nerfstudio dataset, see views.py)
     views_refined_<k>/                            stage 2's grid of round k (from 1)
-    contact_sheet.png  summary.json               what came out
+    contact_sheet.png  summary.json               what came out; written last
+    run.json  run.lock                            the fingerprint of data and settings; held while the run is alive
 outputs/<video>/sv4d/.windows/<content hash>/     finished diffusion windows, shared by runs of the same video
+
+The same command finds its run again by the fingerprint: an unfinished one is continued where it stopped, a finished
+one is not made a second time. What a changed setting does not touch (the windows of the diffusion model) is found by
+its own content hash.
 """
 
+import dataclasses
+import enum
+import hashlib
+import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sv4d_ns import __version__
+from sv4d_ns.files import atomic_path, content_hash
+
+RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
+SUMMARY_FILE = "summary.json"
 
 MAX_REFINE_ROUNDS = 8
 
@@ -32,3 +53,119 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a nerfstudio_models folder, ascending (empty if there is no such folder)."""
     names = (re.fullmatch(r"step-(\d+)\.ckpt", path.name) for path in folder.glob("step-*.ckpt"))
     return sorted(int(name.group(1)) for name in names if name)
+
+
+def claim_run(runs: Path, name: str, fingerprint: str | None) -> tuple[str, str]:
+    """The folder for a run: the newest one with the same fingerprint, or a new one; it is ours while we live.
+
+    Args:
+        runs: the folder of all runs of this video and method.
+        name: of a new run.
+        fingerprint: of data and settings (`fingerprint`); None for a run that is not to be found again.
+
+    Returns:
+        Its name, and a sentence about it (empty for a new run).
+    """
+    for folder in _same_runs(runs, fingerprint) if fingerprint else ():
+        if not _lock(folder):
+            continue  # another process is at it: this command becomes a run of its own
+        if (folder / SUMMARY_FILE).is_file():
+            return folder.name, (
+                f"{folder} was made from the same data and settings and is finished: nothing is made again "
+                "(--timestamp NAME makes another run)."
+            )
+        return folder.name, f"Continuing the unfinished run {folder}, which has the same data and settings."
+    candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, 1000))
+    # two commands of the same second
+    free = next(candidate for candidate in candidates if not (runs / candidate).exists())
+    return free, ""
+
+
+def record_run(folder: Path, fingerprint: str | None) -> None:
+    """Make the folder of a run and write down what it is made from.
+
+    Raises:
+        OSError: it cannot be written.
+        RuntimeError: another process is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _lock(folder):
+        raise RuntimeError(f"{folder} is in use by another process")
+    with atomic_path(folder / RUN_FILE) as path:
+        path.write_text(json.dumps({"fingerprint": fingerprint, "version": __version__}))
+
+
+_LOCKS: dict[Path, FileLock] = {}
+"""The runs this process works on. The operating system frees a lock when its process ends, however it ends."""
+
+
+def _lock(folder: Path) -> bool:
+    folder = folder.resolve()
+    if folder not in _LOCKS:
+        lock = FileLock(folder / LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        _LOCKS[folder] = lock
+    return True
+
+
+def release_run(folder: Path) -> None:
+    """Let other processes have the run."""
+    lock = _LOCKS.pop(folder.resolve(), None)
+    if lock is not None:
+        lock.release()
+
+
+def _same_runs(runs: Path, fingerprint: str) -> Iterator[Path]:
+    """Newest first (names are dates)."""
+    for record in sorted(runs.glob(f"*/{RUN_FILE}"), reverse=True):
+        with suppress(OSError, ValueError, AttributeError):
+            if json.loads(record.read_text()).get("fingerprint") == fingerprint:
+                yield record.parent
+
+
+def fingerprint(settings: Any, *data: Path | None) -> str:
+    """Hash of nested settings and of the content of files, folders and patterns; the same in every process.
+
+    Args:
+        settings: dataclasses, containers and plain values; fields named in `NO_INFLUENCE` are left out.
+    """
+    return content_hash(__version__, _plain(settings), *(_files_hash(path) for path in data))
+
+
+NO_INFLUENCE = frozenset({"data", "masks", "run_dir", "expected_steps"})
+"""Fields that do not decide the result: paths (their content counts) and what the run fills in itself."""
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.name not in NO_INFLUENCE]
+        return [type(value).__qualname__, {name: _plain(getattr(value, name)) for name in fields}]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return str(value)
+    if isinstance(value, type) or callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _files_hash(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    if path.is_dir():  # of pictures, or of a view grid with its own folders
+        folders = [path, *(path / name for name in ("images", "confidence"))]
+        files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
+    else:
+        files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(str(file.relative_to(path if path.is_dir() else path.parent)).encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,8 +1,11 @@
 """nerfstudio's trainer with the manners of a long job: checks first, whole checkpoints, resume, next commands."""
 
+import pickle
 import shlex
 import shutil
+import signal
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +17,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
-from sv4d_ns.errors import InputError, one_sentence_errors
+from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.progress import TrainingBar
-from sv4d_ns.runs import VIEW_FOLDERS, checkpoint_steps
+from sv4d_ns.runs import VIEW_FOLDERS, checkpoint_steps, claim_run, fingerprint, record_run
 
 
 @dataclass
@@ -37,11 +40,44 @@ class SV4DTrainerConfig(TrainerConfig):
             self.experiment_name = self.load_dir.resolve().parents[2].name
         super().set_experiment_name()
 
+    def set_timestamp(self) -> None:
+        """Find the run this command is about: one it made before, or a new one named after the time."""
+        new = self.timestamp == "{timestamp}"
+        super().set_timestamp()
+        if not new:
+            return
+        with one_sentence_errors():
+            name, sentence = claim_run(self.get_base_dir().parent, self.timestamp, self._fingerprint())
+        self.timestamp = name
+        if sentence:
+            CONSOLE.print(sentence)
+
+    def _fingerprint(self) -> str | None:
+        """What decides the result of the run; None where it continues another one or has no data (an error later)."""
+        datamanager = self.pipeline.datamanager
+        assert isinstance(datamanager, SV4DDataManagerConfig)
+        if self.source_run() is not None or datamanager.data is None:
+            return None
+        device, _ = choose_device(self.device)
+        settings = [
+            self.method_name,
+            self.pipeline,
+            self.optimizers,
+            self.max_num_iterations,
+            self.machine.seed,
+            device,
+        ]
+        try:
+            return fingerprint([*settings, self.mixed_precision], datamanager.data, datamanager.masks)
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
+
     def save_config(self) -> None:
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
             self.machine.device_type, sentence = choose_device(self.device)
             CONSOLE.print(sentence)
+            identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()
             datamanager = self.pipeline.datamanager
             assert isinstance(datamanager, SV4DDataManagerConfig)
@@ -49,7 +85,7 @@ class SV4DTrainerConfig(TrainerConfig):
             datamanager.expected_steps = self.max_num_iterations
             if not self._has_views():
                 datamanager.check_data()
-            self._check_output()
+            self._make_folder(identity)
         super().save_config()
 
     def _check_resume(self) -> None:
@@ -80,18 +116,16 @@ class SV4DTrainerConfig(TrainerConfig):
         folders = [self.get_base_dir()] + ([source] if source is not None else [])
         return any((folder / VIEW_FOLDERS[0]).is_dir() for folder in folders)
 
-    def _check_output(self) -> None:
-        base_dir = self.get_base_dir()
+    def _make_folder(self, identity: str | None) -> None:
         try:
-            base_dir.mkdir(parents=True, exist_ok=True)
-            probe = base_dir / ".writable"
-            probe.touch()
-            probe.unlink()
+            record_run(self.get_base_dir(), identity)
         except OSError as error:
             raise InputError(
                 f"--output-dir {self.output_dir} cannot be written ({error.strerror}): choose a folder you "
                 "may write to."
             ) from error
+        except RuntimeError as error:
+            raise InputError(f"{error}: wait for it, or start another run (--timestamp NAME).") from error
 
 
 class SV4DTrainer(Trainer):
@@ -109,7 +143,11 @@ class SV4DTrainer(Trainer):
         self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._psnr:.1f} dB")
 
     def train_iteration(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """nerfstudio's iteration; its PSNR is shown in the bar."""
+        """nerfstudio's iteration; its PSNR is shown in the bar.
+
+        Raises:
+            NotFiniteError: by the pipeline, before anything is changed.
+        """
         loss, loss_dict, metrics_dict = super().train_iteration(step)
         self._psnr = float(metrics_dict["psnr"].detach())
         return loss, loss_dict, metrics_dict
@@ -151,21 +189,94 @@ class SV4DTrainer(Trainer):
             CONSOLE.print(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
             pipeline.finish(self)
             return
-        self.config.max_num_iterations = remaining
         try:
             with one_sentence_errors():
-                super().train()
+                self._train_with_one_way_back(total)
         except KeyboardInterrupt:
-            self.bar.close()
-            if self.step > self._start_step:
-                self.save_checkpoint(self.step)
-            config_file = shlex.quote(str(self.base_dir / "config.yml"))
-            CONSOLE.print(
-                f"Stopped at step {self.step} of {total}. Go on with:\n  ns-train sv4d --load-config {config_file}"
-            )
-            raise SystemExit(130) from None
+            self._stop(total)
         finally:
             self.config.max_num_iterations = total
+
+    def _train_with_one_way_back(self, total: int) -> None:
+        """nerfstudio's loop; a loss that is not finite sends it back to the newest checkpoint, once."""
+        for last_try in (False, True):
+            self.config.max_num_iterations = total - self._start_step
+            try:
+                return super().train()
+            except NotFiniteError as error:
+                self.bar.close()
+                steps = checkpoint_steps(self.checkpoint_dir)
+                if last_try or not steps:
+                    again = "again " if last_try else ""
+                    raise InputError(
+                        f"The loss term '{error.term}' is {again}not a finite number at step {error.step}: lower the "
+                        "learning rates (--optimizers...lr), or report the video; what was fitted before is kept."
+                    ) from error
+                CONSOLE.print(
+                    f"The loss term '{error.term}' is not a finite number at step {error.step}: going back to step "
+                    f"{steps[-1]} and on with other pixels."
+                )
+                self._go_back(error)
+
+    def _go_back(self, error: NotFiniteError) -> None:
+        pipeline: Any = self.pipeline
+        self.config.load_dir, self.config.load_step = self.checkpoint_dir, None
+        self._load_checkpoint()
+        pipeline.go_back(self._start_step)
+
+    def _stop(self, total: int) -> None:
+        """After an interrupt: save, say how to go on, end. A second interrupt does not disturb the saving."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.bar.close()
+            CONSOLE.print("Stopping; the state is being saved.")
+            with one_sentence_errors():
+                if self.step > self._start_step:
+                    self.save_checkpoint(self.step)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        config_file = shlex.quote(str(self.base_dir / "config.yml"))
+        CONSOLE.print(
+            f"Stopped at step {self.step} of {total}. Go on with the same command, or:\n"
+            f"  ns-train sv4d --load-config {config_file}"
+        )
+        raise SystemExit(130) from None
+
+    def _load_checkpoint(self) -> None:
+        """Load field, optimizers and schedules, reading plain tensors only.
+
+        Raises:
+            InputError: the file is damaged, holds more than tensors, or belongs to other settings.
+        """
+        path = self._checkpoint_to_load()
+        if path is None:
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._start_step = state["step"] + 1
+            self.pipeline.load_pipeline(state["pipeline"], state["step"])
+            self.optimizers.load_optimizers(state["optimizers"])
+            if "schedulers" in state and self.config.load_scheduler:
+                self.optimizers.load_schedulers(state["schedulers"])
+            self.grad_scaler.load_state_dict(state["scalers"])
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{path} is damaged, or holds more than tensors and is not opened for safety: give a checkpoint of "
+                "ns-train sv4d, or delete it and start again (the views are kept)."
+            ) from error
+        except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+            reason = (str(error).splitlines() or [""])[0][:160]
+            raise InputError(
+                f"{path} cannot be loaded ({reason}): it is damaged or belongs to other settings; delete it and start "
+                "again (the views are kept), or give the settings it was made with."
+            ) from error
+        CONSOLE.print(f"Continuing from {path}.")
+
+    def _checkpoint_to_load(self) -> Path | None:
+        folder, step = self.config.load_dir, self.config.load_step
+        if folder is None:
+            return self.config.load_checkpoint
+        return folder / f"step-{checkpoint_steps(folder)[-1] if step is None else step:09d}.ckpt"
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:
@@ -183,8 +294,16 @@ class SV4DTrainer(Trainer):
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
         }
-        torch.save(state, partial)
-        partial.replace(path)
+        try:
+            torch.save(state, partial)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise InputError(
+                f"{path} cannot be written ({(str(error).splitlines() or [''])[0][:120]}): free some space on the disk "
+                "and give the same command again; it goes on from the checkpoint before."
+            ) from error
         if self.config.save_only_latest_checkpoint:
             for other in self.checkpoint_dir.glob("step-*.ckpt"):
                 if other != path:
