@@ -75,7 +75,7 @@ def main(config: BenchmarkConfig) -> None:
         began = time.monotonic()
         made = generate_grid(
             pipeline, video, azimuths, [0.0] * 8, seed=config.seed, store=None, on_progress=lambda done, total: None
-        )
+        ).images
         seconds = time.monotonic() - began
         sampled = made.permute(0, 1, 3, 4, 2).double().numpy()
         truth = as_floats(grid[:, 1:])

@@ -6,7 +6,7 @@ keeps on disk, so they never need the diffusion model.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,7 @@ from sv4d_ns.errors import InputError
 from sv4d_ns.runs import newest_views, windows_folder
 
 if TYPE_CHECKING:
+    from sv4d_ns.cameras import ViewPlan
     from sv4d_ns.fitting import Batch, BatchSampler
     from sv4d_ns.sampling import Window
     from sv4d_ns.synthesis import ViewSynthesizer
@@ -64,12 +65,30 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     `matting`)."""
     frame_ratio: float = 0.9
     """Share of the square crop that the object's larger side fills, over all frames (SV4D's image_frame_ratio)."""
+    crop: Literal["fixed", "released"] = "fixed"
+    """The square shown to the model: fixed is centred on the object; released is the released script's, around the
+    middle of the picture."""
     input_size: int = 256
     """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
     synthesis: Literal["auto", "embedded", "official"] = "auto"
     """The model that makes the views: auto takes the official weights on CUDA and the embedded ones on a CPU."""
     synthesis_steps: int | None = None
     """Denoising steps of that model; None takes its own default."""
+    view_azimuths: tuple[float, ...] | None = None
+    """Azimuths of the novel views relative to the input view, degrees, any number; None takes the model's own ring."""
+    view_elevations: tuple[float, ...] | None = None
+    """Elevation of each of them relative to the input view, degrees; None puts all at the input view's."""
+    view_references: Literal["independent", "anchored"] | None = None
+    """What calls of the model know of each other where there are more views than one call makes: nothing, or the
+    nearest finished views; None takes what suits the model."""
+    window_stride: Literal["fixed", "released_t", "released_t_minus_1", "released_full_windows"] = "fixed"
+    """How far apart the model's windows start in a long video; the released rules fail for some lengths."""
+    guidance: Literal["released", "constant"] = "released"
+    """Shape of the guidance scale over frames and views: the model's own, or its largest value everywhere."""
+    guidance_scale: float | None = None
+    """Largest guidance scale; None takes the model's own."""
+    camera_attention: Literal["released", "per_view_pixel", "full_3d"] | None = None
+    """Which tokens of different views attend to each other; None takes what the model was made with."""
     seed: int = 0
     """Seed of the diffusion noise and of the drawing of pixels."""
     train_num_rays_per_batch: int = 2048
@@ -85,6 +104,7 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
         """
         if self.data is None:
             raise InputError("--data is missing: give a video file, a folder of images, or a folder with a view grid.")
+        view_plan(self)
         if not is_grid(self.data):
             read_video(self)
 
@@ -96,13 +116,36 @@ def is_grid(data: Path) -> bool:
 
 def read_video(config: SV4DDataManagerConfig) -> "ObjectVideo":
     """The object of the user's video, cut out and cropped to squares of `input_size`."""
-    from sv4d_ns.video import load_object_video
+    from sv4d_ns.video import CropRule, load_object_video
 
     assert config.data is not None
     max_frames = DEFAULT_FRAMES if config.max_frames is None and config.fps is None else config.max_frames
     return load_object_video(
-        config.data, config.input_size, max_frames, config.frame_ratio, config.fps, config.masks, config.matting
+        config.data,
+        config.input_size,
+        max_frames,
+        config.frame_ratio,
+        config.fps,
+        config.masks,
+        config.matting,
+        CropRule(config.crop),
     )
+
+
+def view_plan(config: SV4DDataManagerConfig) -> "ViewPlan | None":
+    """The views the user asked for, if any.
+
+    Raises:
+        InputError: no camera can be built from them.
+    """
+    from sv4d_ns.cameras import ViewPlan
+
+    if config.view_azimuths is None:
+        if config.view_elevations is not None:
+            raise InputError("--pipeline.datamanager.view-elevations needs --pipeline.datamanager.view-azimuths.")
+        return None
+    elevations = config.view_elevations or (0.0,) * len(config.view_azimuths)
+    return ViewPlan(config.view_azimuths, elevations)
 
 
 def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]]) -> InputDataset:
@@ -208,7 +251,16 @@ class SV4DDataManager(VanillaDataManager):
 
         assert self.test_mode == "val", "views are generated in training only"
         synthesizer, sentence = load_synthesizer(
-            self.config.synthesis, str(self.device), num_inference_steps=self.config.synthesis_steps
+            self.config.synthesis,
+            str(self.device),
+            num_inference_steps=self.config.synthesis_steps,
+            options={
+                "stride": self.config.window_stride,
+                "references": self.config.view_references,
+                "guidance": self.config.guidance,
+                "guidance_scale": self.config.guidance_scale,
+                "camera_attention": self.config.camera_attention,
+            },
         )
         CONSOLE.print(sentence)
         return synthesizer
@@ -235,6 +287,7 @@ class SV4DDataManager(VanillaDataManager):
         return grid, folder
 
     def _generate_grid(self, run_dir: Path) -> "ViewGrid":
+        from sv4d_ns.diffusion.drift import drift_line
         from sv4d_ns.files import content_hash
         from sv4d_ns.progress import bar, say_expected_time
         from sv4d_ns.synthesis import resize_rgba
@@ -243,7 +296,7 @@ class SV4DDataManager(VanillaDataManager):
         video = read_video(self.config)
         for message in video.messages:
             CONSOLE.print(message)
-        plan = self.synthesizer.default_plan()
+        plan = view_plan(self.config) or self.synthesizer.default_plan()
         say_expected_time(len(video.frames), plan.num_views, self.config.expected_steps, str(self.device))
         frames = resize_rgba(video.frames, self.synthesizer.image_size)
         description = self.synthesizer.describe()
@@ -252,6 +305,8 @@ class SV4DDataManager(VanillaDataManager):
             views = self.synthesizer.generate(
                 frames, plan, seed=self.config.seed, store=windows_folder(run_dir, key), progress=progress
             )
+        if views.drift:
+            CONSOLE.print(drift_line(views.drift))
         return ViewGrid(
             input_frames=video.frames,
             novel_views=views.images,
@@ -259,7 +314,12 @@ class SV4DDataManager(VanillaDataManager):
             plan=plan,
             fps=video.fps,
             framing=video.framing.to_dict(),
-            provenance={"source": video.source, "seed": self.config.seed, **description},
+            provenance={
+                "source": video.source,
+                "seed": self.config.seed,
+                **description,
+                "drift": [asdict(boundary) for boundary in views.drift],
+            },
         )
 
     def use_grid(self, grid: "ViewGrid", folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sv4d_ns.errors import InputError
 
 
 @contextmanager
@@ -33,6 +36,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` that takes its place when the block ends without an exception.
+
+    A process killed inside the block leaves `folder` as it was, and at most a hidden temporary folder.
+
+    Args:
+        folder: the place of the result.
+        mark: a file that every folder of its kind holds; only such a folder, or an empty one, is ever replaced.
+        kind: what such a folder is, for the message.
+
+    Raises:
+        InputError: something else is at the place.
+    """
+    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not {kind}: choose another place for it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        new, old = workplace / "new", workplace / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
 
 
 def content_hash(*parts: Any) -> str:

@@ -5,7 +5,8 @@ stage 2 calls `refine` (SDEdit on the whole grid); both return plain uint8 RGBA 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,11 +17,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.curves import smoothstep
+from sv4d_ns.diffusion.drift import WHITE_EDGES, BoundaryDrift
 from sv4d_ns.errors import InputError
 from sv4d_ns.views import over_white
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+    from sv4d_ns.diffusion.windows import GridOptions
 
 Progress = Callable[[int, int], None]
 """Called with (denoising steps done, denoising steps in all)."""
@@ -77,12 +81,8 @@ class Views:
     """sRGB, straight alpha."""
     confidence: UInt8[np.ndarray, "t v s s"]
     """How sure the model was of each pixel, 0..255."""
-
-
-def smoothstep(x: Float[np.ndarray, "*n"], low: float, high: float) -> Float[np.ndarray, "*n"]:
-    """u^2 (3 - 2u), u = clip((x - low) / (high - low), 0, 1)."""
-    u = np.clip((x - low) / (high - low), 0.0, 1.0)
-    return u * u * (3.0 - 2.0 * u)
+    drift: tuple[BoundaryDrift, ...] = ()
+    """How far windows disagree about the frames both made, a boundary each."""
 
 
 def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
@@ -94,18 +94,18 @@ def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
     without one paints on white: what differs from white by more than the noise of a decoder is foreground (smoothstep
     from 4/255 to 24/255 of the largest channel difference) and all pixels are believed. These curves are our choice.
     """
-    values = images.detach().float().cpu().clamp(0, 1).movedim(-3, -1).numpy()
+    values = images.detach().float().cpu().clamp(0, 1).movedim(-3, -1)
     white = values[..., :3]
     if values.shape[-1] == 4:
         coverage = values[..., 3:]
         alpha, confidence = smoothstep(coverage, 0.25, 0.75), (2.0 * coverage - 1.0) ** 2
     else:
-        coverage = alpha = smoothstep((1.0 - white).max(-1, keepdims=True), 4 / 255, 24 / 255)
-        confidence = np.ones_like(alpha)
+        coverage = alpha = smoothstep((1.0 - white).amax(-1, keepdim=True), *WHITE_EDGES)
+        confidence = torch.ones_like(alpha)
     # at little coverage the colour is noise divided by nearly nothing
-    straight = np.where(coverage > 0.03, (white - (1.0 - coverage)) / np.maximum(coverage, 0.03), 1.0)
-    rgba = np.concatenate([np.clip(straight, 0, 1), alpha], axis=-1)
-    return Views(np.round(rgba * 255.0).astype(np.uint8), np.round(confidence[..., 0] * 255.0).astype(np.uint8))
+    straight = torch.where(coverage > 0.03, (white - (1.0 - coverage)) / coverage.clamp(min=0.03), 1.0)
+    rgba = torch.cat([straight.clamp(0, 1), alpha], dim=-1)
+    return Views((rgba * 255).round().byte().numpy(), (confidence[..., 0] * 255).round().byte().numpy())
 
 
 def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.ndarray, "*batch size size 4"]:
@@ -140,6 +140,21 @@ class DiffusionSynthesizer:
     """Denoising steps of `generate`; None takes the pipeline's own default."""
     refine_inference_steps: int | None = None
     """Denoising steps of `refine` from its noise level down; None takes the pipeline's own step size."""
+    options: "GridOptions | None" = None
+    """How grids are generated; the defaults where None."""
+
+    @property
+    def _options(self) -> "GridOptions":
+        from sv4d_ns.diffusion.windows import GridOptions
+
+        return self.options or GridOptions()
+
+    @cached_property
+    def weights(self) -> str:
+        """Hash of the weights."""
+        from sv4d_ns.diffusion.store import weights_fingerprint
+
+        return weights_fingerprint(self.pipeline.unet, self.pipeline.vae, self.pipeline.image_encoder)
 
     def default_plan(self) -> ViewPlan:
         return self.plan
@@ -151,9 +166,11 @@ class DiffusionSynthesizer:
         scalars = {key: value for key, value in config.items() if isinstance(value, int | float | str | bool)}
         return {
             "model": self.name,
+            "weights": self.weights,
             "code": __version__,
             "num_inference_steps": self.num_inference_steps,
             "refine_inference_steps": self.refine_inference_steps,
+            "options": asdict(self._options),
             "pipeline": scalars,
         }
 
@@ -210,9 +227,9 @@ class DiffusionSynthesizer:
             store=WindowStore(store),
             on_progress=progress,
             initial_views=initial,
-            num_inference_steps=num_inference_steps,
+            options=replace(self._options, num_inference_steps=num_inference_steps),
         )
-        return from_model_space(grid)
+        return replace(from_model_space(grid.images), drift=grid.drift)
 
 
 EMBEDDED_REFINE_STEPS = 1
@@ -222,7 +239,11 @@ SynthesisChoice = Literal["auto", "embedded", "official"]
 
 
 def load_synthesizer(
-    choice: SynthesisChoice, device: str, *, num_inference_steps: int | None = None
+    choice: SynthesisChoice,
+    device: str,
+    *,
+    num_inference_steps: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[ViewSynthesizer, str]:
     """The synthesizer for a machine, and one sentence saying what was chosen and why.
 
@@ -231,10 +252,14 @@ def load_synthesizer(
             a CPU) and the embedded model elsewhere; the other values say it outright.
         device: torch device string.
         num_inference_steps: denoising steps; None takes the model's own default.
+        options: values of `GridOptions` by name; None, for any of them, takes what suits the model.
 
     Raises:
-        InputError: the official weights are not at hand (the sentence says how to get them, or how to go without).
+        InputError: an option is unknown, or the official weights are not at hand (the sentence says how to get them,
+            or how to go without).
     """
+    from sv4d_ns.diffusion.windows import GridOptions, ViewReferences
+
     on_cuda = device.startswith("cuda")
     official = choice == "official" or (choice == "auto" and on_cuda)
     if official and not on_cuda and choice == "official":
@@ -248,11 +273,14 @@ def load_synthesizer(
 
         # the 8-view model: its views close the ring around the object in one call, so they agree with each other
         pipeline, name = load_official_pipeline(device, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
-        plan, size, refine_steps = ViewPlan.OFFICIAL_8, 576, None
+        plan, size, refine_steps, references = ViewPlan.OFFICIAL_8, 576, None, ViewReferences.ANCHORED
     else:
         from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 
         pipeline, name = load_embedded_pipeline(device), "sv4d_ns embedded"
         plan, size, refine_steps = ViewPlan.EMBEDDED, 64, EMBEDDED_REFINE_STEPS
-    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, refine_steps)
+        references = ViewReferences.INDEPENDENT  # measured: see docs/views.md
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    grid_options = GridOptions.from_values({"references": references, **given})
+    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, refine_steps, grid_options)
     return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."

@@ -12,10 +12,7 @@ File names follow from the shape alone, so a grid from a stranger can make nobod
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from PIL import Image
 
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.errors import InputError
-from sv4d_ns.files import atomic_path, content_hash
+from sv4d_ns.files import atomic_folder, atomic_path, content_hash
 
 GRID_FILE = "grid.json"
 TRANSFORMS_FILE = "transforms.json"
@@ -110,7 +107,7 @@ class ViewGrid:
         description = self._describe()
         transforms = _transforms(self.plan, self.num_frames, self.input_frames.shape[1], self.novel_views.shape[2])
         try:
-            with _whole_folder(folder) as temporary:
+            with atomic_folder(folder, GRID_FILE, "a view grid") as temporary:
                 for kind, view, frame, image in self._images():
                     path = temporary / image_name(kind, view, frame)
                     path.parent.mkdir(exist_ok=True)
@@ -321,25 +318,3 @@ def _read_image(path: Path, size: int, mode: str) -> np.ndarray:
         raise InputError(f"The view grid lacks {path}: make the views again.") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is damaged ({error}): make the views again.") from error
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place when the block ends without an exception.
-
-    Only a grid or an empty folder is ever replaced. A process killed inside the block leaves `folder` as it was,
-    and at most a hidden temporary folder.
-    """
-    if folder.exists() and not (folder / GRID_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not a view grid: choose another place for the views.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new, old = workplace / "new", workplace / "old"
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sv4d_ns.curves import smoothstep
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.occupancy import OccupancyGrid, project
 from sv4d_ns.rendering import pixel_rays, render_rays_chunked
@@ -34,12 +35,6 @@ class VisibilityConfig:
     """World units by which a point may lie behind the input view's depth and still count as seen."""
     scale: float = 0.5
     """Resolution of the maps relative to the images (weights are smooth; normals are finite differences anyway)."""
-
-
-def smoothstep(x: Float[Tensor, ...], low: float, high: float) -> Float[Tensor, ...]:
-    """u^2 (3 - 2u), u = clip((x - low) / (high - low), 0, 1)."""
-    u = ((x - low) / (high - low)).clamp(0, 1)
-    return u * u * (3 - 2 * u)
 
 
 def soft_visibility(

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sv4d_ns.errors import InputError
-from sv4d_ns.video.framing import Framing, fixed_framing, released_preprocess
+from sv4d_ns.video.framing import Framing, fixed_framing, released_framing, released_preprocess
+from sv4d_ns.views import over_white
 
 pixels = st.floats(-2000, 2000)
 
@@ -123,3 +124,21 @@ def test_the_released_crop_stays_around_the_picture_middle():
     dark = (released < 250).any(axis=-1)
     assert np.flatnonzero(dark.any(axis=0)).mean() < 30  # still on the left
     assert dark.any(axis=0).sum() == pytest.approx(22 * 100 / (2 * 31 / 0.9), abs=3)  # the soft rim counts
+
+
+@pytest.mark.parametrize(("width", "height", "x"), [(40, 40, 14), (45, 45, 22), (60, 40, 8), (40, 61, 20)])
+def test_the_released_framing_is_the_released_crop(width, height, x):
+    """The same geometry, also where the script cuts the object of a wide picture; levels may differ by rounding."""
+    pictures = disc(width, height, x, height / 2 + 3, 6, frames=2)
+    framing, kept = released_framing(pictures, 48)
+    released = released_preprocess(pictures, 48, 48).astype(int)
+    ours = over_white(framing.apply(kept)).astype(int)
+    assert np.abs(ours - released).mean() < 1.0
+    inside = (released == released[0, 24, 24]).all(axis=-1)
+    assert np.abs(ours - released)[inside].max(initial=0) <= 2
+    assert ((ours < 250).any(-1) ^ (released < 250).any(-1)).mean() < 0.02
+
+
+def test_a_released_crop_that_cannot_hold_the_video_says_so():
+    with pytest.raises(InputError, match="ratio"):
+        released_preprocess(disc(80, 20, 70, 10, 5), 32, 32, None)

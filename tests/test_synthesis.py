@@ -1,12 +1,23 @@
 """Between pictures and a model's own image space, and the noise level of stage 2."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.diffusion.windows import GridOptions, ViewReferences, WindowStride
 from sv4d_ns.errors import InputError
-from sv4d_ns.synthesis import from_model_space, load_synthesizer, refine_sigma, resize_rgba, to_model_space
+from sv4d_ns.synthesis import (
+    DiffusionSynthesizer,
+    from_model_space,
+    load_synthesizer,
+    refine_sigma,
+    resize_rgba,
+    to_model_space,
+)
 from sv4d_ns.views import over_white
 
 
@@ -61,3 +72,30 @@ def test_the_choice_of_model_is_said_and_refused_where_it_cannot_run() -> None:
     assert synthesizer.default_plan() == ViewPlan.EMBEDDED
     with pytest.raises(InputError, match="synthesis embedded"):
         load_synthesizer("official", "cpu")
+
+
+def test_options_reach_the_synthesizer_and_its_description() -> None:
+    given = {"stride": "released_t", "references": None, "guidance_scale": 2.0}
+    synthesizer, _ = load_synthesizer("auto", "cpu", options=given)
+    assert isinstance(synthesizer, DiffusionSynthesizer)
+    independent = ViewReferences.INDEPENDENT
+    assert synthesizer.options == GridOptions(
+        stride=WindowStride.RELEASED_T, references=independent, guidance_scale=2.0
+    )
+    described = json.loads(json.dumps(synthesizer.describe()))
+    assert described["options"]["stride"] == "released_t" and len(described["weights"]) == 32
+    plain, _ = load_synthesizer("auto", "cpu")
+    assert plain.describe()["options"] != synthesizer.describe()["options"]
+    with pytest.raises(InputError, match="sideways"):
+        load_synthesizer("auto", "cpu", options={"references": "sideways"})
+
+
+def test_a_long_video_tells_how_far_its_windows_drift(tmp_path: Path) -> None:
+    synthesizer, _ = load_synthesizer("embedded", "cpu")
+    frames = np.stack([disc(64)] * 9)
+    views = synthesizer.generate(
+        frames, ViewPlan.ring((90.0, 180.0)), seed=0, store=tmp_path, progress=lambda done, total: None
+    )
+    assert views.images.shape == (9, 2, 64, 64, 4)
+    (boundary,) = views.drift
+    assert boundary.frame == 1 and boundary.frames == 7 and boundary.psnr > 10

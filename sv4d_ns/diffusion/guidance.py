@@ -4,7 +4,7 @@ Source: Stability-AI/generative-models, guiders LinearPredictionGuider and Spati
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -27,6 +27,22 @@ class GuidanceKind(str, Enum):
     LINEAR = "linear"
     SPATIOTEMPORAL = "spatiotemporal"
     CONSTANT = "constant"
+
+
+class GuidanceRule(str, Enum):
+    """Whose shape of the guidance scale a run uses.
+
+    RELEASED: the model's own `GuidanceKind`; of the released models the ramp their scripts run.
+    CONSTANT: the largest scale for every image, which the ramps reach only at the last frames or the far views.
+    """
+
+    RELEASED = "released"
+    CONSTANT = "constant"
+
+    def applied_to(self, own: "Guidance", scale: float | None = None) -> "Guidance":
+        """The model's own guidance in this shape, and with another largest scale where one is given."""
+        kind = own.kind if self is GuidanceRule.RELEASED else GuidanceKind.CONSTANT
+        return replace(own, kind=kind, scale=own.scale if scale is None else scale)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,38 @@
 """Videos longer (or shorter) than the network's window, and more views than one call makes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from sv4d_ns.diffusion.attention import CameraAttention, MultiViewTransformer
+from sv4d_ns.diffusion.conditioning import camera_angles
+from sv4d_ns.diffusion.drift import BoundaryDrift, boundary_drift
+from sv4d_ns.diffusion.guidance import Guidance, GuidanceRule
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.store import WindowStore, code_fingerprint, weights_fingerprint
 from sv4d_ns.errors import InputError
-from sv4d_ns.files import atomic_path, content_hash
+from sv4d_ns.files import content_hash
+
+# the store is used together with `generate_grid`
+__all__ = [
+    "Call",
+    "GeneratedGrid",
+    "GridOptions",
+    "ViewReferences",
+    "Window",
+    "WindowStore",
+    "WindowStride",
+    "generate_grid",
+    "plan_calls",
+    "plan_windows",
+]
 
 
 class WindowStride(str, Enum):
@@ -87,65 +103,150 @@ def _starts_of(n: int, window: int, rule: WindowStride) -> list[int]:
     if rule is WindowStride.RELEASED_FULL_WINDOWS:
         return list(range(0, n - window + 1, window - 1))
     if n < window:
-        raise InputError(f"The window stride '{rule.value}' needs at least {window} frames, the video has {n}.")
+        raise InputError(
+            f"The window stride '{rule.value}' needs at least {window} frames, the video has {n}; "
+            f"use '{WindowStride.FIXED.value}'."
+        )
     stride = window if rule is WindowStride.RELEASED_T else window - 1
     return [min(start, n - window) for start in range(0, n, stride)]
 
 
-def plan_calls(n_views: int, views_per_call: int) -> list[list[int]]:
-    """Which views each call of the network makes.
+class ViewReferences(str, Enum):
+    """What the calls of the first window know of each other, where a plan has more views than one call makes.
 
-    The views are interleaved, so that every call sees the object from all around; short calls are padded by repeating
-    their own views, and only the first of each repeated view is kept.
+    In later windows every view is given its own picture of the window's first frame, so there is nothing to choose.
+
+    INDEPENDENT: nothing. The views of a call lie all around the object, those of the next call between them.
+    ANCHORED: the first call lies all around the object; each later one makes V - V/2 new views, neighbours of each
+        other, beside V/2 finished views nearest to them, whose pictures of the first frame it is given as references.
+        More calls for as many views.
+    """
+
+    INDEPENDENT = "independent"
+    ANCHORED = "anchored"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the network in a window.
+
+    Attributes:
+        views: the view of each of its V columns; a short call repeats its own.
+        given: those among them that an earlier call of the window has made; they come as references.
+    """
+
+    views: tuple[int, ...]
+    given: frozenset[int] = frozenset()
+
+    @property
+    def made(self) -> dict[int, int]:
+        """The column of each view this call makes; of repeated views the first."""
+        return {view: self.views.index(view) for view in self.views if view not in self.given}
+
+
+def plan_calls(
+    azimuths_deg: Sequence[float],
+    elevations_deg: Sequence[float],
+    views_per_call: int,
+    references: ViewReferences = ViewReferences.INDEPENDENT,
+) -> list[Call]:
+    """Which views each call of the network makes, in the order in which the calls run.
+
+    Inside a call views are in the order of their azimuths, as the models were trained.
+
+    Args:
+        azimuths_deg: of all views of the plan, any values.
+        elevations_deg: of all views, strictly between -90 and 90.
+        views_per_call: V.
+        references: see `ViewReferences`; one view a call leaves no room for references.
 
     Raises:
-        InputError: for fewer than one view.
+        InputError: for fewer than one view, or lists of different length.
     """
-    if n_views < 1:
-        raise InputError("A view plan needs at least one view.")
-    calls = -(-n_views // views_per_call)
-    plans = [list(range(call, n_views, calls)) for call in range(calls)]
-    return [[plan[i % len(plan)] for i in range(views_per_call)] for plan in plans]
+    n = len(azimuths_deg)
+    if n < 1 or n != len(elevations_deg):
+        raise InputError("A view plan needs at least one view, and one elevation for each azimuth.")
+    ring = sorted(range(n), key=lambda view: (azimuths_deg[view] % 360, elevations_deg[view]))
+    count = -(-n // views_per_call)
+    if count == 1 or views_per_call == 1 or references is ViewReferences.INDEPENDENT:
+        around = [ring[first::count] for first in range(count)]
+        return [Call(tuple(views[i % len(views)] for i in range(views_per_call))) for views in around]
+
+    first = [ring[i * n // views_per_call] for i in range(views_per_call)]
+    calls, known = [Call(tuple(first))], set(first)
+    left = [view for view in ring if view not in known]
+    angles = _angles_between(azimuths_deg, elevations_deg)
+    new_per_call = views_per_call - views_per_call // 2
+    for begin in range(0, len(left), new_per_call):
+        new = left[begin : begin + new_per_call]
+        anchors = _nearest(angles, new, known, views_per_call - len(new))
+        calls.append(Call(tuple(sorted([*new, *anchors], key=ring.index)), frozenset(anchors)))
+        known |= set(new)
+    return calls
 
 
-class WindowStore:
-    """Finished windows in a folder, so that a killed run goes on where it stopped.
+def _nearest(angles: Float[Tensor, "n n"], views: Sequence[int], known: set[int], count: int) -> list[int]:
+    """Of the known views, first the nearest of each view in turn, then those nearest to any."""
+    free, found = sorted(known), []
+    for wanted in [[view] for view in views] + [list(views)] * count:
+        if len(found) < count:
+            found.append(min(free, key=lambda other: min(angles[view, other].item() for view in wanted)))
+            free.remove(found[-1])
+    return found
 
-    Each file carries a key of everything it was made from and a digest of its content; a file that does not match, or
-    cannot be read, is made again.
-    """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+def _angles_between(azimuths_deg: Sequence[float], elevations_deg: Sequence[float]) -> Float[Tensor, "n n"]:
+    """Angle at the object between every two views, radians."""
+    polar, azimuth = camera_angles(azimuths_deg, elevations_deg)
+    level = polar.sin()
+    directions = torch.stack([level * azimuth.cos(), level * azimuth.sin(), polar.cos()], dim=-1)
+    # rounded, so that of equally near views the first in the plan is taken
+    return (directions @ directions.T).clamp(-1, 1).arccos().round(decimals=6)
 
-    def load(self, name: str, key: str) -> Tensor | None:
-        """The tensor saved under the name and key, or None; says so where a file has to be made again."""
-        path = self._path(name)
-        if not path.exists():
-            return None
+
+@dataclass(frozen=True)
+class GridOptions:
+    """How a grid is generated, apart from what is in it. `docs/deviations.md` says what the releases do."""
+
+    stride: WindowStride = WindowStride.FIXED
+    """How far apart the windows of a long video start."""
+    references: ViewReferences = ViewReferences.INDEPENDENT
+    """What the calls of a window know of each other's views."""
+    guidance: GuidanceRule = GuidanceRule.RELEASED
+    """The shape of the guidance scale over the grid."""
+    guidance_scale: float | None = None
+    """The largest guidance scale; the model's own by default."""
+    camera_attention: CameraAttention | None = None
+    """Which tokens of different views attend to each other; as the model was made by default."""
+    num_inference_steps: int | None = None
+    """Denoising steps; the model's own number by default."""
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "GridOptions":
+        """From plain values, the enums by their text; None is the default. Raises InputError for an unknown text."""
+        kinds: dict[str, type[Enum]] = {
+            "stride": WindowStride,
+            "references": ViewReferences,
+            "guidance": GuidanceRule,
+            "camera_attention": CameraAttention,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
         try:
-            with safe_open(path, "pt") as file:
-                metadata, tensor = file.metadata() or {}, file.get_tensor("frames")
-        except (SafetensorError, OSError) as error:
-            print(f"{path} cannot be read ({error}); it is generated again.")
-            return None
-        if metadata.get("digest") != content_hash(tensor.numpy()):
-            print(f"{path} is damaged; it is generated again.")
-            return None
-        if metadata.get("key") != key:
-            print(f"{path} was made from other inputs; it is generated again.")
-            return None
-        return tensor
+            return cls(**{name: kinds[name](value) if name in kinds else value for name, value in given.items()})
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"The views cannot be generated with {given} ({error}); see docs/deviations.md."
+            ) from error
 
-    def save(self, name: str, key: str, frames: Tensor) -> None:
-        """Keep a finished window."""
-        frames = frames.contiguous()
-        metadata = {"key": key, "digest": content_hash(frames.numpy())}
-        with atomic_path(self._path(name)) as temporary:
-            save_file({"frames": frames}, temporary, metadata=metadata)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+@dataclass(frozen=True, eq=False)
+class GeneratedGrid:
+    """What `generate_grid` made."""
+
+    images: Float[Tensor, "n v c h w"]
+    """In [0, 1] on the CPU, float32."""
+    drift: tuple[BoundaryDrift, ...] = field(default=())
+    """One for each window after the first that made frames again."""
 
 
 @dataclass(frozen=True)
@@ -156,18 +257,14 @@ class _Run:
     seed: int
     strength: float
     steps: int | None
-    model: str
+    guidance: Guidance
+    store: WindowStore | None
+    fingerprint: str
 
-    def call(
-        self,
-        name: str,
-        inputs: dict[str, Any],
-        store: WindowStore | None,
-        on_step: Callable[[int], None],
-    ) -> Float[Tensor, "t v c h w"]:
+    def call(self, name: str, inputs: dict[str, Any], on_step: Callable[[int], None]) -> Float[Tensor, "t v c h w"]:
         """One call of the pipeline, from the store where it is there; its noise depends on the seed and name only."""
         key = self._key(name, inputs)
-        if store is not None and (kept := store.load(name, key)) is not None:
+        if self.store is not None and (kept := self.store.load(name, key)) is not None:
             return kept
         generator = torch.Generator("cpu").manual_seed(int(content_hash([self.seed, name])[:15], 16))
 
@@ -179,18 +276,20 @@ class _Run:
             **inputs,
             strength=self.strength,
             num_inference_steps=self.steps,
+            guidance=self.guidance,
             generator=generator,
             callback_on_step_end=count,
             return_dict=False,
         )
         frames = torch.as_tensor(output[0]).float().cpu()
-        if store is not None:
-            store.save(name, key, frames)
+        if self.store is not None:
+            self.store.save(name, key, frames)
         return frames
 
     def _key(self, name: str, inputs: dict[str, Any]) -> str:
         parts = [value.numpy() if isinstance(value, Tensor) else value for value in inputs.values()]
-        return content_hash([name, self.seed, self.strength, self.steps, self.model], *parts)
+        settings = [name, self.seed, self.strength, self.steps, self.guidance.to_config(), list(inputs)]
+        return content_hash(settings, self.fingerprint, *parts)
 
 
 def generate_grid(
@@ -204,12 +303,12 @@ def generate_grid(
     on_progress: Callable[[int, int], None],
     initial_views: Float[Tensor, "n v c h w"] | None = None,
     strength: float = 1.0,
-    num_inference_steps: int | None = None,
-) -> Float[Tensor, "n v c h w"]:
+    options: GridOptions | None = None,
+) -> GeneratedGrid:
     """All views of all frames, for any number of both.
 
-    Windows follow `plan_windows` with the model's own T, calls `plan_calls` with its V. Windows after the first are
-    given their call's earlier views of their first frame. Calls do not see each other's views.
+    Windows follow `plan_windows` with the model's own T, calls `plan_calls` with its V. Every call of a window after
+    the first is given its own views of the window's first frame, as the windows before made them.
 
     Args:
         pipeline: the model.
@@ -221,60 +320,102 @@ def generate_grid(
         on_progress: called as (denoising steps done, total), once at the start and after every step.
         initial_views: images in [0, 1] to start from (see `strength` of the pipeline).
         strength: share of the noise schedule that is run.
-        num_inference_steps: the model's own number by default.
-
-    Returns:
-        Views in [0, 1] on the CPU, float32.
+        options: the defaults of `GridOptions` where None.
 
     Raises:
-        InputError: when an argument cannot be used.
+        InputError: when an argument cannot be used, or the stride leaves frames without views.
     """
-    windows = plan_windows(len(video), pipeline.config.num_frames)
-    calls = plan_calls(len(azimuths_deg), pipeline.config.num_views)
-    per_call = pipeline.steps_to_run(num_inference_steps, strength)
-    total, done = per_call * len(windows) * len(calls), 0
-    run = _Run(pipeline, seed, strength, num_inference_steps, _model_key(pipeline))
+    options = options or GridOptions()
+    windows = plan_windows(len(video), pipeline.config.num_frames, options.stride)
+    _check_covered(windows, len(video), options.stride)
+    guidance = options.guidance.applied_to(Guidance.from_config(pipeline.config.guidance), options.guidance_scale)
+    plan = partial(plan_calls, azimuths_deg, elevations_deg, pipeline.config.num_views)
+    # a window with an anchor has references for all its views: its calls need none of each other
+    calls = [plan(options.references if window.anchor is None else ViewReferences.INDEPENDENT) for window in windows]
+    per_call = pipeline.steps_to_run(options.num_inference_steps, strength)
+    total, done = per_call * sum(map(len, calls)), 0
+    made_until = 0
+    drift: list[BoundaryDrift] = []
     grid: Tensor | None = None
 
     def report(before: int, steps: int) -> None:
         on_progress(before + steps, total)
 
     report(0, 0)
-    with _quiet(pipeline):
+    with _quiet(pipeline), _camera_attention(pipeline, options.camera_attention):
+        fingerprint = _fingerprint(pipeline) if store is not None else ""
+        run = _Run(pipeline, seed, strength, options.num_inference_steps, guidance, store, fingerprint)
         for w, window in enumerate(windows):
             frames = list(window.frames)
-            for c, call in enumerate(calls):
+            before = None if grid is None else grid[window.start : made_until].clone()
+            for c, call in enumerate(calls[w]):
+                columns = list(call.views)
+                known = [window.anchor is not None or view in call.given for view in columns]
                 inputs = {
                     "video": video[frames],
-                    "azimuths_deg": [float(azimuths_deg[v]) for v in call],
-                    "elevations_deg": [float(elevations_deg[v]) for v in call],
-                    "reference_views": None if window.anchor is None or grid is None else grid[window.start, call],
-                    "initial_views": None if initial_views is None else initial_views[frames][:, call],
+                    "azimuths_deg": [float(azimuths_deg[v]) for v in columns],
+                    "elevations_deg": [float(elevations_deg[v]) for v in columns],
+                    "reference_views": grid[window.start, columns] if grid is not None and any(known) else None,
+                    "reference_known": known if any(known) else None,
+                    "initial_views": None if initial_views is None else initial_views[frames][:, columns],
                 }
-                made = run.call(f"window{w:03d}_call{c:02d}", inputs, store, partial(report, done))
+                made = run.call(f"window{w:03d}_call{c:02d}", inputs, partial(report, done))
                 done += per_call
                 report(done, 0)
                 if grid is None:
                     grid = made.new_zeros(len(video), len(azimuths_deg), *made.shape[2:])
                 _place(grid, made, frames, call)
+            assert grid is not None
+            if before is not None and len(before):
+                drift.append(boundary_drift(window.start, before, grid[window.start : made_until]))
+            made_until = max(made_until, frames[-1] + 1)
     assert grid is not None
-    return grid
+    return GeneratedGrid(grid, tuple(drift))
 
 
-def _place(grid: Tensor, made: Tensor, frames: Sequence[int], call: Sequence[int]) -> None:
-    """Copy a call's images to their places; of repeated frames and views the first counts."""
-    columns = {view: call.index(view) for view in call}
+def _check_covered(windows: Sequence[Window], n_frames: int, stride: WindowStride) -> None:
+    covered = {frame for window in windows for frame in window.frames}
+    missing = sorted(set(range(n_frames)) - covered)
+    if missing:
+        raise InputError(
+            f"The window stride '{stride.value}' makes no views of {len(missing)} of {n_frames} frames (from frame "
+            f"{missing[0]}); use '{WindowStride.FIXED.value}', or cut the video there."
+        )
+
+
+def _place(grid: Tensor, made: Tensor, frames: Sequence[int], call: Call) -> None:
+    """Copy a call's new images to their places; of repeated frames and views the first counts."""
     rows = {frame: frames.index(frame) for frame in frames}
     for frame, row in rows.items():
-        for view, column in columns.items():
+        for view, column in call.made.items():
             grid[frame, view] = made[row, column]
 
 
-def _model_key(pipeline: StableVideo4D2Pipeline) -> str:
-    """Tells models apart by their settings and their last layer (hashing all weights would take as long as a step)."""
-    settings = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
-    weight = pipeline.unet.conv_out.weight.detach().float().cpu().numpy()
-    return content_hash(settings, dict(pipeline.unet.config), weight)
+def _fingerprint(pipeline: StableVideo4D2Pipeline) -> str:
+    """Hash of the model, its settings and the code: with the inputs of a call, everything that decides its result."""
+    configs = [pipeline.config, pipeline.unet.config, pipeline.vae.config, pipeline.scheduler.config]
+    settings = [{name: value for name, value in config.items() if not name.startswith("_")} for config in configs]
+    weights = weights_fingerprint(pipeline.unet, pipeline.vae, pipeline.image_encoder)
+    return content_hash(settings, weights, code_fingerprint())
+
+
+@contextmanager
+def _camera_attention(pipeline: StableVideo4D2Pipeline, kind: CameraAttention | None) -> Iterator[None]:
+    """With another grouping of the network's camera blocks; no parameter depends on it."""
+    before = CameraAttention(pipeline.unet.config.camera_attention)
+    set_camera_attention(pipeline, kind or before)
+    try:
+        yield
+    finally:
+        set_camera_attention(pipeline, before)
+
+
+def set_camera_attention(pipeline: StableVideo4D2Pipeline, kind: CameraAttention) -> None:
+    """Group the tokens of the network's camera blocks as `kind` says, from now on."""
+    for module in pipeline.unet.modules():
+        if isinstance(module, MultiViewTransformer):
+            module.camera_attention = kind
+    pipeline.unet.register_to_config(camera_attention=kind.value)
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from sv4d_ns.video.foreground import Foreground, segment
 from sv4d_ns.video.framing import (
     FRAME_RATIO,
     VISIBLE_ALPHA,
+    CropRule,
     Framing,
     fixed_framing,
+    released_framing,
     released_preprocess,
     union_box,
 )
@@ -21,6 +23,7 @@ from sv4d_ns.video.matting import load_matting, read_masks
 
 __all__ = [
     "Clip",
+    "CropRule",
     "Foreground",
     "Framing",
     "ObjectVideo",
@@ -57,6 +60,7 @@ def load_object_video(
     fps: float | None = None,
     masks: Path | None = None,
     matting: str | None = None,
+    crop: CropRule = CropRule.FIXED,
 ) -> ObjectVideo:
     """Read a video, cut the object out and frame it.
 
@@ -68,6 +72,7 @@ def load_object_video(
         fps: keep so many frames a second instead of a number of frames.
         masks: a folder, pattern or video of masks, which then separate object and background.
         matting: name of the model that finds the object where the background is not plain (`MATTING_MODELS`).
+        crop: which square of the video is shown.
 
     Raises:
         InputError: the file cannot be read, or no object can be told from its background.
@@ -83,13 +88,16 @@ def load_object_video(
 
     clip, foreground = cut_out(None, None)
     findings = examine(clip, foreground)
-    closer = _closer_look(clip, foreground, size, frame_ratio)
-    if closer is not None:
-        clip, foreground = cut_out(closer, foreground)
-    framing = fixed_framing(foreground.alpha, size, frame_ratio)
+    if crop is CropRule.RELEASED:  # its square is around the middle of the whole picture
+        framing, pictures = released_framing(foreground.frames, size, frame_ratio)
+    else:
+        closer = _closer_look(clip, foreground, size, frame_ratio)
+        if closer is not None:
+            clip, foreground = cut_out(closer, foreground)
+        framing, pictures = fixed_framing(foreground.alpha, size, frame_ratio), foreground.frames
     messages = (*clip.messages, *foreground.messages, *(finding.sentence for finding in findings))
     return ObjectVideo(
-        framing.apply(foreground.frames),
+        framing.apply(pictures),
         clip.fps,
         framing.in_source(clip.region),
         foreground.confidence,

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from sv4d_ns.errors import InputError
@@ -16,6 +17,18 @@ FRAME_RATIO = 0.9
 
 VISIBLE_ALPHA = 26
 """Alpha (of 255) from which a pixel counts for the bounding box; a tenth, so that matting noise does not."""
+
+
+class CropRule(str, Enum):
+    """Which square of the video the model is shown.
+
+    FIXED: centred on the object's box over all frames, whose longer side fills the frame ratio (`fixed_framing`).
+    RELEASED: the square of the released script, around the middle of the picture (`released_framing`): an object off
+        centre stays off centre and becomes smaller, and in video that is not square it may be cut.
+    """
+
+    FIXED = "fixed"
+    RELEASED = "released"
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,55 @@ def fixed_framing(alpha: UInt8[np.ndarray, "t h w"], size: int, frame_ratio: flo
     return Framing((left + right) / 2, (top + bottom) / 2, side, width, height, size)
 
 
+@dataclass(frozen=True)
+class _ReleasedSquare:
+    """The released script's crop in a picture: what it keeps, and the square that becomes the frame, source pixels."""
+
+    rows: slice
+    columns: slice
+    top: int
+    left: int
+    side: int
+
+
+def _released_square(visible: Bool[np.ndarray, "t h w"], frame_ratio: float | None) -> _ReleasedSquare:
+    if frame_ratio is not None:
+        _check_ratio(frame_ratio)
+    left, top, right, bottom = union_box(visible)
+    half_height, half_width = visible.shape[1] // 2, visible.shape[2] // 2
+    # the script takes half the height for x and half the width for y
+    half = max(half_height - left, right - half_height, half_width - top, bottom - half_width)
+    side = visible.shape[1] if frame_ratio is None else int(2 * half / frame_ratio)
+    rows = slice(max(half_height - half, 0), min(half_height + half, visible.shape[1]))
+    columns = slice(max(half_width - half, 0), min(half_width + half, visible.shape[2]))
+    if columns.stop - columns.start > side:
+        raise InputError("The released crop without a frame ratio cannot hold this video: give a ratio.")
+    return _ReleasedSquare(rows, columns, half_height - side // 2, half_width - side // 2, side)
+
+
+def released_framing(
+    frames: UInt8[np.ndarray, "t h w 4"], size: int, frame_ratio: float = FRAME_RATIO
+) -> tuple[Framing, UInt8[np.ndarray, "t h w 4"]]:
+    """The released script's square, and the frames without what the script cuts off.
+
+    The geometry is that of `released_preprocess`; `Framing.apply` keeps the alpha channel and does not truncate levels.
+
+    Args:
+        frames: straight alpha; the object is where alpha is above 0.
+        size: side of the crops in pixels.
+        frame_ratio: share of the canvas the script's square fills, in (0, 1].
+
+    Raises:
+        InputError: nothing is visible, or the ratio is out of range.
+    """
+    square = _released_square(frames[..., 3] > 0, frame_ratio)
+    height, width = frames.shape[1:3]
+    kept = np.zeros_like(frames)
+    kept[:, square.rows, square.columns] = frames[:, square.rows, square.columns]
+    half = square.side / 2
+    return Framing(square.left + half, square.top + half, float(square.side), width, height, size), kept
+
+
 def released_preprocess(
     frames: UInt8[np.ndarray, "t h w c"], width: int, height: int, frame_ratio: float | None = FRAME_RATIO
 ) -> UInt8[np.ndarray, "t height width 3"]:
@@ -150,20 +212,15 @@ def released_preprocess(
     Raises:
         InputError: nothing is visible, or the ratio is out of range.
     """
-    if frame_ratio is not None:
-        _check_ratio(frame_ratio)
     if frames.shape[-1] == 3:
         visible = frames.mean(axis=-1) <= 250
         frames = np.concatenate([frames, np.full_like(frames[..., :1], 255)], axis=-1)
     else:
         visible = frames[..., 3] > 0
-    left, top, right, bottom = union_box(visible)
-    half_height, half_width = frames.shape[1] // 2, frames.shape[2] // 2
-    half = max(half_height - left, right - half_height, half_width - top, bottom - half_width)
-    side = frames.shape[1] if frame_ratio is None else int(2 * half / frame_ratio)
-    cropped = frames[:, max(half_height - half, 0) : half_height + half, max(half_width - half, 0) : half_width + half]
-    y, x = (side // 2 - length // 2 for length in cropped.shape[1:3])
-    canvas = np.zeros((len(frames), side, side, 4), np.uint8)
+    square = _released_square(visible, frame_ratio)
+    cropped = frames[:, square.rows, square.columns]
+    y, x = square.rows.start - square.top, square.columns.start - square.left
+    canvas = np.zeros((len(frames), square.side, square.side, 4), np.uint8)
     canvas[:, y : y + cropped.shape[1], x : x + cropped.shape[2]] = cropped
     resized = [Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS) for frame in canvas]
     levels = np.stack([np.asarray(frame) for frame in resized]) / 255  # double precision decides the truncation

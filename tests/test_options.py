@@ -1,0 +1,55 @@
+"""The choices of the command line are those of the rooms that make them."""
+
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.datamanager import SV4DDataManagerConfig, view_plan
+from sv4d_ns.diffusion.attention import CameraAttention
+from sv4d_ns.diffusion.guidance import GuidanceRule
+from sv4d_ns.diffusion.windows import GridOptions, ViewReferences, WindowStride
+from sv4d_ns.errors import InputError
+from sv4d_ns.video import CropRule
+
+ENUMS = {
+    "crop": CropRule,
+    "view_references": ViewReferences,
+    "window_stride": WindowStride,
+    "guidance": GuidanceRule,
+    "camera_attention": CameraAttention,
+}
+
+
+def choices(annotation: Any) -> set[str]:
+    """The texts of a Literal, alone or in a union with None."""
+    return {text for part in get_args(annotation) for text in (get_args(part) or (part,)) if isinstance(text, str)}
+
+
+@pytest.mark.parametrize("name", ENUMS)
+def test_the_config_offers_every_value_of_the_enum(name: str) -> None:
+    annotation = SV4DDataManagerConfig.__annotations__[name]
+    if isinstance(annotation, str):
+        annotation = get_type_hints(SV4DDataManagerConfig)[name]
+    assert choices(annotation) == {value.value for value in ENUMS[name]}
+
+
+def test_defaults_are_fixed_input_and_the_models_own_network() -> None:
+    config = SV4DDataManagerConfig()
+    assert (config.crop, config.window_stride, config.guidance) == ("fixed", "fixed", "released")
+    assert config.camera_attention is config.view_references is config.guidance_scale is None
+    assert GridOptions.from_values({"stride": config.window_stride, "guidance": config.guidance}) == GridOptions()
+
+
+def test_the_users_views_become_a_plan() -> None:
+    assert view_plan(SV4DDataManagerConfig()) is None
+    assert view_plan(SV4DDataManagerConfig(view_azimuths=(20.0, -30.0))) == ViewPlan.ring((20.0, -30.0))
+    plan = view_plan(SV4DDataManagerConfig(view_azimuths=(20.0,), view_elevations=(35.0,)))
+    assert plan == ViewPlan((20.0,), (35.0,))
+    for wrong in (
+        {"view_elevations": (3.0,)},
+        {"view_azimuths": (3.0,), "view_elevations": (1.0, 2.0)},
+        {"view_azimuths": (3.0,), "view_elevations": (90.0,)},
+    ):
+        with pytest.raises(InputError):
+            view_plan(SV4DDataManagerConfig(**wrong))
