@@ -8,6 +8,7 @@ import re
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import huggingface_hub.errors
 import pytest
@@ -165,7 +166,7 @@ def test_every_wrong_tensor_is_named(written, source, state):
 
 def test_no_list_of_wrong_tensors_is_cut(written, source, state):
     gone = [name for name in state if name.startswith("model.diffusion_model.up_blocks") or ".visual." in name][:40]
-    changes = {name: None for name in gone} | {f"stray.{index:02d}": torch.zeros(1) for index in range(14)}
+    changes = dict.fromkeys(gone) | {f"stray.{index:02d}": torch.zeros(1) for index in range(14)}
     message = failure(written(changes), source)
     assert all(name in message for name in changes)
 
@@ -217,7 +218,7 @@ def test_different_autoencoders_are_reported(written, source, state, capsys):
 
 def test_a_file_without_the_other_autoencoders(written, source, state, capsys):
     unused = [name for name in state if name.startswith(("conditioner.embedders.4.", "conditioner.embedders.5."))]
-    load(written({name: None for name in unused}), source)
+    load(written(dict.fromkeys(unused)), source)
     out = capsys.readouterr().out
     assert "has no conditioner.embedders.4 (views): conditioner.embedders.1 encodes both" in out
     assert "conditioner.embedders.5" not in out
@@ -400,7 +401,7 @@ def test_a_given_checksum(written, source):
 class FakeHub(BaseHTTPRequestHandler):
     """Answers as the hub does for one file; `state` says how."""
 
-    state: dict = {}
+    state: ClassVar[dict] = {}
 
     def log_message(self, *_):
         pass

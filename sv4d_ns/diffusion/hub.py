@@ -124,7 +124,8 @@ def fetch(source: Source, **download: Any) -> Path:
         return Path(hf_hub_download(repository, name, **download))
     except GatedRepoError as error:
         raise InputError(
-            f"The official SV4D 2.0 weights need your consent to the {LICENCE}: {log_in}, and run this again; {WITHOUT}."
+            f"The official SV4D 2.0 weights need your consent to the {LICENCE}: {log_in}, and run this again; "
+            f"{WITHOUT}."
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{url} has no revision {download.get('revision')}: look there for its name.") from error
@@ -138,8 +139,8 @@ def fetch(source: Source, **download: Any) -> Path:
         if constants.HF_HUB_OFFLINE or download.get("local_files_only"):
             reason = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "local_files_only"
             raise InputError(
-                f"{name} is not in the cache {cache} and {reason} forbids to fetch it: unset {reason}, set HF_HOME to a "
-                f"cache that has it, or give the path of the file copied from {url}; {WITHOUT}."
+                f"{name} is not in the cache {cache} and {reason} forbids to fetch it: unset {reason}, set HF_HOME to "
+                f"a cache that has it, or give the path of the file copied from {url}; {WITHOUT}."
             ) from error
         raise InputError(
             f"{name} is not in the cache {cache} and the hub cannot be reached: connect to the network, or copy the "
