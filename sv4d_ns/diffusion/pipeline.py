@@ -132,21 +132,27 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
 
     @classmethod
     def from_official(
-        cls, checkpoint: str | PathLike[str] = "sv4d2.safetensors", **kwargs: Any
+        cls,
+        checkpoint: str | PathLike[str] = "sv4d2.safetensors",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> "StableVideo4D2Pipeline":
         """A released SV4D 2.0 file, from the hub or from disk.
 
         Args:
             checkpoint: "sv4d2.safetensors", "sv4d2_8views.safetensors", a local file, or a repository of the hub.
-            kwargs: `device` ("cpu" by default), `dtype` or `torch_dtype` (float16), and the other arguments of
-                `official.load_official_pipeline` and `official.open_official` (`filename`, `variant`, `revision`, ...).
+            device: where the weights go.
+            dtype: of the network and the image encoder (also as `torch_dtype`); float16 by default.
+            kwargs: the other arguments of `official.load_official_pipeline` and `official.open_official`
+                (`filename`, `variant`, `revision`, `model`, `sha256`, ...).
 
         Raises:
             InputError: when the file cannot be had, is damaged, or is not one of the released ones.
         """
         from sv4d_ns.diffusion.official import load_official_pipeline  # it builds on this module
 
-        return load_official_pipeline(checkpoint=checkpoint, **kwargs)
+        return load_official_pipeline(device, checkpoint, dtype, **kwargs)
 
     def steps_to_run(self, num_inference_steps: int | None = None, strength: float = 1.0) -> int:
         """How many denoising steps a call with these arguments makes; at least 1."""
