@@ -45,6 +45,7 @@ WEIGHTS_NAMES = {
     "image_encoder": SAFE_WEIGHTS_NAME,
 }
 RECORD = "conversion.json"
+PROGRESS = ".progress.json"
 NOTICE = (
     "This Stability AI Model is licensed under the Stability AI Community License, Copyright © Stability AI Ltd. All "
     "Rights Reserved"
@@ -226,8 +227,10 @@ def _working_folder(output: Path) -> Iterator[Path]:
         yield folder
     except BaseException:
         lock.release()
+        if not (folder / PROGRESS).exists():  # nothing to go on with
+            shutil.rmtree(folder)
         raise
-    for name in (".lock", ".progress.json"):
+    for name in (".lock", PROGRESS):
         (folder / name).unlink(missing_ok=True)
     lock.release()
     with suppress(FileNotFoundError):  # filelock may leave its file behind when it lets go
@@ -255,15 +258,16 @@ class _Finished(dict[str, list[str]]):
 
 def _resume(folder: Path, job: dict[str, Any]) -> _Finished:
     """What an earlier conversion of the same file with the same settings finished here; all else is removed."""
-    progress = folder / ".progress.json"
+    progress = folder / PROGRESS
     known: dict[str, list[str]] = {}
     if progress.is_file():
         with suppress(json.JSONDecodeError, KeyError):
             saved = json.loads(progress.read_text())
             known = saved["finished"] if saved["job"] == job else {}
-    keep = {folder / ".lock", progress, *(folder / file for file in known)}
+    keep = {folder / ".lock", *([progress] if known else []), *(folder / file for file in known)}
     for path in [path for path in folder.rglob("*") if path.is_file() and path not in keep]:
         path.unlink()
+    known = {file: problems for file, problems in known.items() if (folder / file).is_file()}
     if known:
         print(f"Going on with an earlier conversion: {len(known)} weights files are there already.")
     return _Finished(progress, job, known)
@@ -347,7 +351,7 @@ def model_card(official: OfficialFile, dtype: torch.dtype, variant: str | None) 
     """README.md of a converted folder."""
     release = official.release
     attention = release.camera_attention.value
-    arguments = f"torch_dtype={dtype}" + (f', variant="{variant}"' if variant else "")
+    arguments = f"dtype={dtype}" + (f', variant="{variant}"' if variant else "")
     checksum = f" (SHA-256 {official.sha256})" if official.sha256 else ""
     return f"""---
 license: other
@@ -396,5 +400,5 @@ def command(arguments: Sequence[str]) -> None:
     variant = f', variant="{config.variant}"' if config.variant else ""
     print(
         f"Wrote {output} under the {LICENCE}. Load it with StableVideo4D2Pipeline.from_pretrained("
-        f'"{output}", torch_dtype={DTYPES[config.dtype]}{variant}).'
+        f'"{output}", dtype={DTYPES[config.dtype]}{variant}).'
     )
