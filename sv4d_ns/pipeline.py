@@ -8,7 +8,7 @@ other in 3D, so the refined views do so more than the generated ones.
 
 import json
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -159,6 +159,7 @@ class SV4DPipeline(VanillaPipeline):
             self._use_saved_views(number)
 
     def _make_refined_views(self, number: int) -> "ViewGrid":
+        from sv4d_ns.diffusion.drift import drift_line
         from sv4d_ns.files import content_hash
         from sv4d_ns.progress import bar
         from sv4d_ns.renders import agreement, joint_confidence, render_grid
@@ -183,6 +184,9 @@ class SV4DPipeline(VanillaPipeline):
                 store=windows_folder(self._run_dir, key),
                 progress=progress,
             )
+        if refined.drift:
+            CONSOLE.print(drift_line(refined.drift))
+        drift = [asdict(boundary) for boundary in refined.drift]
         return ViewGrid(
             input_frames=grid.input_frames,
             novel_views=refined.images,
@@ -190,7 +194,7 @@ class SV4DPipeline(VanillaPipeline):
             fps=grid.fps,
             confidence=joint_confidence(refined.confidence, agreement(renders, refined.images)),
             framing=grid.framing,
-            provenance={**grid.provenance, f"refine_{number}": settings},
+            provenance={**grid.provenance, f"refine_{number}": {**settings, "drift": drift}},
         )
 
     def finish(self, trainer: "SV4DTrainer") -> None:
