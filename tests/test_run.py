@@ -173,3 +173,43 @@ def test_a_killed_run_resumes_where_it_stopped(
     run(yaml.unsafe_load((folder / "config.yml").read_text()))
     assert checkpoint_steps(folder / "nerfstudio_models") == [STEPS - 1]
     assert "generate" not in calls
+
+
+def test_the_same_command_finds_its_run_again(
+    finished: Path, video: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (finished / "config.yml").stat().st_size
+    again = short_config(finished.parents[2], data=video)
+    assert run(again) == finished
+    assert "finished: nothing is made again" in capfd.readouterr().out.replace("\n", " ")
+    assert checkpoint_steps(finished / "nerfstudio_models") == [STEPS - 1]
+    assert abs((finished / "config.yml").stat().st_size - before) < 200
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "always"])
+def test_a_loss_that_is_not_finite_goes_back_once(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], lasting: bool
+) -> None:
+    from sv4d_ns.model import SV4DModel
+
+    get_loss_dict, spoiled = SV4DModel.get_loss_dict, []
+
+    def spoil(self, outputs, batch, metrics_dict=None):  # type: ignore[no-untyped-def]
+        losses = get_loss_dict(self, outputs, batch, metrics_dict)
+        spoiled.append(next(iter(losses)))
+        if len(spoiled) >= 7 and (lasting or len(spoiled) == 7):
+            losses[spoiled[0]] = losses[spoiled[0]] * float("nan")
+        return losses
+
+    monkeypatch.setattr(SV4DModel, "get_loss_dict", spoil)
+    config = short_config(tmp_path, data=finished / "views")
+    config.pipeline.refine_steps = ()
+    if lasting:
+        with pytest.raises(SystemExit) as ended:
+            run(config)
+        assert f"The loss term '{spoiled[0]}' is again not a finite number at step" in str(ended.value.code)
+    else:
+        run(config)
+        assert json.loads((config.get_base_dir() / "summary.json").read_text())["input_view_psnr"] > 5
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"The loss term '{spoiled[0]}' is not a finite number at step 6: going back to step 4" in said

@@ -1,0 +1,95 @@
+"""How a command finds its run again, and who may work in a run's folder."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from sv4d_ns.runs import RUN_FILE, SUMMARY_FILE, claim_run, fingerprint, record_run, release_run
+
+
+@dataclass
+class Inner:
+    rate: float = 0.1
+    levels: tuple[int, ...] = (1, 2)
+    run_dir: Path | None = None
+
+
+@dataclass
+class Settings:
+    inner: Inner = field(default_factory=Inner)
+    kinds: dict[str, type] = field(default_factory=lambda: {"a": Inner})
+    data: Path | None = None
+
+
+def test_the_fingerprint_follows_what_decides_the_result(tmp_path: Path) -> None:
+    video, copy, other = tmp_path / "a.mp4", tmp_path / "sub" / "a.mp4", tmp_path / "b.mp4"
+    copy.parent.mkdir()
+    for path, content in ((video, b"same"), (copy, b"same"), (other, b"else")):
+        path.write_bytes(content)
+    base = fingerprint(Settings(), video)
+    assert base == fingerprint(Settings(), copy), "where the file lies does not matter"
+    assert base == fingerprint(Settings(inner=Inner(run_dir=tmp_path), data=copy), video)
+    assert base != fingerprint(Settings(), other)
+    assert base != fingerprint(Settings(inner=Inner(rate=0.2)), video)
+    assert base != fingerprint(Settings(inner=Inner(levels=(1,))), video)
+    assert base != fingerprint(Settings(), video, other)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pattern"])
+def test_the_fingerprint_follows_every_picture(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "shots").mkdir()
+    for index in range(3):
+        (tmp_path / "shots" / f"{index}.png").write_bytes(bytes([index]))
+    path = tmp_path / "shots" if kind == "folder" else tmp_path / "shots" / "*.png"
+    before = fingerprint(None, path)
+    assert before == fingerprint(None, path)
+    (tmp_path / "shots" / "1.png").write_bytes(b"changed")
+    assert fingerprint(None, path) != before
+
+
+def test_the_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
+    from sv4d_ns.method_configs.sv4d import method
+
+    pipeline = method.config.pipeline
+    code = (
+        "from sv4d_ns.method_configs.sv4d import method; from sv4d_ns.runs import fingerprint; "
+        "print(fingerprint(method.config.pipeline))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip().splitlines()[-1] == fingerprint(pipeline)
+
+
+def test_a_run_is_found_by_its_fingerprint(tmp_path: Path) -> None:
+    assert claim_run(tmp_path, "monday", "x") == ("monday", "")
+    record_run(tmp_path / "monday", "x")
+    name, sentence = claim_run(tmp_path, "tuesday", "x")
+    assert name == "monday" and sentence.startswith("Continuing the unfinished run")
+    (tmp_path / "monday" / SUMMARY_FILE).write_text("{}")
+    name, sentence = claim_run(tmp_path, "tuesday", "x")
+    assert name == "monday" and "finished: nothing is made again" in sentence
+    assert claim_run(tmp_path, "tuesday", "y") == ("tuesday", ""), "other settings"
+    assert claim_run(tmp_path, "tuesday", None) == ("tuesday", "")
+    assert claim_run(tmp_path, "monday", "y") == ("monday-2", ""), "two commands of the same second"
+    (tmp_path / "monday" / RUN_FILE).write_text("half a fi")
+    assert claim_run(tmp_path, "tuesday", "x") == ("tuesday", ""), "a damaged record is nobody's run"
+    release_run(tmp_path / "monday")
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    """Another process holds the run: the same command becomes a run of its own; when the process dies it is free."""
+    code = (
+        "import sys; from pathlib import Path; from sv4d_ns.runs import record_run; "
+        f"record_run(Path({str(tmp_path / 'monday')!r}), 'x'); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert claim_run(tmp_path, "tuesday", "x") == ("tuesday", "")
+        with pytest.raises(RuntimeError, match="in use by another process"):
+            record_run(tmp_path / "monday", "x")
+        process.kill()
+        process.wait()
+    assert claim_run(tmp_path, "tuesday", "x")[0] == "monday"
+    release_run(tmp_path / "monday")
