@@ -16,6 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Convert a released SV4D 2.0 file into a folder that diffusers loads.",
         "sv4d_ns.diffusion.convert:command",
     ),
+    "data": (
+        "Render training data from assets or creatures ('sv4d data render'), and sort it out ('sv4d data curate').",
+        "sv4d_ns.data.cli:command",
+    ),
     "evaluate": (
         "Judge a run or a view grid by a named protocol, or compare two: JSON and one HTML page.",
         "sv4d_ns.evaluation.command:run",
@@ -25,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sv4d_ns.export.cli:run",
     ),
     "train": (
-        "Train the embedded multi-view video diffusion model on procedural creatures.",
+        "Train a multi-view video diffusion model, from scratch or from existing weights.",
         "sv4d_ns.training.train:command",
     ),
 }
