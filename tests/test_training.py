@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from diffusion_fixture import tiny_pipeline
 
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.diffusion.embedded import embedded_folder, load_embedded_pipeline
-from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
+from sv4d_ns.diffusion.embedded.modules import PooledImageEncoder
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.errors import InputError
+from sv4d_ns.training import loss as objective
 from sv4d_ns.training import train as trainer
+from sv4d_ns.training.checkpoint import checkpoints
+from sv4d_ns.training.config import TrainConfig, check
 from sv4d_ns.training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, BatchShape, draw_cameras, make_batch, to_model_images
 from sv4d_ns.training.evaluate import (
     EvaluateConfig,
@@ -23,8 +28,8 @@ from sv4d_ns.training.evaluate import (
     psnr,
     silhouette_iou,
 )
-from sv4d_ns.training.model import ModelConfig, TrainedParts, camera_vectors_of, fit_autoencoder
-from sv4d_ns.training.train import TrainConfig, checkpoints, prepare, train
+from sv4d_ns.training.model import ModelConfig, bypassed, camera_vectors_of, fit_autoencoder
+from sv4d_ns.training.train import Trainer, prepare, train
 
 MICRO = ModelConfig(
     image_size=16, latent_channels=12, channels=(32, 32), head_dim=16, embedding_dim=8, camera_dims=(4, 8, 8)
@@ -47,13 +52,13 @@ def config(tmp_path):
         steps_3d=3,
         steps_4d=3,
         objects_3d=2,
-        clips=((1, 2),),
+        clips=((2, 2),),
         warmup_steps=2,
         decay_steps=2,
         threads=1,
-        bfloat16=False,
+        device="cpu",
         checkpoint_every=2,
-        sheet_every=100,
+        sheet_every=0,
         model=MICRO,
     )
 
@@ -115,70 +120,147 @@ def test_the_image_encoder_takes_any_size():
         assert encoder(torch.zeros(3, 4, size, size)).image_embeds.shape == (3, 8)
 
 
+def test_a_sample_is_the_same_whichever_process_makes_it():
+    shape = BatchShape(objects=4, frames=2)
+    whole = make_batch(3, 9, shape, 16)
+    second = make_batch(3, 9, shape, 16, part=slice(2, 4))
+    np.testing.assert_array_equal(second.views, whole.views[2:])
+    np.testing.assert_array_equal(second.azimuths, whole.azimuths[2:])
+
+
 def test_the_target_is_what_the_sampler_undoes(config):
     """One step of the pipeline's own scheduler from any sigma to 0, given the target, must return the clean latents."""
-    pipeline = prepared_pipeline(config)
+    _, pipeline = prepare(config)
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(1)
     sigma = scheduler.sigmas[0]
     x, noise = torch.randn(2, 5, 12, 4, 4)
-    made = scheduler.step(trainer.v_target(x, noise, sigma), scheduler.timesteps[0], x + sigma * noise).prev_sample
+    target = objective.v_target(x, noise, sigma)
+    made = scheduler.step(target, scheduler.timesteps[0], x + sigma * noise).prev_sample
     torch.testing.assert_close(made, x, atol=1e-4, rtol=1e-4)
     assert scheduler.timesteps[0].item() == pytest.approx(sigma.log().item() / 4, rel=1e-5), "the trainer's c_noise"
+    noisy = (x + sigma * noise) / (sigma**2 + 1).sqrt()
+    torch.testing.assert_close(objective.denoised(noisy, target, sigma), x, atol=1e-4, rtol=1e-4)
 
 
-def prepared_pipeline(config):
-    state, vae = prepare(config)
-    return trainer_pipeline(state.parts, vae, config)
-
-
-def trainer_pipeline(parts, vae, config):
-    from sv4d_ns.training.model import build_pipeline
-
-    return build_pipeline(parts, vae, config.model, config.sampling)
-
-
-def test_training_and_sampling_tell_the_network_the_same_cameras(config):
+def test_training_and_sampling_tell_the_network_the_same(config):
     batch = make_batch(0, 0, BatchShape(1, 2), 16)
-    pipeline = prepared_pipeline(config)
+    _, pipeline = prepare(config)
     video = (to_model_images(batch.inputs[0]) + 1) / 2
     condition = pipeline.encode_condition(video, batch.azimuths[0].tolist(), batch.elevations[0].tolist())
-    torch.testing.assert_close(condition.cameras[:4], camera_vectors_of(batch, config.model.camera_dims)[0])
-    latents = pipeline.vae.encode(to_model_images(batch.inputs[0])).latent_dist.mode()
-    torch.testing.assert_close(condition.latents, latents.repeat_interleave(4, dim=0), atol=1e-5, rtol=1e-5)
+    encoded = objective.encode(pipeline, batch, torch.device("cpu"))
+    torch.testing.assert_close(condition.cameras[:4], encoded.cameras[0])
+    torch.testing.assert_close(condition.cameras[:4], camera_vectors_of(batch, MICRO.camera_dims)[0])
+    torch.testing.assert_close(
+        condition.latents, encoded.condition[0].repeat_interleave(4, dim=0), atol=1e-5, rtol=1e-5
+    )
 
 
-class Spy(nn.Module):
-    """Stands for the network and keeps what it was given."""
-
-    def forward(self, sample, timestep, embeddings, cameras, references):
-        self.timestep, self.references = timestep, references
-        return type("Output", (), {"sample": sample[:, : sample.shape[1] // 2]})
+SHAPE = (2, 4, 12, 4, 4)
 
 
-def test_references_are_all_or_none_and_never_given_to_single_moments(config):
-    parts = TrainedParts(MICRO)
-    parts.unet = Spy()
-    vae, _ = fit_autoencoder(MICRO, 0)
-    given = {}
-    for frames, drop in ((1, 0.0), (2, 0.0), (2, 1.0)):
-        batch = make_batch(0, 0, BatchShape(2, frames), 16)
-        trainer.batch_loss(parts, vae, batch, dataclasses.replace(config, reference_drop=drop), 0)
-        given[frames, drop] = parts.unet.references
-        levels = parts.unet.timestep.unflatten(0, (2, -1))
-        assert (levels == levels[:, :1]).all() and levels[0, 0] != levels[1, 0], "one noise level a sample"
-    assert not given[1, 0.0].any() and not given[2, 1.0].any()
-    first_frame = vae.encode(to_model_images(batch.views[:, 0]).flatten(0, 1)).latent_dist.mode()
-    torch.testing.assert_close(given[2, 0.0], first_frame)
+def draws(config, step=0, numbers=range(64), objects=64):
+    return objective.draw(config, step, SHAPE, numbers, objects, first_sigma=40.0)
+
+
+def test_references_are_dropped_all_or_none_and_one_by_one(config):
+    given = draws(dataclasses.replace(config, reference_drop=0.5)).references
+    assert set(given.sum(dim=1).tolist()) == {0, 4} and 0.3 < given[:, 0].float().mean() < 0.7
+    single = draws(dataclasses.replace(config, reference_drop=0.0, reference_view_drop=0.25)).references
+    assert 0.65 < single.float().mean() < 0.85 and len(set(single.sum(dim=1).tolist())) > 2
+    alone = objective.draw(config, 0, (1, *SHAPE[1:]), range(8), 8, 40.0)
+    assert not alone.references.any(), "a single moment's references would be the answer"
+
+
+def test_dropping_the_condition_drops_the_references_too(config):
+    some = draws(dataclasses.replace(config, cfg_drop=0.4, reference_drop=0.0, own_references=1.0))
+    assert 0.4 < some.known.float().mean() < 0.8
+    assert not some.references[~some.known].any() and some.references[some.known].all()
+    assert torch.equal(some.own, some.known)
+
+
+def test_a_samples_draws_depend_on_its_number_alone(config):
+    whole, part = draws(config), draws(config, numbers=range(8, 16))
+    for name in ("log_sigma", "noise", "references", "own_noise"):
+        torch.testing.assert_close(getattr(whole, name)[8:16], getattr(part, name), rtol=0, atol=0)
 
 
 def test_noise_levels_follow_the_stated_distribution(config):
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.cat(
-        [trainer.draw_log_sigma(4, config.log_sigma_mean, config.log_sigma_std, generator) for _ in range(2000)]
-    )
-    assert draws.mean().item() == pytest.approx(config.log_sigma_mean, abs=0.03)
-    assert draws.std().item() == pytest.approx(config.log_sigma_std, rel=0.03)
+    def levels(setting, step):
+        return torch.cat([draws(setting, step + i, range(4), 4).log_sigma for i in range(0, 1200, 4)])
+
+    still, moving = levels(dataclasses.replace(config, steps_3d=10**6), 0), levels(config, 10)
+    assert still.mean().item() == pytest.approx(config.log_sigma_mean, abs=0.05)
+    assert still.std().item() == pytest.approx(config.log_sigma_std, rel=0.05)
+    assert moving.mean().item() == pytest.approx(config.log_sigma_mean_4d, abs=0.05)
+    first = levels(dataclasses.replace(config, first_level_share=1.0), 0)
+    assert first.mean().item() == pytest.approx(np.log(40.0), abs=0.03) and first.std().item() < 0.3
+
+
+class Spy(torch.nn.Module):
+    """Stands for the network and keeps what it was given."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.seen = inner, []
+
+    def forward(self, *arguments):
+        self.seen = arguments
+        return self.inner(*arguments)
+
+
+def test_what_is_dropped_does_not_reach_the_network(config):
+    state, pipeline = prepare(config)
+    batch = make_batch(0, 0, BatchShape(2, 2), 16)
+    encoded = objective.encode(pipeline, batch, torch.device("cpu"))
+    shape = tuple(encoded.targets.shape[1:])
+    drawn = objective.draw(dataclasses.replace(config, reference_drop=0.0), 0, shape, range(2), 2, 40.0)
+    drawn = dataclasses.replace(drawn, known=torch.tensor([True, False]))
+    drawn.references[1] = False
+    spy = Spy(state.parts)
+    objective.losses(spy, pipeline, encoded, drawn, config)
+    _, _, known, sample, timestep, cameras, references = spy.seen
+    condition = sample[:, 12:].unflatten(0, (2, 2, 4))
+    assert known.tolist() == [True, False] and condition[0].any() and not condition[1].any()
+    torch.testing.assert_close(references.unflatten(0, (2, 4))[0], encoded.views[0, 0])
+    assert not references.unflatten(0, (2, 4))[1].any()
+    cameras = cameras.unflatten(0, (2, 8))
+    assert not cameras[1, :, :4].any() and cameras[0, :, :4].any() and cameras[1, :, 4:].any()
+    levels = timestep.unflatten(0, (2, -1))
+    assert (levels == levels[:, :1]).all() and levels[0, 0] != levels[1, 0], "one noise level a sample"
+
+
+def test_own_references_are_what_one_sampling_step_gives(config):
+    _, pipeline = prepare(config)
+    torch.nn.init.normal_(pipeline.unet.conv_out.weight, std=0.1)
+    batch = make_batch(0, 0, BatchShape(1, 2), 16)
+    encoded = objective.encode(pipeline, batch, torch.device("cpu"))
+    drawn = draws(config, numbers=range(1), objects=1)
+    made = objective.own_references(pipeline, encoded, drawn, 40.0)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        (to_model_images(batch.inputs[0, :1]) + 1) / 2, batch.azimuths[0].tolist(), batch.elevations[0].tolist(),
+        latents=drawn.own_noise, num_inference_steps=1,
+    ).frames  # fmt: skip
+    again = objective.encode_pictures(pipeline, frames[0] * 2 - 1)
+    torch.testing.assert_close(made[0], again, atol=2e-2, rtol=2e-2)
+
+
+def test_a_branch_can_be_blended_out(config):
+    _, pipeline = prepare(config)
+    for parameter in pipeline.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    arguments = (torch.randn(8, 24, 4, 4), torch.zeros(8), torch.randn(1, 2, 8), torch.randn(8, 20))
+
+    def output(references):
+        with torch.no_grad():
+            return pipeline.unet(*arguments, references, return_dict=False)[0]
+
+    first, second = torch.randn(2, 4, 12, 4, 4)
+    assert not torch.equal(output(first), output(second))
+    with bypassed(pipeline.unet, "frame"):
+        torch.testing.assert_close(output(first), output(second), rtol=0, atol=0)
+    assert not torch.equal(output(first), output(second))
 
 
 def test_stages_and_learning_rate(config):
@@ -197,18 +279,20 @@ def test_a_killed_run_continues_exactly(config, monkeypatch):
     assert len(whole) == 6 and len(set(whole)) == 6
 
     broken = dataclasses.replace(config, output_dir=config.output_dir.with_name("killed"))
-    real = trainer.train_step
+    real = Trainer.step
 
-    def dies_at_step_5(state, *rest):
-        if state.step == 5:
+    def dies_at_step_5(self, batch):
+        if self.state.step == 5:
             raise KeyboardInterrupt
-        return real(state, *rest)
+        return real(self, batch)
 
-    monkeypatch.setattr(trainer, "train_step", dies_at_step_5)
+    monkeypatch.setattr(Trainer, "step", dies_at_step_5)
     with pytest.raises(KeyboardInterrupt):
         train(broken)
-    assert len(losses(broken.output_dir)) == 5 and checkpoints(broken.output_dir)[-1].name == "step_0000004"
-    monkeypatch.setattr(trainer, "train_step", real)
+    with (broken.output_dir / "losses.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # the kill came while writing
+    assert checkpoints(broken.output_dir)[-1].name == "step_0000004"
+    monkeypatch.setattr(Trainer, "step", real)
     train(broken)
     assert losses(broken.output_dir) == whole
     for name in ("weights", "average"):
@@ -219,70 +303,189 @@ def test_a_killed_run_continues_exactly(config, monkeypatch):
         assert first == second
 
 
-def test_a_run_may_change_its_length_but_not_its_past(config):
-    train(config)
-    longer = dataclasses.replace(config, steps_4d=9)
-    with pytest.raises(InputError, match="other training settings"):
-        prepare(longer)  # the learning rate was already falling
-    with pytest.raises(InputError, match="other training settings"):
-        prepare(dataclasses.replace(config, seed=6))
-    early = checkpoints(config.output_dir)[0]
-    assert early.name == "step_0000004"
-    state = trainer.fresh_state(config)
-    vae = PatchAutoencoder(latent_channels=MICRO.latent_channels)
-    trainer.load_checkpoint(early, state, vae, longer)
-    assert state.step == 4
+def test_settings_change_on_the_way_only_when_named(config):
+    train(dataclasses.replace(config, steps_4d=0))
+    longer = dataclasses.replace(config, learning_rate=1e-4)
+    with pytest.raises(InputError, match=r"learning_rate 0.0007 -> 0.0001.*--changed steps_4d learning_rate"):
+        prepare(longer)
+    with pytest.raises(InputError, match="another --seed"):
+        prepare(dataclasses.replace(config, seed=6, changed=("seed",)))
+    train(dataclasses.replace(longer, changed=("steps_4d", "learning_rate")))
+    assert len(losses(config.output_dir)) == 6
+    changes = json.loads((config.output_dir / "run.json").read_text())["changes"]
+    assert {(c["step"], c["name"], c["new"]) for c in changes} == {(3, "steps_4d", 3), (3, "learning_rate", 1e-4)}
+    prepare(longer)  # the new values are the run's own now
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(config, monkeypatch):
-    state, vae = prepare(config)
-    before = {name: value.clone() for name, value in state.parts.state_dict().items()}
-    real = trainer.batch_loss
-    monkeypatch.setattr(trainer, "batch_loss", lambda *arguments: real(*arguments) * float("nan"))
-    entry = trainer.train_step(state, vae, make_batch(0, 0, BatchShape(1, 1), 16), config)
-    assert entry["skipped"] and state.step == 1
-    for name, value in state.parts.state_dict().items():
+def test_a_checkpoint_of_another_network_or_a_damaged_one_says_so(config):
+    train(dataclasses.replace(config, steps_3d=1, steps_4d=0))
+    folder = checkpoints(config.output_dir)[-1]
+    state = json.loads((folder / "state.json").read_text())
+    wider = dataclasses.replace(MICRO, embedding_dim=16)
+    same = dataclasses.replace(config, steps_3d=1, steps_4d=0)
+    state["settings"]["model"]["embedding_dim"] = 16
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="another architecture"):
+        prepare(dataclasses.replace(same, model=wider))
+    state["settings"]["model"]["embedding_dim"] = 8
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "weights.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(InputError, match="damaged"):
+        prepare(same)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run_at_last(config, monkeypatch):
+    run = Trainer(config)
+    before = {name: value.clone() for name, value in run.state.parts.state_dict().items()}
+    real = objective.losses
+    monkeypatch.setattr(objective, "losses", lambda *a: {k: v * float("nan") for k, v in real(*a).items()})
+    batch = make_batch(0, 0, BatchShape(2, 1), 16)
+    entry = run.step(batch)
+    assert entry["skipped"] and run.state.step == 1
+    for name, value in run.state.parts.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    run.skipped = trainer.MAX_SKIPPED
+    with pytest.raises(InputError, match="not finite for 21 steps"):
+        run.step(batch)
 
 
-def test_the_average_follows_its_formula():
-    average, current = nn.Linear(2, 2), nn.Linear(2, 2)
-    expected = average.weight.detach() * 0.9 + current.weight.detach() * 0.1
-    trainer.update_average(average, current, step=10_000, decay=0.9)
-    torch.testing.assert_close(average.weight.detach(), expected)
-    trainer.update_average(average, current, step=0, decay=0.9)
-    expected = expected * 0.1 + current.weight.detach() * 0.9
-    torch.testing.assert_close(average.weight.detach(), expected)
-
-
-def test_the_loss_falls_on_one_batch(config, monkeypatch):
-    config = dataclasses.replace(config, steps_3d=200, learning_rate=3e-3)
-    state, vae = prepare(config)
-    batch = make_batch(0, 0, BatchShape(1, 1), 16)
-    generator = torch.Generator()
-
-    def fixed_noise(samples, mean, std, _):
-        return torch.full((samples,), 1.0)
-
-    monkeypatch.setattr(trainer, "draw_log_sigma", fixed_noise)
-    generator.manual_seed(0)
-    values = [trainer.train_step(state, vae, batch, config)["loss"] for _ in range(60)]
+def test_the_loss_falls_on_one_batch(config):
+    run = Trainer(dataclasses.replace(config, steps_3d=200, learning_rate=3e-3))
+    batch = make_batch(0, 0, BatchShape(2, 1), 16)
+    encoded = objective.encode(run.pipeline, batch, torch.device("cpu"))
+    drawn = draws(config, numbers=range(2), objects=2)
+    drawn = dataclasses.replace(drawn, noise=drawn.noise[:, :1], log_sigma=torch.ones(2))
+    optimizer = torch.optim.Adam(run.state.parts.parameters(), lr=3e-3)
+    values = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = objective.losses(run.state.parts, run.pipeline, encoded, drawn, config)["loss"]
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
     assert np.mean(values[-10:]) < 0.35 * np.mean(values[:3])
 
 
-def test_training_writes_a_model_that_loads_and_samples(config):
-    folder = train(dataclasses.replace(config, steps_3d=1, steps_4d=1))
+def test_parts_of_a_batch_add_up_to_the_whole(config):
+    rich = dataclasses.replace(config, steps_3d=1, steps_4d=2, own_references=0.5, reference_drop=0.2, picture_loss=1.0)
+    train(rich)
+    parts = dataclasses.replace(
+        rich, accumulation=2, gradient_checkpointing=True, output_dir=config.output_dir.with_name("parts")
+    )
+    train(parts)
+    np.testing.assert_allclose(losses(parts.output_dir), losses(rich.output_dir), rtol=1e-5)
+
+
+def _one_of_two(rank, port, config):
+    """A process of two: what `accelerate launch` sets, then the same call."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    train(config)
+
+
+def test_two_processes_make_the_losses_of_one(config):
+    import socket
+
+    train(config)
+    two = dataclasses.replace(config, output_dir=config.output_dir.with_name("two"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # forked, because starting two more interpreters costs more than the training
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=_one_of_two, args=(rank, port, two)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0, 0]
+    np.testing.assert_allclose(losses(two.output_dir), losses(config.output_dir), rtol=2e-5)
+
+
+def test_training_writes_a_model_that_loads_samples_and_goes_on(config):
+    folder = train(dataclasses.replace(config, steps_3d=1, steps_4d=1, trackers=("tensorboard",)))
     run = folder.parent
     assert (run / "loss_curve.png").is_file() and len(list((run / "sheets").glob("*.png"))) == 1
+    assert list((run / "sv4d").glob("events.*"))
     pipeline = StableVideo4D2Pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(torch.rand(2, 4, 16, 16), [60.0, 150.0, 300.0], [0.0, 10.0, 0.0], num_inference_steps=2).frames
     assert frames.shape == (2, 3, 4, 16, 16) and frames.min() >= 0 and frames.max() <= 1
-    average = checkpoints(run)[-1] / "average.safetensors"
     from safetensors.torch import load_file
 
-    saved = load_file(average)["unet.conv_in.weight"]
+    saved = load_file(checkpoints(run)[-1] / "average.safetensors")["unet.conv_in.weight"]
     torch.testing.assert_close(pipeline.unet.conv_in.weight.float(), saved, atol=1e-3, rtol=1e-3)
+
+    adapted = dataclasses.replace(
+        config, start=str(folder), lora_rank=2, steps_3d=1, steps_4d=1, output_dir=run.with_name("lora"),
+        still_blend="image_only",
+    )  # fmt: skip
+    adapters = train(adapted)
+    pipeline.unet.load_lora_adapter(str(adapters), prefix=None, weight_name=trainer.LORA_FILE, use_safetensors=True)
+    with torch.no_grad():
+        changed = [name for name, value in pipeline.unet.named_parameters() if "lora_B" in name and value.any()]
+    assert changed, "the adapters have learned something, and load into the model they were made for"
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"steps_3d": 0, "steps_4d": 0}, "at least one step"),
+        ({"reference_drop": 1.5}, "--reference-drop is 1.5"),
+        ({"accumulation": 3}, "2 objects .1 frames. cannot be split evenly over 1 processes x 3 parts"),
+        ({"clips": ()}, "--clips is empty"),
+        ({"objects_3d": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_used_say_so(config, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        check(dataclasses.replace(config, **changes), 1)
+
+
+def test_a_batch_must_divide_over_the_processes(config):
+    check(config, 2)
+    with pytest.raises(InputError, match=r"2 objects \(1 frames\) cannot be split evenly over 3 processes"):
+        check(config, 3)
+
+
+@pytest.mark.parametrize("start", ["nothing-here", "official:missing.safetensors", "svd:nothing-here"])
+def test_starts_that_cannot_be_used_say_so(config, start):
+    with pytest.raises(InputError) as caught:
+        prepare(dataclasses.replace(config, start=start))
+    assert "\n" not in str(caught.value)
+
+
+def test_data_that_cannot_be_used_says_so(config, tmp_path):
+    with pytest.raises(InputError, match="holds no rendered data"):
+        Trainer(dataclasses.replace(config, data=(str(tmp_path),)))
+    with pytest.raises(InputError, match="names nothing"):
+        Trainer(dataclasses.replace(config, data=()))
+    with pytest.raises(InputError, match="--clips asks for 22"):
+        Trainer(dataclasses.replace(config, clips=((2, 22),)))
+    with pytest.raises(InputError, match="--cache-latents needs rendered data"):
+        Trainer(dataclasses.replace(config, cache_latents=True))
+
+
+def test_a_model_of_the_released_kind_trains(config, tmp_path, monkeypatch):
+    """RGB pictures, a KL autoencoder, a frozen CLIP tower, clips: the official start, at a tiny size."""
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    small = dataclasses.replace(config, start=str(tmp_path / "tiny"), steps_3d=0, steps_4d=2, still_share=0.0)
+    run = Trainer(small)
+    frozen = {name: value.clone() for name, value in run.pipeline.image_encoder.state_dict().items()}
+    before = run.state.parts.unet.conv_in.weight.clone()
+    batch = make_batch(0, 0, BatchShape(2, 2), run.pipeline.config.image_size)
+    assert np.isfinite(run.step(batch)["loss"])
+    assert not torch.equal(run.state.parts.unet.conv_in.weight, before)
+    for name, value in run.pipeline.image_encoder.state_dict().items():
+        assert torch.equal(value, frozen[name])
+    with pytest.raises(InputError, match="--picture-loss"):
+        Trainer(dataclasses.replace(small, picture_loss=1.0))
 
 
 def test_scores_of_known_pictures():

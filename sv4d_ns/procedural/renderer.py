@@ -145,12 +145,12 @@ def _mix(texture, axis, scale, phase, x, y, z, nx, ny, nz):
 
 
 @numba.njit(cache=True, fastmath=True, nogil=True)
-def _picture(
-    c2w, tangent, size, samples, rotations, positions, bounds, shapes, dims, textures, axes, scales, phases,
-    colours, lights, out,
-):  # fmt: skip
-    """Write one RGBA picture. `bounds` are radii of the parts' bounding balls around `positions` plus `offset`."""
-    grid = size * samples
+def _visible(c2w, tangent, grid, rotations, positions, bounds, shapes, dims):
+    """Nearest part and distance along the axis of every ray of a square grid: (depth, owner, local).
+
+    `bounds` are radii of the parts' bounding balls around `positions` plus `offset`; `local` holds each part's frame
+    seen from the camera: the directions of camera right, up and backward, and the ray origin.
+    """
     step = 2.0 * tangent / grid
     depth = np.full((grid, grid), 1e30, dtype=np.float64)
     owner = np.full((grid, grid), -1, dtype=np.int32)
@@ -194,6 +194,18 @@ def _picture(
                 if 0.0 < s < depth[row, column]:
                     depth[row, column] = s
                     owner[row, column] = part
+    return depth, owner, local
+
+
+@numba.njit(cache=True, fastmath=True, nogil=True)
+def _picture(
+    c2w, tangent, size, samples, rotations, positions, bounds, shapes, dims, textures, axes, scales, phases,
+    colours, lights, out,
+):  # fmt: skip
+    """Write one RGBA picture."""
+    grid = size * samples
+    step = 2.0 * tangent / grid
+    depth, owner, local = _visible(c2w, tangent, grid, rotations, positions, bounds, shapes, dims)
     for pixel_row in range(size):
         for pixel_column in range(size):
             red, green, blue, hits = 0.0, 0.0, 0.0, 0
@@ -232,6 +244,31 @@ def _picture(
             else:
                 out[pixel_row, pixel_column, :3] = 255
                 out[pixel_row, pixel_column, 3] = 0
+
+
+@numba.njit(cache=True, fastmath=True, nogil=True)
+def _geometry(c2w, tangent, size, rotations, positions, bounds, shapes, dims, out_depth, out_normal):
+    """Write depth along the optical axis and world normals at the pixels' centres."""
+    step = 2.0 * tangent / size
+    depth, owner, local = _visible(c2w, tangent, size, rotations, positions, bounds, shapes, dims)
+    for row in range(size):
+        v = tangent - (row + 0.5) * step
+        for column in range(size):
+            part = owner[row, column]
+            out_depth[row, column] = 0.0 if part < 0 else depth[row, column]
+            out_normal[row, column] = 0.0
+            if part < 0:
+                continue
+            u = (column + 0.5) * step - tangent
+            s, axes_seen = depth[row, column], local[part]
+            x = axes_seen[3, 0] + s * (u * axes_seen[0, 0] + v * axes_seen[1, 0] - axes_seen[2, 0])
+            y = axes_seen[3, 1] + s * (u * axes_seen[0, 1] + v * axes_seen[1, 1] - axes_seen[2, 1])
+            z = axes_seen[3, 2] + s * (u * axes_seen[0, 2] + v * axes_seen[1, 2] - axes_seen[2, 2])
+            nx, ny, nz = _normal(shapes[part], dims[part], x, y, z)
+            for k in range(3):
+                out_normal[row, column, k] = (
+                    rotations[part, k, 0] * nx + rotations[part, k, 1] * ny + rotations[part, k, 2] * nz
+                )
 
 
 def bounding_balls(shapes: Int[np.ndarray, " p"], dims: Float[np.ndarray, "p 4"]) -> Float[np.ndarray, "p 2"]:
@@ -286,3 +323,21 @@ def draw(
         lights,
         out,
     )
+
+
+def draw_geometry(
+    c2w: Float[np.ndarray, "4 4"],
+    fov_deg: float,
+    size: int,
+    rotations: Float[np.ndarray, "p 3 3"],
+    positions: Float[np.ndarray, "p 3"],
+    surface: "dict[str, np.ndarray]",
+) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w 3"]]:
+    """Depth along the optical axis (world units, 0 where nothing is hit) and unit world normals at pixel centres.
+
+    Arguments as in `draw`.
+    """
+    depth, normals = np.empty((size, size)), np.empty((size, size, 3))
+    shape = (surface["bounds"], surface["shapes"], surface["dims"])
+    _geometry(c2w, np.tan(np.deg2rad(fov_deg) / 2), size, rotations, positions, *shape, depth, normals)
+    return depth, normals

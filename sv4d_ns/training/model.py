@@ -1,6 +1,8 @@
 """What is trained, and how it becomes a pipeline: network, image encoder, fixed autoencoder."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +12,19 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sv4d_ns.diffusion.conditioning import camera_angles, camera_vectors
+from sv4d_ns.diffusion.attention import MultiViewTransformer
+from sv4d_ns.diffusion.conditioning import camera_angles, camera_vectors, embed_images
 from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
 from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline, released_scheduler
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 from sv4d_ns.training.data import Batch, BatchShape, make_batch, to_model_images
 
 CONDITIONING_SIGMA = 1e-5
 AUTOENCODER_IMAGES = 64
 """Batches of 5 pictures from which the autoencoder's components are computed."""
+AUTOENCODER_STEP = 2**40
+"""Stands for the step of that batch; no run gets so far."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,22 @@ class SamplingConfig:
 
 
 class TrainedParts(nn.Module):
-    """The two networks with trainable parameters, as one module (one optimiser, one average, one file)."""
+    """The network and its image encoder as one module (one optimiser, one average, one file).
 
-    def __init__(self, config: ModelConfig):
+    Args:
+        unet: the network.
+        image_encoder: trained with the network if it is ours, frozen if it is CLIP.
+    """
+
+    def __init__(self, unet: MultiViewVideoUNet, image_encoder: nn.Module):
         super().__init__()
-        self.unet = MultiViewVideoUNet(
+        self.unet = unet
+        self.image_encoder = image_encoder
+
+    @classmethod
+    def new(cls, config: ModelConfig) -> "TrainedParts":
+        """Untrained parts of a size."""
+        unet = MultiViewVideoUNet(
             in_channels=2 * config.latent_channels,
             out_channels=config.latent_channels,
             block_out_channels=config.channels,
@@ -75,13 +91,68 @@ class TrainedParts(nn.Module):
             projection_class_embeddings_input_dim=sum(config.camera_dims),
             camera_attention="full_3d",
         )
-        self.image_encoder = PooledImageEncoder(embedding_dim=config.embedding_dim)
+        return cls(unet, PooledImageEncoder(embedding_dim=config.embedding_dim))
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether the embeddings of pictures stay the same during training."""
+        return not isinstance(self.image_encoder, PooledImageEncoder)
+
+    def embed(self, images: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t d"]:
+        """Embeddings of input frames in [-1, 1]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
+            return embed_images(self.image_encoder, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def forward(
+        self,
+        images: Float[Tensor, "b t c h w"] | None,
+        embeddings: Float[Tensor, "b t d"] | None,
+        known: Float[Tensor, " b"],
+        sample: Float[Tensor, "btv c h w"],
+        timestep: Float[Tensor, " btv"],
+        cameras: Float[Tensor, "btv p"],
+        references: Float[Tensor, "bv c h w"],
+    ) -> Float[Tensor, "btv c h w"]:
+        """The network's output.
+
+        Args:
+            images: input frames, or None where their `embeddings` are given.
+            embeddings: of the input frames, or None.
+            known: 1, or 0 for samples whose image embedding is dropped.
+            sample, timestep, cameras, references: as `MultiViewVideoUNet` takes them.
+        """
+        if embeddings is None:
+            assert images is not None
+            embeddings = self.embed(images)
+        embeddings = embeddings * known[:, None, None].to(embeddings.dtype)
+        return self.unet(sample, timestep, embeddings, cameras, references, return_dict=False)[0]
+
+
+@contextlib.contextmanager
+def bypassed(unet: nn.Module, branch: str) -> Iterator[None]:
+    """Blend out one attention branch of every transformer: its alpha-blender returns what came in.
+
+    Args:
+        unet: the network.
+        branch: `view` (3D attention) or `frame` (frame attention).
+    """
+
+    def first(module: nn.Module, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+        return inputs[0]
+
+    layers = [layer for layer in unet.modules() if isinstance(layer, MultiViewTransformer)]
+    handles = [getattr(layer, f"{branch}_mixer").register_forward_hook(first) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def fit_autoencoder(config: ModelConfig, seed: int) -> tuple[PatchAutoencoder, float]:
     """The autoencoder fitted on pictures of training creatures, and its reconstruction PSNR on them, dB."""
     vae = PatchAutoencoder(latent_channels=config.latent_channels)
-    batch = make_batch(seed, 2**40, BatchShape(AUTOENCODER_IMAGES, 1), config.image_size)
+    batch = make_batch(seed, AUTOENCODER_STEP, BatchShape(AUTOENCODER_IMAGES, 1), config.image_size)
     pictures = np.concatenate([batch.inputs[:, :, None], batch.views], axis=2)
     return vae, vae.fit(to_model_images(pictures).flatten(0, 2))
 
@@ -99,21 +170,12 @@ def build_pipeline(
     parts: TrainedParts, vae: PatchAutoencoder, config: ModelConfig, sampling: SamplingConfig
 ) -> StableVideo4D2Pipeline:
     """A pipeline around trained parts; shares their tensors."""
-    scheduler = EulerDiscreteScheduler(
-        prediction_type="v_prediction",
-        timestep_type="continuous",
-        timestep_spacing="leading",
-        steps_offset=1,
-        beta_schedule="scaled_linear",
-        use_karras_sigmas=True,
-        sigma_min=sampling.sigma_min,
-        sigma_max=sampling.sigma_max,
-    )
+    levels = {"sigma_min": sampling.sigma_min, "sigma_max": sampling.sigma_max}
     return StableVideo4D2Pipeline(
         vae=vae,
         image_encoder=parts.image_encoder,
         unet=parts.unet,
-        scheduler=scheduler,
+        scheduler=EulerDiscreteScheduler.from_config({**released_scheduler().config, **levels}),
         num_frames=sampling.frames,
         num_views=sampling.views,
         image_size=config.image_size,
@@ -124,9 +186,11 @@ def build_pipeline(
     )
 
 
-def export(
-    parts: TrainedParts, vae: PatchAutoencoder, config: ModelConfig, sampling: SamplingConfig, folder: Path
-) -> None:
-    """Write the model in diffusers' layout, half precision safetensors."""
-    half = copy.deepcopy(parts).half(), copy.deepcopy(vae).half()
-    build_pipeline(*half, config, sampling).save_pretrained(folder, safe_serialization=True)
+def export(pipeline: StableVideo4D2Pipeline, folder: Path) -> None:
+    """Write a model in diffusers' layout, half precision safetensors; the pipeline itself stays as it is."""
+    parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    others = {name: part for name, part in pipeline.components.items() if name not in parts}
+    settings = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
+    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+    halves = {name: part.to("cpu").half() for name, part in parts.items()}
+    StableVideo4D2Pipeline(**halves, **others, **settings).save_pretrained(folder, safe_serialization=True)

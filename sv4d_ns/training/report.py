@@ -10,15 +10,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sv4d_ns.cameras import look_at_cameras
-from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.files import atomic_path
 from sv4d_ns.procedural import creature, render
-from sv4d_ns.training.data import HELD_OUT_SEEDS
-from sv4d_ns.training.model import ModelConfig, SamplingConfig, TrainedParts, build_pipeline
+from sv4d_ns.training.data import HELD_OUT_SEEDS, to_model_images
 
 SHEET_OBJECTS = 6
 SHEET_AZIMUTHS = (40.0, 120.0, 200.0, 280.0)
+SHEET_PICTURE = 128
+"""Smaller pictures are enlarged to about this size on a sheet."""
 CURVE_SIZE = (900, 420)
 MARGIN = 48
 
@@ -76,31 +76,28 @@ def on_white(pictures: UInt8[np.ndarray, "... h w 4"]) -> Float[np.ndarray, "...
     return values[..., :3] * values[..., 3:] + 1.0 - values[..., 3:]
 
 
-def sample_sheet(
-    parts: TrainedParts, vae: PatchAutoencoder, config: ModelConfig, sampling: SamplingConfig, path: Path
-) -> None:
+def sample_sheet(pipeline: StableVideo4D2Pipeline, path: Path) -> None:
     """One row an object: input, truth of four views, samples of four views."""
-    pipeline = build_pipeline(parts, vae, config, sampling)
     pipeline.set_progress_bar_config(disable=True)
     rows = []
     for index in range(SHEET_OBJECTS):
         cameras = look_at_cameras(np.array([0.0, *SHEET_AZIMUTHS]), np.zeros(5))
-        pictures = render(creature(HELD_OUT_SEEDS.start + index), np.array([0.3]), cameras, config.image_size)[0]
+        size = pipeline.config.image_size
+        pictures = render(creature(HELD_OUT_SEEDS.start + index), np.array([0.3]), cameras, size)[0]
         sampled = sample_views(pipeline, pictures[None, 0], SHEET_AZIMUTHS, seed=index)[0]
         shown = sampled.permute(0, 2, 3, 1).numpy()[..., :3]
         rows.append(np.concatenate([*on_white(pictures), *shown], axis=1))
     sheet = (np.concatenate(rows) * 255).round().astype(np.uint8)
     with atomic_path(path) as temporary:
-        doubled = sheet.repeat(2, axis=0).repeat(2, axis=1)
-        Image.fromarray(doubled).save(temporary)
+        factor = max(1, SHEET_PICTURE // size)
+        Image.fromarray(sheet.repeat(factor, axis=0).repeat(factor, axis=1)).save(temporary)
 
 
 def sample_views(
     pipeline: StableVideo4D2Pipeline, inputs: UInt8[np.ndarray, "t h w 4"], azimuths: tuple[float, ...], seed: int
 ) -> Float[Tensor, "t v 4 h w"]:
-    """Novel views at the input's elevation in [0, 1], RGB on white and alpha."""
-    alpha = inputs[..., 3:].astype(np.float64) / 255.0
-    video = torch.from_numpy(np.concatenate([on_white(inputs), alpha], axis=-1)).float().permute(0, 3, 1, 2)
+    """Novel views at the input's elevation in [0, 1], RGB on white and, where the model has it, alpha."""
+    video = (to_model_images(inputs, pipeline.vae.config.in_channels) + 1) / 2
     generator = torch.Generator().manual_seed(seed)
     output = pipeline(video, list(azimuths), [0.0] * len(azimuths), generator=generator, return_dict=False)
-    return torch.as_tensor(output[0])
+    return torch.as_tensor(output[0]).cpu()
