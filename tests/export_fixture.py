@@ -4,7 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sv4d_ns.export.mesh import AnimatedMesh, animate, canonical_mesh, follow_vertices, opacity_grid, surface_colors
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.export.asset import AnimatedMesh, animated_mesh
+from sv4d_ns.export.baking import Picture
+from sv4d_ns.export.mesh import CanonicalMesh, canonical_mesh, follow_vertices, opacity_grid
 
 SURFACE_DENSITY = 120.0
 
@@ -61,9 +64,42 @@ class SwingingLimb:
         return self.canonical_density(canonical), self.canonical_color(canonical)
 
 
+def surface_of(field: SwingingLimb, resolution: int, max_faces: int) -> CanonicalMesh:
+    return canonical_mesh(opacity_grid(field, resolution), max_faces)
+
+
 def exported(field: SwingingLimb, times: np.ndarray, fps: float, resolution: int, max_faces: int) -> AnimatedMesh:
-    """The field's animated mesh, coloured from the input camera."""
-    grid = opacity_grid(field, resolution)
-    mesh = canonical_mesh(grid, max_faces)
-    colors = surface_colors(field, mesh, grid, np.array([[2.0, 0.0, 0.0]]), np.ones(1))
-    return animate(mesh, follow_vertices(field, mesh, times), colors, fps)
+    """The field's animated mesh in its own colours; the limb's tip counts as unseen, what faces +x as observed."""
+    surface = surface_of(field, resolution, max_faces)
+    colors = field.canonical_color(torch.from_numpy(surface.vertices)).numpy()
+    sure = np.where(surface.vertices[:, 0] > 0.4, 0.0, np.where(surface.vertices[:, 0] > 0, 1.0, 0.5))
+    tracks = follow_vertices(field, surface, times)
+    return animated_mesh(tracks.positions, surface.faces, np.round(colors * 255).astype(np.uint8), sure, fps)
+
+
+def drawn(field: SwingingLimb, plan: ViewPlan, camera: int, time: float, size: int) -> np.ndarray:
+    """uint8 RGBA [size, size, 4] of the field at a camera of the plan, by plain quadrature along each ray."""
+    c2w = torch.from_numpy(plan.c2w()[camera]).float()
+    grid = (torch.arange(size) + 0.5 - size / 2) / plan.focal_px(size)
+    y, x = torch.meshgrid(-grid, grid, indexing="ij")
+    directions = torch.stack([x, y, -torch.ones_like(x)], -1).reshape(-1, 3) @ c2w[:3, :3].T
+    steps = 400
+    depths, step = torch.linspace(1.3, 2.7, steps), 1.4 / (steps - 1)
+    rgb, transmitted = torch.zeros(size**2, 3), torch.ones(size**2, 1)
+    for depth in depths:
+        points = c2w[:3, 3] + depth * directions
+        density, color = field.density_and_color(points, torch.full((size**2, 1), time))
+        alpha = 1 - torch.exp(-density[:, None] * step * directions.norm(dim=-1, keepdim=True))
+        rgb, transmitted = rgb + transmitted * alpha * color, transmitted * (1 - alpha)
+    coverage = 1 - transmitted
+    rgba = torch.cat([rgb / coverage.clamp(min=1e-6), coverage], -1).reshape(size, size, 4)
+    return (rgba.clamp(0, 1) * 255).round().byte().numpy()
+
+
+def pictures(field: SwingingLimb, plan: ViewPlan, cameras: list[int], times: np.ndarray, size: int) -> list[Picture]:
+    """The field drawn at cameras of a plan, frame by frame."""
+    return [
+        Picture(drawn(field, plan, camera, float(time), size), plan.c2w()[camera], plan.focal_px(1), frame)
+        for frame, time in enumerate(times)
+        for camera in cameras
+    ]

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from export_fixture import SwingingLimb, exported
+from export_fixture import SwingingLimb, drawn, exported
 
 from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.export.asset import AnimatedMesh
 from sv4d_ns.export.gltf import write_animated_glb
-from sv4d_ns.export.mesh import AnimatedMesh
 from sv4d_ns.views import ViewGrid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -19,29 +18,11 @@ import export_fidelity
 SIZE, TIMES = 96, np.linspace(0, 1, 4)
 
 
-def volume_rendering(field: SwingingLimb, plan: ViewPlan, time: float) -> np.ndarray:
-    """uint8 RGBA [SIZE, SIZE, 4] of the field at the input camera, by plain quadrature along each ray."""
-    c2w = torch.from_numpy(plan.c2w()[0]).float()
-    grid = (torch.arange(SIZE) + 0.5 - SIZE / 2) / plan.focal_px(SIZE)
-    y, x = torch.meshgrid(-grid, grid, indexing="ij")
-    directions = torch.stack([x, y, -torch.ones_like(x)], -1).reshape(-1, 3) @ c2w[:3, :3].T
-    depths, step = torch.linspace(1.3, 2.7, 400), 1.4 / 399
-    rgb, transmitted = torch.zeros(SIZE**2, 3), torch.ones(SIZE**2, 1)
-    for depth in depths:
-        points = c2w[:3, 3] + depth * directions
-        density, color = field.density_and_color(points, torch.full((SIZE**2, 1), time))
-        alpha = 1 - torch.exp(-density[:, None] * step * directions.norm(dim=-1, keepdim=True))
-        rgb, transmitted = rgb + transmitted * alpha * color, transmitted * (1 - alpha)
-    coverage = 1 - transmitted
-    rgba = torch.cat([rgb / coverage.clamp(min=1e-6), coverage], -1).reshape(SIZE, SIZE, 4)
-    return (rgba.clamp(0, 1) * 255).round().byte().numpy()
-
-
 @pytest.fixture(scope="module")
 def grid() -> ViewGrid:
     plan = ViewPlan.ring((90.0,), input_elevation_deg=20.0)
     field = SwingingLimb(density=400.0, edge=0.0015)
-    frames = np.stack([volume_rendering(field, plan, float(t)) for t in TIMES])
+    frames = np.stack([drawn(field, plan, 0, float(t), SIZE) for t in TIMES])
     return ViewGrid(frames, frames[:, None], plan, fps=8.0)
 
 

@@ -1,4 +1,6 @@
-"""The GLB as another program reads it: by hand, by trimesh, and by the Khronos validator where npm has it."""
+"""The GLB as another program reads it: by hand and by trimesh."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,9 +9,12 @@ from export_fixture import SwingingLimb, exported
 from export_reader import read_glb
 
 from sv4d_ns.cameras import look_at_cameras
+from sv4d_ns.export.asset import AnimatedMesh, RootMotion, with_texture
 from sv4d_ns.export.gltf import from_gltf_axes, linear_from_srgb, to_gltf_axes, write_animated_glb
-from sv4d_ns.export.mesh import AnimatedMesh
-from sv4d_ns.export.sequence import write_sequence
+from sv4d_ns.export.mesh import vertex_normals
+from sv4d_ns.export.sequence import stills, write_sequence
+from sv4d_ns.export.skin import decompose
+from sv4d_ns.export.texture import Atlas
 
 FPS = 12.5
 
@@ -40,9 +45,62 @@ def test_trimesh_reads_frame_zero_with_faces_and_linear_colours(mesh, glb):
     np.testing.assert_array_equal(read.faces, mesh.faces)
     assert read.volume > 0
     raw = read_glb(glb)
-    colors = raw.accessor(raw.json["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"]) / 65535
+    colors = raw.attribute("COLOR_0") / 65535
     np.testing.assert_allclose(colors[:, :3], linear_from_srgb(mesh.colors), atol=1e-5)
     np.testing.assert_array_equal(colors[:, 3], 1)
+
+
+def test_normals_are_those_of_every_frames_surface(mesh, glb):
+    _, positions = read_glb(glb).posed("POSITION")
+    _, normals = read_glb(glb).posed("NORMAL")
+    for frame in range(5):
+        np.testing.assert_allclose(normals[frame], vertex_normals(positions[frame], mesh.faces), atol=2e-3)
+
+
+def test_confidence_is_an_attribute(mesh, glb):
+    np.testing.assert_array_equal(read_glb(glb).attribute("_CONFIDENCE")[:, 0], mesh.confidence)
+    assert set(np.unique(mesh.confidence)) == {0, 0.5, 1}
+
+
+@pytest.fixture(scope="module")
+def textured(mesh):
+    """Every face its own chart in a picture of gradients: all vertices are doubled, as along seams."""
+    cut = mesh.faces.ravel()
+    uv = np.random.default_rng(0).random((len(cut), 2)).astype(np.float32)
+    image = np.stack(np.meshgrid(*[np.linspace(0, 255, 64)] * 2), -1)
+    image = np.concatenate([image, np.full((64, 64, 1), 90)], -1).astype(np.uint8)
+    return with_texture(mesh, Atlas(cut, np.arange(len(cut)).reshape(-1, 3), uv, 64), image)
+
+
+def test_texture_reads_back(mesh, textured, tmp_path):
+    write_animated_glb(textured, tmp_path / "t.glb", "limb", {})
+    raw = read_glb(tmp_path / "t.glb")
+    np.testing.assert_array_equal(raw.attribute("TEXCOORD_0"), textured.texture.uv)
+    assert "COLOR_0" not in raw.primitive["attributes"]  # it would tint the texture
+    texture = raw.json["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"]["index"]
+    assert raw.json["textures"][texture]["source"] == 0
+    np.testing.assert_allclose(raw.image().astype(int), textured.texture.image, atol=4)
+    _, positions = raw.posed("POSITION")
+    np.testing.assert_allclose(from_gltf_axes(positions)[:, raw.accessor(raw.primitive["indices"])[:, 0]],
+                               mesh.positions[:, mesh.faces.ravel()], atol=1e-6)  # fmt: skip
+    read = trimesh.load(tmp_path / "t.glb", process=False, force="mesh")
+    uv = np.asarray(read.visual.uv)  # trimesh's v runs up
+    np.testing.assert_allclose(uv * [1, -1] + [0, 1], textured.texture.uv, atol=1e-6)
+
+
+@pytest.mark.parametrize("skinned", [False, True])
+def test_root_motion_moves_the_node(mesh, tmp_path, skinned):
+    way = np.stack([np.linspace(0, 1, 5), np.zeros(5), np.linspace(0, -0.5, 5)], -1)
+    moving = replace(mesh, root=RootMotion(way))
+    skin = decompose(mesh.positions, 0.01, 4) if skinned else None
+    write_animated_glb(moving, tmp_path / "root.glb", "limb", {}, skin)
+    raw = read_glb(tmp_path / "root.glb")
+    node = raw.json["skins"][0]["skeleton"] if skinned else 0
+    np.testing.assert_allclose(from_gltf_axes(raw.channels()[node, "translation"][1]), way, atol=1e-6)
+    if skinned:
+        np.testing.assert_allclose(from_gltf_axes(raw.skinned()[1]), skin.posed(mesh.positions[0]) + way[:, None],
+                                   atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose([frame.positions for frame in stills(moving)], mesh.positions + way[:, None], atol=1e-6)
 
 
 def test_material_clip_and_provenance(glb):
@@ -84,7 +142,7 @@ def test_srgb_decoding():
 
 
 def test_a_still_is_a_plain_mesh(mesh, tmp_path):
-    still = AnimatedMesh(mesh.positions[:1], mesh.faces, mesh.colors, mesh.normals[:1], FPS)
+    still = replace(mesh, positions=mesh.positions[:1], normals=mesh.normals[:1])
     write_animated_glb(still, tmp_path / "still.glb", "still", {})
     raw = read_glb(tmp_path / "still.glb").json
     assert "animations" not in raw or raw["animations"] == []
@@ -104,7 +162,7 @@ def test_failed_write_leaves_the_old_file(mesh, tmp_path):
 def test_sequence_reads_back_in_trimesh(mesh, tmp_path, file_format):
     (tmp_path / "frames").mkdir()
     (tmp_path / "frames" / "frame_9999.obj").touch()  # of a longer export before
-    files = write_sequence(mesh, tmp_path / "frames", file_format)
+    files = write_sequence(stills(mesh), tmp_path / "frames", file_format, FPS)
     assert [file.name for file in files] == [f"frame_{i:04d}.{file_format}" for i in range(5)]
     assert sorted((tmp_path / "frames").iterdir()) == files
     assert list(tmp_path.iterdir()) == [tmp_path / "frames"]
@@ -114,3 +172,11 @@ def test_sequence_reads_back_in_trimesh(mesh, tmp_path, file_format):
         np.testing.assert_array_equal(read.faces, mesh.faces)
         np.testing.assert_allclose(np.asarray(read.visual.vertex_colors)[:, :3], mesh.colors, atol=1)
         np.testing.assert_allclose(from_gltf_axes(read.vertex_normals), mesh.normals[index], atol=1e-3)
+
+
+def test_textured_obj_names_its_image(textured, tmp_path):
+    files = write_sequence(stills(textured), tmp_path / "frames", "obj", FPS)
+    read = trimesh.load(files[2], process=False, maintain_order=True)
+    np.testing.assert_allclose(np.asarray(read.visual.uv) * [1, -1] + [0, 1], textured.texture.uv, atol=2e-6)
+    np.testing.assert_allclose(np.asarray(read.visual.material.image).astype(int), textured.texture.image, atol=4)
+    np.testing.assert_allclose(from_gltf_axes(read.vertices), textured.positions[2], atol=2e-6)

@@ -1,264 +1,203 @@
-"""The `ns-export` superset: nerfstudio's own sub-commands and `mesh`. Also reached as `sv4d export`.
+"""The `ns-export` superset: nerfstudio's own sub-commands and ours. Also reached as `sv4d export`.
 
-Heavy packages are imported inside functions, so that help and wrong paths answer at once.
+Only the flags are here; heavy packages are imported when a command runs, so that help and wrong paths answer at once.
 """
 
 import ctypes
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_args
+from typing import Annotated, Any, Literal, Optional, Union, get_args
 
 import tyro
 
 from sv4d_ns.errors import InputError, one_sentence_errors
-from sv4d_ns.runs import checkpoint_steps
+from sv4d_ns.export.folder import output_folder
+from sv4d_ns.export.run import FinishedRun, check_config_path, load_run
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from sv4d_ns.export.mesh import AnimatedField, AnimatedMesh
-    from sv4d_ns.views import ViewGrid
-
-GLB_NAME = "mesh.glb"
-
-INPUT_IMPORTANCE = 3.0
-"""Weight of the input camera against each generated view's when vertices are coloured: its pixels are real."""
+__all__ = ["FinishedRun", "load_run"]
 
 
 @dataclass
-class ExportMesh:
-    """Export a trained run as one animated, coloured .glb (and, on request, one .obj or .ply per frame)."""
+class _Export:
+    """What every export of a run needs."""
 
     load_config: Path
     """Path to the run's config.yml."""
     output_dir: Path
-    """Folder for the files; it is made if needed, and files of the same name in it are replaced."""
+    """Folder for the files; it is made if needed."""
+    overwrite: bool = False
+    """Write into an output folder that has files in it; files of the same name are replaced."""
     resolution: int = 128
     """Nodes of the marching-cubes grid along each side of the object's box."""
-    max_faces: Optional[int] = 20_000  # noqa: UP045 - tyro shows it as in nerfstudio
+    max_faces: Annotated[Optional[int], tyro.conf.arg(aliases=["--faces"])] = 20_000  # noqa: UP045 - as in nerfstudio
     """Face budget: the mesh is simplified to it. None keeps every face of the marching cubes."""
-    sequence: Literal["none", "obj", "ply"] = "none"
-    """Also write one coloured mesh per frame in this format."""
+    texture: Literal["field", "views", "none"] = "field"
+    """Where colours come from: the fitted field (consistent), or the input and generated views that see a place best
+    (sharp). none: from the field, kept at the vertices, without a texture."""
+    texture_size: int = 1024
+    """Texels along the side of the texture."""
     fps: Optional[float] = None  # noqa: UP045
     """Frames per second of the animation. None keeps the input clip's."""
+    root_motion: Literal["in-place", "restore"] = "in-place"
+    """restore: put the object's way through the source video back, where the crop followed it."""
 
     def main(self) -> None:
-        """Load the run, make the mesh, write the files and say what to do with them.
+        """Check the flags, load the run, write the files and say what to do with them.
 
         Raises:
-            InputError: the config, the run, the field or the output folder cannot be used.
+            InputError: the config, the run, the field, a flag or the output folder cannot be used.
         """
-        _check_config_path(self.load_config)
+        check_config_path(self.load_config)
+        self.check()
+        with output_folder(self.output_dir, self.overwrite) as folder:
+            from sv4d_ns.export.terminal import Terminal
+
+            run = load_run(self.load_config)
+            with Terminal() as terminal:
+                files, advice = self.write(run, folder, terminal)
+            for line in [*(_described(file) for file in files), advice]:
+                terminal.say(line)
+
+    def check(self) -> None:
+        """Refuse flags before anything is loaded."""
         if self.fps is not None and not self.fps > 0:
             raise InputError(f"--fps {self.fps:g} is not a speed: give a number above 0, or leave it out.")
-        with _output_folder(self.output_dir), ExitStack() as stack:
-            run = load_run(self.load_config)
-            progress = stack.enter_context(_progress())
-            mesh = make_mesh(run, self.fps or run.views.fps, self.resolution, self.max_faces, progress)
-            files = write_files(mesh, self.output_dir, self.sequence, run.name, run.extras, progress)
-        _say_next(files, mesh)
 
+    def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
+        """Make the files; returns them and what to do next."""
+        raise NotImplementedError
 
-# --------------------------------------------------------------------------------------------------- loading a run
+    def options(self) -> Any:
+        """The flags as `make.Options`."""
+        from sv4d_ns.export.make import Options
 
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What an export needs of a finished run."""
-
-    field: "AnimatedField"
-    possible: Callable[[Any], Any]
-    """Whether canonical points [n, 3] may hold the object, as the run's renderer sees it (bool [n])."""
-    occupancy: Any
-    """The renderer's empty-space grid; `renders.render_rgba` takes it beside the field."""
-    views: "ViewGrid"
-    """What the field was fitted to: times, frame rate, cameras, provenance."""
-    name: str
-    extras: dict[str, Any]
-    """Licence and provenance for the file's `asset.extras`."""
-
-
-def load_run(load_config: Path) -> FinishedRun:
-    """Open a run through nerfstudio; views are read from the run's grid, no diffusion weights are needed.
-
-    Raises:
-        InputError: no such file, not a nerfstudio config, another method's run, or no checkpoint yet.
-    """
-    _check_config_path(load_config)
-    import yaml
-    from nerfstudio.utils.eval_utils import eval_setup
-
-    config: Any  # the plugin's own classes, not the base classes nerfstudio declares
-    pipeline: Any
-    try:
-        config, pipeline, _, step = eval_setup(
-            load_config, test_mode="inference", update_config_callback=lambda config: _checked(config, load_config)
+        return Options(
+            resolution=self.resolution,
+            max_faces=self.max_faces,
+            watertight=getattr(self, "watertight", False),
+            texture=self.texture,
+            texture_size=self.texture_size,
+            fps=self.fps,
+            restore_root_motion=self.root_motion == "restore",
         )
-    except (yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
-        raise InputError(f"{load_config} is not a nerfstudio config.yml: give the one in the run's folder.") from error
-    grid = pipeline.datamanager.grid
-    return FinishedRun(
-        field=pipeline.model.field,
-        possible=lambda x: _occupied_at_rest(pipeline.model, x),
-        occupancy=pipeline.model.occupancy,
-        views=grid,
-        name=config.experiment_name or config.method_name,
-        extras=_extras(grid.provenance, config.method_name, step),
-    )
 
 
-def _occupied_at_rest(model: Any, x: Any) -> Any:
-    """The renderer's own empty-space test at the time whose shape is the canonical one."""
-    return model.occupancy.is_occupied(x, x.new_full((len(x), 1), model.field.config.canonical_time))
+@dataclass
+class ExportMesh(_Export):
+    """Export a trained run as one animated, textured .glb (and, on request, USD and one mesh per frame)."""
 
+    mode: Literal["animated", "sequence"] = "animated"
+    """animated: one mesh of fixed topology. sequence: a mesh of its own for every frame, for objects that come apart
+    or merge; written as --sequence says (ply if it is none) and, on request, as USD."""
+    animation: Literal["morph", "skin"] = "morph"
+    """How the .glb moves: one morph target per frame (exact), or a skeleton with at most four bones per vertex (small,
+    what game engines want)."""
+    max_bones: int = 64
+    """Bones the skeleton may have; they are added until the error is below 0.5 % of the box's diagonal."""
+    watertight: bool = False
+    """Close the mesh: every edge belongs to exactly two faces."""
+    usd: Literal["none", "usdc", "usdz"] = "none"
+    """Also write the animation as USD (needs the extra 'usd': pip install 'sv4d-ns[usd]')."""
+    sequence: Literal["none", "obj", "ply"] = "none"
+    """Also write one coloured mesh per frame in this format."""
 
-def _check_config_path(load_config: Path) -> None:
-    if not load_config.is_file():
-        raise InputError(f"{load_config} does not exist: give --load-config the config.yml in the run's folder.")
+    def check(self) -> None:
+        super().check()
+        if not 1 <= self.max_bones <= 255:
+            raise InputError(f"--max-bones {self.max_bones} cannot be: give 1 to 255.")
+        if self.usd != "none":
+            from sv4d_ns.export.usd import require_usd
 
+            require_usd()
 
-def _checked(config: Any, load_config: Path) -> Any:
-    """Refuse what cannot be exported before anything heavy is built; find the checkpoints beside a moved config."""
-    target = config.pipeline.model._target
-    if not any(base.__module__.partition(".")[0] == "sv4d_ns" for base in target.__mro__):
-        raise InputError(
-            f"{load_config} is a run of {config.method_name}, which has no deformable field to animate: "
-            "'mesh' exports runs of sv4d; nerfstudio's own sub-commands export the others."
+    def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
+        from sv4d_ns.export import files
+
+        if self.mode == "sequence":
+            file_format = "ply" if self.sequence == "none" else self.sequence
+            return files.write_frames(run, self.options(), folder, file_format, self.usd, terminal)
+        return files.write_mesh(
+            run, self.options(), folder, self.animation, self.max_bones, self.usd, self.sequence, terminal
         )
-    run_dir = load_config.absolute().parent
-    if not config.get_checkpoint_dir().is_dir():
-        # the run was moved, or its relative path is meant from another folder: everything lies beside config.yml
-        config.relative_model_dir = run_dir / config.relative_model_dir
-        config.pipeline.datamanager.run_dir = run_dir
-    if not checkpoint_steps(config.get_checkpoint_dir()):
-        raise InputError(
-            f"{load_config} belongs to an unfinished run, {config.get_checkpoint_dir()} holds no checkpoint: "
-            "let ns-train finish, or resume it."
-        )
-    return config
 
 
-def _extras(provenance: dict[str, Any], method: str, step: int) -> dict[str, Any]:
-    return {"sv4d": {"method": method, "step": step, "provenance": provenance}}
+@dataclass
+class ExportPointCloudSequence(_Export):
+    """Export a trained run as one coloured point cloud (.ply) per frame; a point keeps its place on the surface."""
+
+    num_points: int = 100_000
+    """Points on the surface, spread evenly over it in the first frame."""
+
+    def check(self) -> None:
+        super().check()
+        if self.num_points < 1:
+            raise InputError(f"--num-points {self.num_points} leaves no cloud: give 1 or more.")
+
+    def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
+        from sv4d_ns.export import files
+
+        return files.write_point_clouds(run, self.options(), folder, self.num_points, terminal)
 
 
-# ------------------------------------------------------------------------------------------- making and writing it
+@dataclass
+class ExportSplats(_Export):
+    """Export a trained run as one Gaussian-splat .ply per frame, sampled from the surface."""
+
+    num_splats: int = 60_000
+    """Gaussians on the surface."""
+    refine: Literal["auto", "never"] = "auto"
+    """auto: on a CUDA device, colours, sizes and opacities are refined against the run's views by gsplat."""
+    refine_steps: int = 1000
+    """Steps of that refinement."""
+
+    def check(self) -> None:
+        super().check()
+        if self.num_splats < 1:
+            raise InputError(f"--num-splats {self.num_splats} leaves nothing to see: give 1 or more.")
+
+    def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
+        from sv4d_ns.export import files
+
+        steps = self.refine_steps if self.refine == "auto" else 0
+        return files.write_splats(run, self.options(), folder, self.num_splats, steps, terminal)
 
 
-def make_mesh(
-    run: FinishedRun, fps: float, resolution: int, max_faces: int | None, progress: "Progress"
-) -> "AnimatedMesh":
-    """Canonical mesh, vertex tracks and colours, with progress bars and a line for each finding."""
-    import numpy as np
+@dataclass
+class ExportWeb(_Export):
+    """Export a trained run as one web page that opens from disk: play, scrub and orbit beside the input video."""
 
-    from sv4d_ns.export.mesh import animate, canonical_mesh, follow_vertices, opacity_grid, surface_colors
+    def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
+        from sv4d_ns.export import files
 
-    sampling = progress.add_task("sampling the field", total=resolution)
-    grid = opacity_grid(run.field, resolution, run.possible, advance=lambda: progress.advance(sampling))
-    canonical = canonical_mesh(grid, max_faces)
-    following = progress.add_task("following the vertices", total=run.views.num_frames)
-    tracks = follow_vertices(run.field, canonical, run.views.times, advance=lambda: progress.advance(following))
-    _say(
-        f"{len(canonical.vertices)} vertices, {len(canonical.faces)} faces, {run.views.num_frames} frames; "
-        f"{canonical.dropped_parts} floating parts dropped"
-    )
-    _say(tracks.summary())
-    importance = np.full(run.views.num_views + 1, 1.0)
-    importance[0] = INPUT_IMPORTANCE
-    colors = surface_colors(run.field, canonical, grid, run.views.plan.c2w()[:, :3, 3], importance)
-    return animate(canonical, tracks, colors, fps)
+        return files.write_web(run, self.options(), folder, terminal)
 
 
-def write_files(
-    mesh: "AnimatedMesh",
-    output_dir: Path,
-    sequence: Literal["none", "obj", "ply"],
-    name: str,
-    extras: dict[str, Any],
-    progress: "Progress",
-) -> list[Path]:
-    """Write the GLB and the sequence; returns the GLB and, for a sequence, its folder."""
-    from sv4d_ns.export.gltf import write_animated_glb
-    from sv4d_ns.export.sequence import write_sequence
-
-    files = []
-    if sequence != "none":
-        folder = output_dir / f"frames_{sequence}"
-        writing = progress.add_task(f"writing .{sequence} frames", total=len(mesh.positions))
-        write_sequence(mesh, folder, sequence, advance=lambda: progress.advance(writing))
-        files.append(folder)
-    write_animated_glb(mesh, output_dir / GLB_NAME, name, extras)
-    return [output_dir / GLB_NAME, *files]
+COMMANDS: dict[str, type[_Export]] = {
+    "mesh": ExportMesh,
+    "point-cloud-sequence": ExportPointCloudSequence,
+    "splats": ExportSplats,
+    "web": ExportWeb,
+}
+"""Our sub-commands; nerfstudio's are its own."""
 
 
-@contextmanager
-def _output_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and prove that it can be written to; folders made here go again if the block fails."""
-    made = []
-    try:
-        for part in [*reversed(folder.absolute().parents), folder.absolute()]:
-            if not part.is_dir():
-                part.mkdir()
-                made.append(part)
-        probe = folder / ".sv4d-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        _remove_empty(made)
-        raise InputError(
-            f"--output-dir {folder} cannot be written to ({error.strerror}): give a folder you own."
-        ) from error
-    try:
-        yield
-    except BaseException:
-        _remove_empty(made)
-        raise
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in reversed(folders):
-        try:
-            folder.rmdir()
-        except OSError:  # someone has put a file there meanwhile
-            return
-
-
-def _progress() -> "Progress":
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description:>24}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), transient=False
-    )
-
-
-def _say(line: str) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=True, highlight=False).print(line, markup=False)
-
-
-def _say_next(files: Sequence[Path], mesh: "AnimatedMesh") -> None:
-    glb = files[0]
-    seconds = (len(mesh.positions) - 1) / mesh.fps
-    _say(f"{glb}  ({glb.stat().st_size / 1e6:.1f} MB, {len(mesh.positions)} frames, {seconds:.2f} s)")
-    for folder in files[1:]:
-        _say(f"{folder}{'/'}  ({len(mesh.positions)} frames)")
-    _say(
-        f"Open {glb.name} in Blender (File > Import > glTF 2.0; set the scene to {mesh.fps:g} fps) or drop it on "
-        "https://gltf-viewer.donmccurdy.com; press play."
-    )
+def _described(path: Path) -> str:
+    """A written file or folder with its size."""
+    if path.is_dir():
+        inside = [file for file in path.iterdir() if file.is_file()]
+        return f"{path}/  ({len(inside)} files, {sum(file.stat().st_size for file in inside) / 1e6:.1f} MB)"
+    return f"{path}  ({path.stat().st_size / 1e6:.1f} MB)"
 
 
 # ------------------------------------------------------------------------------------------------------ the command
 
 
 def commands() -> Any:
-    """nerfstudio's closed union of exporters plus `mesh` (importing it takes some seconds).
+    """nerfstudio's closed union of exporters plus ours (importing it takes some seconds).
 
     Raises:
         InputError: nerfstudio's exporters cannot be imported on this machine.
@@ -269,11 +208,11 @@ def commands() -> Any:
     except ImportError as error:
         raise InputError(
             f"nerfstudio's own exporters cannot be loaded here ({error}): install what is missing; "
-            "the 'mesh' sub-command works without them."
+            f"the sub-commands {', '.join(COMMANDS)} work without them."
         ) from error
     union, *_ = get_args(exporter.Commands)
-    members = (*get_args(union), Annotated[ExportMesh, tyro.conf.subcommand(name="mesh")])
-    return Union.__getitem__(members)
+    ours = (Annotated[kind, tyro.conf.subcommand(name=name)] for name, kind in COMMANDS.items())
+    return Union.__getitem__((*get_args(union), *ours))
 
 
 def _provide_libusb() -> None:
@@ -295,15 +234,16 @@ def _provide_libusb() -> None:
 def run(arguments: Sequence[str], program: str = "sv4d export") -> None:
     """Parse and run one export command.
 
-    `mesh` is parsed alone, because importing nerfstudio's exporters for its help would take seconds.
+    Ours are parsed alone, because importing nerfstudio's exporters for their help would take seconds.
 
     Raises:
         InputError: see the commands.
         SystemExit: help was asked for, or the arguments do not parse.
     """
     tyro.extras.set_accent_color("bright_yellow")
-    if arguments[:1] == ["mesh"]:
-        command = tyro.cli(ExportMesh, prog=f"{program} mesh", args=list(arguments[1:]))
+    if arguments and arguments[0] in COMMANDS:
+        name = arguments[0]
+        command: Any = tyro.cli(COMMANDS[name], prog=f"{program} {name}", args=list(arguments[1:]))
     else:
         # nerfstudio marks its union the same way: booleans take a value
         command = tyro.cli(commands(), prog=program, args=list(arguments), config=(tyro.conf.FlagConversionOff,))

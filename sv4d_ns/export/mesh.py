@@ -8,7 +8,7 @@ field's box) and knows nothing of nerfstudio or of file formats.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import fast_simplification
 import numpy as np
@@ -36,12 +36,8 @@ TEAR = 0.02
 """Edges longer than this share of the box's diagonal (and four times their rest length) count as torn."""
 CONVERGED = 1e-4
 """Iteration stops at this share of the box's diagonal."""
-SKIN = 0.04
-"""World units before and behind a vertex that count as the vertex when its colour is looked up."""
-COLOR_SAMPLES = 8
-"""Colours averaged along each ray."""
-UNSEEN_WEIGHT = 0.02
-"""Weight of the look along the inward normal: decides vertices that no camera sees, and nothing else."""
+LEAST_FACES = 100
+"""The smallest face budget: below it a body and its limbs cannot be told apart."""
 CHUNK = 1 << 17
 """Points per field evaluation."""
 
@@ -49,18 +45,29 @@ CHUNK = 1 << 17
 class AnimatedField(Protocol):
     """What a field must offer to be exported; `sv4d_ns.fields.deformable.DeformableField` does.
 
-    Points are world coordinates, times lie in [0, 1], colours are sRGB in [0, 1], densities are per world unit.
+    Points are world coordinates, times lie in [0, 1], densities are per world unit.
     """
 
     aabb: Float[Tensor, "2 3"]
 
     def canonical_density(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]: ...
-    def canonical_color(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]: ...
     def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"]: ...
-    def density_and_color(
-        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n 3"]]: ...
     def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]: ...
+
+
+class _Frozen:
+    """A field at one time, read like a canonical one."""
+
+    def __init__(self, field: AnimatedField, time: float):
+        self.field, self.time, self.aabb = field, time, field.aabb
+
+    def canonical_density(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
+        return self.field.density(x, x.new_full((len(x), 1), self.time))
+
+
+def frozen(field: AnimatedField, time: float) -> Any:
+    """The field as it is at a time in [0, 1], for `opacity_grid`."""
+    return _Frozen(field, time)
 
 
 @dataclass(frozen=True)
@@ -107,25 +114,14 @@ class Tracks:
     solved neighbours."""
 
     def summary(self) -> str:
-        """One line: mean and 99th percentile of the residual in percent of the box's diagonal, and the guesses."""
+        """One line: mean, 95th percentile and maximum of the residual in percent of the box's diagonal, and the
+        guesses."""
         percent = 100 * self.residuals
         return (
-            f"residual of the inverse deformation: mean {percent.mean():.3f} %, p99 {np.percentile(percent, 99):.3f} % "
-            f"of the box's diagonal; {self.guessed.mean():.2%} of the vertex positions follow their neighbours"
+            f"residual of the inverse deformation: mean {percent.mean():.3f} %, "
+            f"p95 {np.percentile(percent, 95):.3f} %, max {percent.max():.3f} % of the box's diagonal; "
+            f"{self.guessed.mean():.2%} of the vertex positions follow their neighbours"
         )
-
-
-@dataclass(frozen=True)
-class AnimatedMesh:
-    """A coloured mesh of fixed topology over all frames, in world coordinates (z up)."""
-
-    positions: Float[np.ndarray, "t n 3"]
-    faces: Int[np.ndarray, "f 3"]
-    colors: Int[np.ndarray, "n 3"]
-    """uint8, sRGB."""
-    normals: Float[np.ndarray, "t n 3"]
-    """Unit length, outward."""
-    fps: float
 
 
 # ---------------------------------------------------------------------------------------------- field evaluation
@@ -145,7 +141,7 @@ def _evaluate(
             x = torch.from_numpy(np.ascontiguousarray(points[start : start + CHUNK], dtype=np.float32)).to(device)
             value = function(x) if time is None else function(x, torch.full_like(x[:, :1], time))
             results.append(value.float().cpu().numpy())
-    return np.concatenate(results)
+    return np.concatenate(results) if results else np.zeros(0, dtype=np.float32)
 
 
 def _box(field: AnimatedField) -> tuple[np.ndarray, np.ndarray]:
@@ -177,35 +173,50 @@ def opacity_grid(
     low, high = _box(field)
     axes = [np.linspace(low[i], high[i], resolution, dtype=np.float32) for i in range(3)]
     step = OPACITY_STEP * float((high - low).max())
-    seen = field.canonical_density
-    if possible is not None:
-        seen = lambda x: field.canonical_density(x) * possible(x)  # noqa: E731
     planes = []
     for x in axes[0]:
         points = np.stack(np.meshgrid(x, axes[1], axes[2], indexing="ij"), axis=-1).reshape(-1, 3)
-        density = _evaluate(seen, _device_of(field), points)
+        look = np.ones(len(points), dtype=bool)
+        if possible is not None:
+            look = _evaluate(possible, _device_of(field), points) > 0.5
+        density = np.zeros(len(points), dtype=np.float32)
+        density[look] = _evaluate(field.canonical_density, _device_of(field), points[look])
         planes.append((1 - np.exp(-np.maximum(density, 0) * step)).reshape(resolution, resolution))
         if advance is not None:
             advance()
     return OpacityGrid(np.stack(planes), low, high, step)
 
 
-def canonical_mesh(grid: OpacityGrid, max_faces: int | None = None) -> CanonicalMesh:
+def canonical_mesh(grid: OpacityGrid, max_faces: int | None = None, watertight: bool = False) -> CanonicalMesh:
     """Marching cubes on the canonical opacity (cut at `surface_level`), without inner shells and floaters, within a
     face budget.
 
+    Args:
+        watertight: every edge belongs to exactly two faces.
+
     Raises:
-        InputError: nothing in the box is opaque enough, or the budget is below 100 faces.
+        InputError: nothing in the box is opaque enough, the budget is below `LEAST_FACES` or too small to be
+            watertight.
     """
-    if max_faces is not None and max_faces < 100:
-        raise InputError(f"--max-faces {max_faces} is too small for any shape: give 100 or more, or leave it out.")
+    check_face_budget(max_faces)
     solid = ndimage.gaussian_filter(grid.values, GRID_BLUR, mode="constant")
     level = surface_level(grid, solid)
     vertices, faces = _marching_cubes(_without_cavities(solid, level), level, grid)
     vertices, faces, dropped = _without_floaters(vertices, faces)
     if max_faces is not None and len(faces) > max_faces:
-        vertices, faces = _decimated(vertices, faces, max_faces)
+        simplify = _decimated_watertight if watertight else _decimated
+        vertices, faces = simplify(vertices, faces, max_faces)
+    elif watertight and not is_watertight(faces):
+        vertices, faces = _decimated_watertight(vertices, faces, len(faces))
     return CanonicalMesh(vertices.astype(np.float32), _wound_outward(vertices, faces).astype(np.int32), dropped)
+
+
+def check_face_budget(max_faces: int | None) -> None:
+    """Raises `InputError` for a budget below `LEAST_FACES`."""
+    if max_faces is not None and max_faces < LEAST_FACES:
+        raise InputError(
+            f"--max-faces {max_faces} is too small for any shape: give {LEAST_FACES} or more, or None for all faces."
+        )
 
 
 def surface_level(grid: OpacityGrid, solid: Float[np.ndarray, "r r r"]) -> float:
@@ -246,7 +257,7 @@ def _marching_cubes(solid: np.ndarray, level: float, grid: OpacityGrid) -> tuple
     return np.clip(vertices + grid.low - grid.spacing, grid.low, grid.high), faces
 
 
-def _vertex_graph(faces: np.ndarray, count: int) -> sparse.csr_matrix:
+def vertex_graph(faces: np.ndarray, count: int) -> sparse.csr_matrix:
     """Symmetric 0/1 adjacency of the vertices."""
     edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     ones = np.ones(len(edges) * 2)
@@ -257,7 +268,7 @@ def _vertex_graph(faces: np.ndarray, count: int) -> sparse.csr_matrix:
 
 
 def _without_floaters(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    parts, label = csgraph.connected_components(_vertex_graph(faces, len(vertices)), directed=False)
+    parts, label = csgraph.connected_components(vertex_graph(faces, len(vertices)), directed=False)
     corner = vertices[faces]
     areas = 0.5 * np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=-1)
     per_part = np.bincount(label[faces[:, 0]], weights=areas, minlength=parts)
@@ -270,14 +281,77 @@ def _compacted(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.
     return vertices[used], renumbered.reshape(-1, 3)
 
 
-def _decimated(vertices: np.ndarray, faces: np.ndarray, max_faces: int) -> tuple[np.ndarray, np.ndarray]:
+def _decimated(
+    vertices: np.ndarray, faces: np.ndarray, max_faces: int, aggressiveness: float = 7.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Quadric edge collapse down to the budget."""
     fewer_vertices, fewer_faces = fast_simplification.simplify(
-        vertices.astype(np.float32), faces.astype(np.int32), target_count=max_faces
+        vertices.astype(np.float32), faces.astype(np.int32), target_count=max_faces, agg=aggressiveness
     )
     corner = fewer_vertices[fewer_faces]
     area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=-1)
     return _compacted(fewer_vertices, fewer_faces[area > 0])
+
+
+def is_watertight(faces: Int[np.ndarray, "f 3"]) -> bool:
+    """Whether every edge belongs to exactly two faces that run along it in opposite directions."""
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).astype(np.int64)
+    base = int(faces.max()) + 1
+    forward, backward = np.sort(edges[:, 0] * base + edges[:, 1]), np.sort(edges[:, 1] * base + edges[:, 0])
+    return bool((np.diff(forward) > 0).all() and np.array_equal(forward, backward))
+
+
+def _decimated_watertight(vertices: np.ndarray, faces: np.ndarray, max_faces: int) -> tuple[np.ndarray, np.ndarray]:
+    """Simplified and closed. Edge collapses can pinch a thin limb into faces that share an edge by threes; those
+    faces are cut out and the holes closed, from ever gentler collapses until it works."""
+    for aggressiveness in (7.0, 5.0, 3.0, 2.0):
+        fewer, corners = _decimated(vertices, faces, max_faces, aggressiveness)
+        for _ in range(4):
+            corners = _without_pinches(corners)
+            fewer, corners = _compacted(fewer, _with_holes_closed(fewer, corners))
+            if is_watertight(corners) and len(corners) <= max_faces:
+                return fewer, corners
+    raise InputError(
+        f"--watertight is not possible within --max-faces {max_faces}: limbs thinner than a face pinch shut; "
+        "give a larger budget, or leave out --watertight."
+    )
+
+
+def _without_pinches(faces: np.ndarray) -> np.ndarray:
+    """Faces without repeated corners, twins, and those at edges that more than two faces share."""
+    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
+    _, first, count = np.unique(np.sort(faces, axis=1), axis=0, return_index=True, return_counts=True)
+    faces = faces[np.sort(first[count == 1])]
+    edges = np.sort(np.stack([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]], axis=1), axis=-1)
+    _, which, shared = np.unique(edges.reshape(-1, 2), axis=0, return_inverse=True, return_counts=True)
+    return faces[(shared[which.reshape(-1, 3)] <= 2).all(axis=1)]
+
+
+def _with_holes_closed(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Every simple boundary loop closed by a fan from its first vertex, wound like the faces around it."""
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    present = {(int(a), int(b)) for a, b in edges}
+    # a hole's own faces run along its edges the other way
+    after: dict[int, list[int]] = {}
+    for a, b in present:
+        if (b, a) not in present:
+            after.setdefault(b, []).append(a)
+    caps = []
+    while after:
+        start = next(iter(after))
+        loop, at = [start], start
+        while at in after:
+            following = after[at].pop()
+            if not after[at]:
+                del after[at]
+            if following in loop:
+                # the part walked before a vertex met twice belongs to another loop
+                loop = loop[loop.index(following) :]
+                break
+            loop.append(following)
+            at = following
+        caps += [(loop[0], loop[i], loop[i + 1]) for i in range(1, len(loop) - 1)]
+    return np.concatenate([faces, np.array(caps, dtype=faces.dtype).reshape(-1, 3)])
 
 
 def _wound_outward(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -389,9 +463,7 @@ def _frame_order(offsets: list[float]) -> list[tuple[int, int | None]]:
     return order
 
 
-def _filled_smoothly(
-    displacement: np.ndarray, known: np.ndarray, graph: sparse.csr_matrix, prior: np.ndarray
-) -> np.ndarray:
+def smooth_fill(displacement: np.ndarray, known: np.ndarray, graph: sparse.csr_matrix, prior: np.ndarray) -> np.ndarray:
     """Replace unknown displacements by the harmonic average of their neighbours (weakly tied to `prior`)."""
     unknown = ~known
     if not unknown.any():
@@ -418,7 +490,7 @@ def follow_vertices(
     from its own best point and from the average of its neighbours; what stays open keeps that average (`guessed`).
     """
     targets, count = mesh.vertices.astype(np.float64), len(mesh.vertices)
-    graph = _vertex_graph(mesh.faces, count)
+    graph = vertex_graph(mesh.faces, count)
     positions = np.zeros((len(times), count, 3))
     residuals, guessed = np.zeros((len(times), count)), np.zeros((len(times), count), dtype=bool)
     solver = _Inverse(field, targets)
@@ -482,70 +554,4 @@ def _neighbours_say(
     solver: _Inverse, x: np.ndarray, start: np.ndarray, known: np.ndarray, graph: sparse.csr_matrix
 ) -> np.ndarray:
     """x with every unknown vertex moved to where its known neighbours' displacements would carry it."""
-    return solver.targets + _filled_smoothly(x - solver.targets, known, graph, start - solver.targets)
-
-
-# ------------------------------------------------------------------------------------------------------- colours
-
-
-def surface_colors(
-    field: AnimatedField,
-    mesh: CanonicalMesh,
-    grid: OpacityGrid,
-    eyes: Float[np.ndarray, "k 3"],
-    importance: Float[np.ndarray, " k"],
-) -> Int[np.ndarray, "n 3"]:
-    """uint8 sRGB per vertex: what cameras at `eyes` see of it in renderings of the canonical object, averaged.
-
-    The views constrained the colours of whole rays, not of points: the colour at the vertex itself belongs to the
-    outermost, least supervised layer. A camera counts by its `importance`, by how directly it looks at the vertex and
-    by how much of what it sees there is the vertex. Vertices that nobody sees get what a ray along the inward normal
-    meets.
-    """
-    normals = vertex_normals(mesh.vertices, mesh.faces).astype(np.float64)
-    vertices = mesh.vertices.astype(np.float64)
-    color, _ = _seen_along(field, grid, vertices, -normals)
-    total, weight = UNSEEN_WEIGHT * color, np.full((len(vertices), 1), UNSEEN_WEIGHT)
-    for eye, factor in zip(eyes, importance, strict=True):
-        directions = vertices - eye
-        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-        facing = -np.einsum("ni,ni->n", directions, normals)
-        front = np.flatnonzero(facing > 0.1)  # grazing rays mix the colours of a whole side
-        color, visible = _seen_along(field, grid, vertices[front], directions[front])
-        share = (factor * visible * facing[front] ** 2)[:, None]
-        total[front] += share * color
-        weight[front] += share
-    return np.round(np.clip(total / weight, 0, 1) * 255).astype(np.uint8)
-
-
-def _seen_along(
-    field: AnimatedField, grid: OpacityGrid, vertices: Float[np.ndarray, "n 3"], directions: Float[np.ndarray, "n 3"]
-) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
-    """Colour of the ray through each vertex up to a little behind it, and the share of it that comes from around it.
-
-    The weights of volume rendering come from the grid; the colour is the mean of the field's colours at their
-    quantiles, which spends the field's evaluations where the ray is absorbed.
-    """
-    reach = float(np.linalg.norm(grid.high - grid.low))
-    offsets = np.concatenate([np.arange(-reach, -SKIN, 2 * grid.spacing.max()), np.linspace(-SKIN, SKIN, 17)])
-    points = vertices[:, None] + offsets[:, None] * directions[:, None]
-    index = ((points - grid.low) / grid.spacing).reshape(-1, 3).T
-    density = ndimage.map_coordinates(grid.extinction, index, order=1, mode="constant").reshape(points.shape[:2])
-    depth = np.cumsum(density[:, :-1] * np.diff(offsets), axis=1)
-    absorbed = 1 - np.exp(-depth)
-    whole = np.maximum(absorbed[:, -1], 1e-6)
-    before = absorbed[:, np.searchsorted(offsets, -SKIN) - 1]
-    quantiles = (np.arange(COLOR_SAMPLES) + 0.5) / COLOR_SAMPLES
-    # the interval in which each quantile of the absorbed light falls
-    interval = (absorbed[:, None, :] < (quantiles[:, None] * whole[:, None, None])).sum(axis=-1)
-    middle = 0.5 * (offsets[:-1] + offsets[1:])
-    samples = vertices[:, None] + middle[np.minimum(interval, len(middle) - 1)][..., None] * directions[:, None]
-    samples = np.clip(samples, grid.low, grid.high).reshape(-1, 3)
-    colors = _evaluate(field.canonical_color, _device_of(field), samples).reshape(len(vertices), COLOR_SAMPLES, 3)
-    return colors.mean(axis=1), (whole - before) / whole
-
-
-def animate(mesh: CanonicalMesh, tracks: Tracks, colors: Int[np.ndarray, "n 3"], fps: float) -> AnimatedMesh:
-    """Put the pieces together; normals are computed anew on every frame."""
-    normals = np.stack([vertex_normals(frame, mesh.faces) for frame in tracks.positions])
-    return AnimatedMesh(tracks.positions, mesh.faces, colors, normals, fps)
+    return solver.targets + smooth_fill(x - solver.targets, known, graph, start - solver.targets)

@@ -1,0 +1,167 @@
+"""What each export command writes into its folder."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sv4d_ns.export.asset import AnimatedMesh
+from sv4d_ns.export.gltf import write_animated_glb
+from sv4d_ns.export.make import (
+    Options,
+    generated_pictures,
+    input_pictures,
+    make_asset,
+    make_frames,
+)
+from sv4d_ns.export.points import sample_points
+from sv4d_ns.export.run import FinishedRun
+from sv4d_ns.export.sequence import SequenceFormat, stills, write_sequence
+from sv4d_ns.export.sequence import write_point_clouds as write_cloud_files
+from sv4d_ns.export.skin import Skin, decompose
+from sv4d_ns.export.splats import refine, sample_splats
+from sv4d_ns.export.splats import write_splats as write_splat_files
+from sv4d_ns.export.usd import write_usd
+
+if TYPE_CHECKING:
+    from sv4d_ns.export.terminal import Terminal
+
+GLB_NAME = "mesh.glb"
+SKIN_BOUND = 5e-3
+"""Root mean square error of the skinned vertices, as a share of the box's diagonal, at which no bones are added."""
+
+Written = tuple[list[Path], str]
+
+
+def write_mesh(
+    run: FinishedRun,
+    options: Options,
+    folder: Path,
+    animation: Literal["morph", "skin"],
+    max_bones: int,
+    usd: Literal["none", "usdc", "usdz"],
+    sequence: Literal["none", "obj", "ply"],
+    terminal: "Terminal",
+) -> Written:
+    """The animated mesh as GLB and, on request, as USD and as a file per frame."""
+    mesh = make_asset(run, options, terminal)
+    files = [folder / GLB_NAME]
+    if sequence != "none":
+        files.append(folder / f"frames_{sequence}")
+        with terminal.bar(f"writing .{sequence} frames", mesh.num_frames) as advance:
+            write_sequence(stills(mesh), files[-1], sequence, mesh.fps, advance)
+    if usd != "none":
+        frames = list(stills(replace(mesh, root=None)))
+        root = None if mesh.root is None else mesh.root.translation
+        files += write_usd(frames, folder / f"mesh.{usd}", run.name, mesh.fps, run.extras, root)
+    skin = _skin(run, mesh, max_bones, terminal) if animation == "skin" else None
+    write_animated_glb(mesh, files[0], run.name, run.extras, skin)
+    seconds = (mesh.num_frames - 1) / mesh.fps
+    return files, (
+        f"{mesh.num_frames} frames, {seconds:.2f} s. Open {GLB_NAME} in Blender (File > Import > glTF 2.0; set the "
+        f"scene to {mesh.fps:g} fps first) or drop it on https://gltf-viewer.donmccurdy.com; press play."
+    )
+
+
+def _skin(run: FinishedRun, mesh: AnimatedMesh, max_bones: int, terminal: "Terminal") -> Skin:
+    """Bones for the mesh; found on unique places, because vertices along texture seams are doubled."""
+    low, high = (np.asarray(corner, dtype=float) for corner in run.field.aabb.cpu())
+    diagonal = float(np.linalg.norm(high - low))
+    _, first, copy = np.unique(mesh.positions[0], axis=0, return_index=True, return_inverse=True)
+    with terminal.bar("finding bones", max_bones) as advance:
+        shown = 0
+
+        def count(bones: int, _: float) -> None:
+            nonlocal shown
+            for _step in range(bones - shown):
+                advance()
+            shown = bones
+
+        skin = decompose(mesh.positions[:, first], SKIN_BOUND * diagonal, max_bones, count)
+    terminal.say(
+        f"{skin.num_bones} bones, at most 4 for each vertex; root mean square error of the vertices "
+        f"{skin.rmse / diagonal:.3%} of the box's diagonal ({1000 * skin.rmse:.1f} mm)"
+        + ("" if skin.rmse <= SKIN_BOUND * diagonal else f", above {SKIN_BOUND:.1%}: raise --max-bones")
+    )
+    return skin.taken(copy.ravel())
+
+
+def write_frames(
+    run: FinishedRun,
+    options: Options,
+    folder: Path,
+    file_format: SequenceFormat,
+    usd: Literal["none", "usdc", "usdz"],
+    terminal: "Terminal",
+) -> Written:
+    """A mesh of its own for every frame."""
+    frames = make_frames(run, options, terminal)
+    fps = options.fps or run.views.fps
+    files = [folder / f"frames_{file_format}"]
+    write_sequence(frames, files[0], file_format, fps)
+    if usd != "none":
+        files += write_usd(frames, folder / f"mesh.{usd}", run.name, fps, run.extras)
+    return files, f"{len(frames)} frames at {fps:g} per second, each with its own topology; frame_0000 is the first."
+
+
+def write_point_clouds(
+    run: FinishedRun, options: Options, folder: Path, num_points: int, terminal: "Terminal"
+) -> Written:
+    """A coloured point cloud per frame."""
+    mesh = make_asset(run, options, terminal)
+    with terminal.bar("writing point clouds", mesh.num_frames) as advance:
+        write_cloud_files(sample_points(mesh, num_points), folder / "points", mesh.fps, advance)
+    return [folder / "points"], (
+        f"{mesh.num_frames} clouds of {num_points} points at {mesh.fps:g} frames per second; point i is the same "
+        "place of the surface in all of them."
+    )
+
+
+def write_splats(
+    run: FinishedRun, options: Options, folder: Path, num_splats: int, refine_steps: int, terminal: "Terminal"
+) -> Written:
+    """A Gaussian-splat file per frame."""
+    mesh = make_asset(run, options, terminal)
+    splats = sample_splats(replace(mesh, root=None), num_splats)
+    rasterise = _gsplat(run) if refine_steps else None
+    if rasterise is None:
+        terminal.say("Splats are as sampled from the surface: refining them needs a CUDA device and gsplat.")
+    else:
+        pictures = [*input_pictures(run.views), *generated_pictures(run.views)]
+        with terminal.bar("refining splats", refine_steps) as advance:
+            splats = refine(splats, pictures, refine_steps, rasterise, str(run.field.aabb.device), advance=advance)
+    if mesh.root is not None:
+        splats = replace(splats, positions=splats.positions + mesh.root.translation[:, None])
+    with terminal.bar("writing splats", mesh.num_frames) as advance:
+        write_splat_files(splats, folder / "splats", mesh.fps, advance)
+    return [folder / "splats"], (
+        f"{mesh.num_frames} frames of {num_splats} Gaussians at {mesh.fps:g} per second, +Y up. SuperSplat plays the "
+        "folder as a sequence and turns .ply files by 180 degrees about z: set that rotation to 0."
+    )
+
+
+def _gsplat(run: FinishedRun) -> "object | None":
+    """`gsplat.rasterization` where it can run."""
+    if run.field.aabb.device.type != "cuda":
+        return None
+    try:
+        from gsplat import rasterization
+    except ImportError:
+        return None
+    return rasterization
+
+
+def write_web(run: FinishedRun, options: Options, folder: Path, terminal: "Terminal") -> Written:
+    """The asset and the input video in one page."""
+    import tempfile
+
+    from sv4d_ns.export.web import write_page
+
+    mesh = make_asset(run, options, terminal)
+    page = folder / "index.html"
+    with tempfile.TemporaryDirectory() as scratch:
+        glb = Path(scratch) / GLB_NAME
+        write_animated_glb(mesh, glb, run.name, run.extras)
+        write_page(glb, run.views.input_frames, run.views.plan, mesh.fps, run.name, page)
+    return [page], f"Open {page.absolute().as_uri()} in any browser; it needs no network."

@@ -1,0 +1,223 @@
+"""From a finished run to an asset: surface, motion, colours; each step says what it found."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sv4d_ns.cameras import ViewPlan, look_at_cameras
+from sv4d_ns.export.asset import AnimatedMesh, animated_mesh, with_texture
+from sv4d_ns.export.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
+from sv4d_ns.export.mesh import (
+    AnimatedField,
+    CanonicalMesh,
+    Tracks,
+    canonical_mesh,
+    follow_vertices,
+    frozen,
+    opacity_grid,
+    vertex_normals,
+)
+from sv4d_ns.export.motion import root_motion
+from sv4d_ns.export.registration import refitted
+from sv4d_ns.export.run import FinishedRun
+from sv4d_ns.export.sequence import Still
+from sv4d_ns.export.texture import bake, unwrap
+from sv4d_ns.views import ViewGrid
+
+if TYPE_CHECKING:
+    from sv4d_ns.export.terminal import Terminal
+
+INPUT_TRUST = 3.0
+"""Weight of the input camera against each generated view's when colours are gathered: its pixels are real."""
+FIELD_PICTURE_SIZE = 320
+"""Pixels along the side of the pictures of the field that its colours are taken from (about one voxel each)."""
+FIELD_ELEVATIONS_DEG = (-50.0, 0.0, 50.0)
+"""Rings of cameras, relative to the input view's elevation, of the pictures of the field."""
+FIELD_AZIMUTHS = 6
+"""Cameras on each ring."""
+FULL_WEIGHT = 0.05
+"""Weight from which a texel is what its pictures show: one picture that sees it at 60 degrees."""
+
+TextureSource = Literal["views", "field", "none"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What kind of asset to make."""
+
+    resolution: int = 128
+    max_faces: int | None = 20_000
+    watertight: bool = False
+    texture: TextureSource = "field"
+    texture_size: int = 1024
+    fps: float | None = None
+    restore_root_motion: bool = False
+
+
+def make_asset(run: FinishedRun, options: Options, terminal: "Terminal") -> AnimatedMesh:
+    """The run's object as one mesh of fixed topology, coloured or textured, over all frames."""
+    root = root_motion(run.views.framing, run.views.plan, run.views.num_frames) if options.restore_root_motion else None
+    if options.restore_root_motion and root is None:
+        terminal.say(
+            "The crop stood still over the clip: all motion is in the mesh, there is no root motion to restore."
+        )
+    surface, tracks = moving_surface(run, options, terminal)
+    mesh = colored(run, surface, tracks, options, terminal)
+    return replace(mesh, root=root)
+
+
+def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> tuple[CanonicalMesh, Tracks]:
+    """The canonical mesh and where its vertices are at every frame."""
+    with terminal.bar("sampling the field", options.resolution) as advance:
+        grid = opacity_grid(run.field, options.resolution, run.possible(run.canonical_time), advance)
+    surface = canonical_mesh(grid, options.max_faces, options.watertight)
+    terminal.say(
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
+        f"{surface.dropped_parts} floating parts dropped"
+    )
+    with terminal.bar("following the vertices", run.views.num_frames) as advance:
+        tracks = follow_vertices(run.field, surface, run.views.times, advance)
+    terminal.say(tracks.summary())
+    diagonal = float(np.linalg.norm(grid.high - grid.low))
+    tracks, lines = refitted(tracks, surface, lambda frame: surface_at(run, frame, options.resolution), diagonal)
+    for line in lines:
+        terminal.say(line)
+    return surface, tracks
+
+
+def surface_at(
+    run: FinishedRun, frame: int, resolution: int, max_faces: int | None = None, watertight: bool = False
+) -> tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "f 3"]]:
+    """The field's own surface at a frame, cut and cleaned like the canonical one."""
+    time = float(run.views.times[frame])
+    field: AnimatedField = frozen(run.field, time)
+    mesh = canonical_mesh(opacity_grid(field, resolution, run.possible(time)), max_faces, watertight)
+    return mesh.vertices, mesh.faces
+
+
+# ------------------------------------------------------------------------------------------------------- colours
+
+
+def colored(
+    run: FinishedRun, surface: CanonicalMesh, tracks: Tracks, options: Options, terminal: "Terminal"
+) -> AnimatedMesh:
+    """Vertex colours, confidence and, where asked for, the texture."""
+    faces, count = surface.faces, len(surface.vertices)
+    plain = animated_mesh(
+        tracks.positions, faces, np.zeros((count, 3), np.uint8), np.zeros(count), options.fps or run.views.fps
+    )
+    observed, generated = input_pictures(run.views), generated_pictures(run.views)
+    pictures = [*observed, *generated]
+    if options.texture != "views":
+        with terminal.bar("drawing the field", len(field_cameras(run.views.plan))) as advance:
+            pictures = field_pictures(run, canonical_frame(run), advance)
+
+    def gathered(
+        pictures: Sequence[Picture], points: SurfacePoints, advance: Callable[[], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return gather(pictures, points, plain.positions, plain.normals, faces, advance)
+
+    corners = vertices_as_points(faces, count)
+    with terminal.bar("colouring the vertices", len(observed) + len(generated) + len(pictures)) as advance:
+        sure = confidence(gathered(observed, corners, advance)[1], gathered(generated, corners, advance)[1])
+        color = filled(*gathered(pictures, corners, advance), faces)
+    shares = ", ".join(
+        f"{(sure == value).mean():.0%} {name}" for value, name in ((1, "observed"), (0.5, "generated"), (0, "unseen"))
+    )
+    terminal.say(f"surface seen by the input camera, by generated views only, by none: {shares}")
+    mesh = replace(plain, colors=np.round(color * 255).astype(np.uint8), confidence=sure)
+    if options.texture == "none":
+        return mesh
+    with terminal.bar("unwrapping", 1) as advance:
+        atlas = unwrap(surface.vertices, faces, options.texture_size)
+        advance()
+    with terminal.bar("baking the texture", len(pictures)) as advance:
+        image = bake(atlas, lambda points: gathered(pictures, points, advance), color, FULL_WEIGHT)
+    return with_texture(mesh, atlas, image)
+
+
+def input_pictures(views: ViewGrid) -> list[Picture]:
+    """The frames of the input video."""
+    camera, focal = views.plan.c2w()[0], views.plan.focal_px(1)
+    return [Picture(rgba, camera, focal, frame, INPUT_TRUST) for frame, rgba in enumerate(views.input_frames)]
+
+
+def generated_pictures(views: ViewGrid) -> list[Picture]:
+    """The generated views at every frame."""
+    cameras, focal = views.plan.c2w()[1:], views.plan.focal_px(1)
+    return [
+        Picture(
+            views.novel_views[frame, view],
+            cameras[view],
+            focal,
+            frame,
+            confidence=None if views.confidence is None else views.confidence[frame, view],
+        )
+        for frame in range(views.num_frames)
+        for view in range(views.num_views)
+    ]
+
+
+def canonical_frame(run: FinishedRun) -> int:
+    """The frame whose shape is the canonical one."""
+    return int(np.abs(run.views.times - run.canonical_time).argmin())
+
+
+def field_cameras(plan: ViewPlan) -> Float[np.ndarray, "v 4 4"]:
+    """Cameras on three rings around the object."""
+    azimuths = np.arange(FIELD_AZIMUTHS) * 360.0 / FIELD_AZIMUTHS
+    elevations = np.clip(plan.input_elevation_deg + np.array(FIELD_ELEVATIONS_DEG), -80, 80)
+    return look_at_cameras(np.tile(azimuths, len(elevations)), np.repeat(elevations, FIELD_AZIMUTHS), plan.radius)
+
+
+def field_pictures(run: FinishedRun, frame: int, advance: Callable[[], None] | None = None) -> list[Picture]:
+    """Renderings of the field at a frame from all sides.
+
+    The views constrained the colours of whole rays, not of points: the field's colour at the surface itself is the
+    outermost, least supervised layer's, and 2 to 3 dB worse than what a rendering shows there.
+    """
+    from sv4d_ns.renders import render_rgba
+
+    plan, size, time = run.views.plan, FIELD_PICTURE_SIZE, float(run.views.times[frame])
+    pictures = []
+    for camera in field_cameras(plan):
+        rgba = render_rgba(run.field, run.occupancy, camera, plan.focal_px(size), size, time)
+        pictures.append(Picture(rgba, camera, plan.focal_px(1), frame))
+        if advance is not None:
+            advance()
+    return pictures
+
+
+# --------------------------------------------------------------------------------------------- a mesh for each frame
+
+
+def make_frames(run: FinishedRun, options: Options, terminal: "Terminal") -> list[Still]:
+    """The field's own surface at every frame, coloured by the pictures of that frame (or of the field at it)."""
+    frames = []
+    with terminal.bar("cutting frames", run.views.num_frames) as advance:
+        for frame in range(run.views.num_frames):
+            vertices, faces = surface_at(run, frame, options.resolution, options.max_faces, options.watertight)
+            frames.append(_colored_still(run, frame, vertices, faces, options.texture == "views"))
+            advance()
+    terminal.say(f"{sum(len(frame.faces) for frame in frames)} faces in {len(frames)} frames")
+    return frames
+
+
+def _colored_still(run: FinishedRun, frame: int, vertices: np.ndarray, faces: np.ndarray, from_views: bool) -> Still:
+    """One frame's surface with vertex colours; meshes of different topology cannot share a texture."""
+    normals = vertex_normals(vertices, faces)
+    corners = vertices_as_points(faces, len(vertices))
+
+    def gathered(pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
+        here = [replace(picture, frame=0) for picture in pictures]
+        return gather(here, corners, vertices[None], normals[None], faces)
+
+    observed = [picture for picture in input_pictures(run.views) if picture.frame == frame]
+    generated = [picture for picture in generated_pictures(run.views) if picture.frame == frame]
+    pictures = [*observed, *generated] if from_views else field_pictures(run, frame)
+    color = filled(*gathered(pictures), faces)
+    sure = confidence(gathered(observed)[1], gathered(generated)[1])
+    return Still(vertices, faces, normals, np.round(color * 255).astype(np.uint8), sure)
