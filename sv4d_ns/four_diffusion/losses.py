@@ -70,16 +70,10 @@ def opaque(opacity: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     return functional.binary_cross_entropy(clamped, clamped)
 
 
-def z_variance(
-    weights: Float[Tensor, " m"],
-    distances: Float[Tensor, " m"],
-    rays: Int[Tensor, " m"],
-    opacity: Float[Tensor, " n"],
-) -> Float[Tensor, ""]:
-    """HiFA's variance of depth along each ray (Zhu and Zhuang 2024), over rays that are at least half opaque."""
-    variance = depth_variance(weights, distances, rays, len(opacity))
-    solid = opacity > 0.5
-    return variance[solid].mean() if bool(solid.any()) else variance.sum() * 0
+def z_variance(variance: Float[Tensor, " n"], opacity: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """HiFA's penalty (Zhu and Zhuang 2024): mean `depth_variance` of the rays that are at least half opaque."""
+    solid = (opacity > 0.5).to(variance)
+    return (variance * solid).sum() / solid.sum().clamp(min=1)
 
 
 def depth_variance(

@@ -85,7 +85,7 @@ def test_rendering(name):
     folder.assert_within(orientation, recorded["loss.orient"], 1e-5)
     folder.assert_within(losses.sparsity(opacity), recorded["loss.sparsity"], 1e-5)
     folder.assert_within(losses.opaque(opacity), recorded["loss.opaque"], 1e-5)
-    folder.assert_within(losses.z_variance(weights, middle, rays, opacity), recorded["loss.z_variance"], 1e-5)
+    folder.assert_within(losses.z_variance(variance, opacity), recorded["loss.z_variance"], 1e-5)
 
 
 OCCUPANCY = "occupancy.safetensors"
