@@ -65,9 +65,10 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     `matting`)."""
     frame_ratio: float = 0.9
     """Share of the square crop that the object's larger side fills, over all frames (SV4D's image_frame_ratio)."""
-    crop: Literal["fixed", "released"] = "fixed"
-    """The square shown to the model: fixed is centred on the object; released is the released script's, around the
-    middle of the picture."""
+    crop: Literal["fixed", "stabilised", "released"] = "fixed"
+    """The square shown to the model: fixed is centred on the object over all frames; stabilised follows an object that
+    travels (ns-export's --root-motion gives the travel back); released is the released script's, around the middle of
+    the picture."""
     input_size: int = 256
     """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
     synthesis: Literal["auto", "embedded", "official"] = "auto"
@@ -294,7 +295,7 @@ class SV4DDataManager(VanillaDataManager):
         from sv4d_ns.views import ViewGrid
 
         video = read_video(self.config)
-        for message in video.messages:
+        for message in (*video.messages, *(finding.sentence for finding in video.findings)):
             CONSOLE.print(message)
         plan = view_plan(self.config) or self.synthesizer.default_plan()
         say_expected_time(len(video.frames), plan.num_views, self.config.expected_steps, str(self.device))

@@ -599,6 +599,14 @@ def test_the_doctor_finds_what_spoils_a_clip():
     assert _names(blurred) == ["blur"]
 
 
+def test_an_object_that_travels_is_told_of_the_crop_that_follows_it():
+    exact = ball(frames=6, width=400, height=200, radius=80.0)
+    assert _names(exact) == []
+    far = ball(frames=6, width=900, height=200, radius=50.0)
+    clip = clip_of(far)
+    assert [finding.name for finding in examine(clip, segment(clip))] == ["travel"]
+
+
 def test_a_moving_camera_shows_in_the_background():
     scenery = ndimage.gaussian_filter(np.random.default_rng(0).uniform(0, 255, (220, 400, 3)), (4, 4, 0)) * 3 % 255
     exact = ball(frames=6, width=300, height=220, radius=60.0)
@@ -673,7 +681,20 @@ def test_load_object_video(rolling):
     video = load_object_video(rolling, size=40, max_frames=4)
     assert video.frames.shape == (4, 40, 40, 4) and video.source == str(rolling)
     assert video.fps == pytest.approx(10 * 3 / 7, rel=0.01) and 0.9 < video.confidence <= 1
-    assert [message.split()[0] for message in video.messages] == ["Kept", "A", "The"]
-    assert "only 49 pixels large" in video.messages[2]
+    assert [message.split()[0] for message in video.messages] == ["Kept", "A"]
+    assert [finding.name for finding in video.findings] == ["resolution"]
+    assert "only 49 pixels large" in video.findings[0].sentence
     columns = np.flatnonzero((video.frames[..., 3] >= 128).any(axis=(0, 1)))
     assert columns[-1] - columns[0] + 1 == pytest.approx(0.9 * 40, abs=1.5)
+
+
+def test_the_doctor_reports(tmp_path, rolling, capsys):
+    from sv4d_ns.cli import main
+
+    assert main(["doctor", str(rolling), "--max-frames", "4", "--picture", str(tmp_path / "sheet.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("rolling.mp4: 4 frames at 4.28571 per second.")
+    assert any("only 4" in line and line.startswith("- The object is only") for line in lines)
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 256, 256)
+    with pytest.raises(SystemExit, match=r"Error: .*nothing.mp4 does not exist"):
+        main(["doctor", str(tmp_path / "nothing.mp4")])

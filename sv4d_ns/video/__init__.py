@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sv4d_ns.video.clip import Clip, Region, choose_frames, open_film, read_clip, take
-from sv4d_ns.video.doctor import examine
+from sv4d_ns.video.doctor import Finding, examine
 from sv4d_ns.video.foreground import Foreground, segment
 from sv4d_ns.video.framing import (
     FRAME_RATIO,
@@ -20,6 +20,7 @@ from sv4d_ns.video.framing import (
     union_box,
 )
 from sv4d_ns.video.matting import load_matting, read_masks
+from sv4d_ns.video.stabilised import StabilisedFraming, stabilised_framing
 
 __all__ = [
     "Clip",
@@ -27,6 +28,7 @@ __all__ = [
     "Foreground",
     "Framing",
     "ObjectVideo",
+    "StabilisedFraming",
     "fixed_framing",
     "load_object_video",
     "read_clip",
@@ -42,12 +44,14 @@ class ObjectVideo:
     frames: UInt8[np.ndarray, "t size size 4"]
     """sRGB, straight alpha."""
     fps: float
-    framing: Framing
-    """The square of the source video the frames show."""
+    framing: Framing | StabilisedFraming
+    """The square of the source video the frames show, or one for each frame."""
     confidence: float
     """0 to 1: how sure the separation of object and background is."""
     messages: tuple[str, ...]
-    """What was decided on the way and what the user may want to change, a sentence each."""
+    """What was decided on the way, a sentence each."""
+    findings: tuple[Finding, ...]
+    """What may spoil the result."""
     source: str
     """The path of the video."""
 
@@ -88,29 +92,31 @@ def load_object_video(
 
     clip, foreground = cut_out(None, None)
     findings = examine(clip, foreground)
+    framing: Framing | StabilisedFraming
     if crop is CropRule.RELEASED:  # its square is around the middle of the whole picture
         framing, pictures = released_framing(foreground.frames, size, frame_ratio)
     else:
-        closer = _closer_look(clip, foreground, size, frame_ratio)
+        frame = stabilised_framing if crop is CropRule.STABILISED else fixed_framing
+        closer = _closer_look(clip, foreground, frame(foreground.alpha, size, frame_ratio))
         if closer is not None:
             clip, foreground = cut_out(closer, foreground)
-        framing, pictures = fixed_framing(foreground.alpha, size, frame_ratio), foreground.frames
-    messages = (*clip.messages, *foreground.messages, *(finding.sentence for finding in findings))
+        framing, pictures = frame(foreground.alpha, size, frame_ratio), foreground.frames
     return ObjectVideo(
         framing.apply(pictures),
         clip.fps,
         framing.in_source(clip.region),
         foreground.confidence,
-        messages,
+        (*clip.messages, *foreground.messages),
+        tuple(findings),
         clip.source,
     )
 
 
-def _closer_look(clip: Clip, foreground: Foreground, size: int, frame_ratio: float) -> Region | None:
+def _closer_look(clip: Clip, foreground: Foreground, framing: Framing | StabilisedFraming) -> Region | None:
     """The part of a scaled-down clip to read again, because the crop would show it smaller than it was filmed."""
     region, scale = clip.region, clip.region.scale
-    side = fixed_framing(foreground.alpha, size, frame_ratio).side / scale
-    wanted = min(1.0, size / side)
+    side = (framing.squares[0] if isinstance(framing, StabilisedFraming) else framing).side / scale
+    wanted = min(1.0, framing.size / side)
     if scale >= wanted:
         return None
     margin = 0.1 * side  # the background's pixels around the object, which the cut-out needs

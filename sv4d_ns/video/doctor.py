@@ -26,6 +26,8 @@ STILL_CHANGE = 1.0
 """Mean change of the object's pixels (levels of 255) from its first frame below which nothing moves."""
 LARGE_STEP = 0.35
 """Overlap (IoU) of the outlines of neighbouring frames below which the motion is too fast to follow."""
+TRAVEL_SHARE = 0.45
+"""An object smaller than this share of the square around its whole way travels through the picture."""
 SMALL_OBJECT = 96
 """An object with fewer source pixels along its longer side gives a coarse result."""
 WORK_SIZE = 256
@@ -200,6 +202,24 @@ def _resolution(case: _Case) -> Iterator[str]:
         )
 
 
+def _travel(case: _Case) -> Iterator[str]:
+    if not case.solid.any():
+        return
+    boxes = np.array([_extent(mask) for mask in case.solid if mask.any()])
+    alone, together = np.ptp(boxes.reshape(-1, 2, 2), axis=1).max(), np.ptp(boxes.reshape(-1, 2), axis=0).max()
+    if alone < TRAVEL_SHARE * together:
+        yield (
+            f"The object travels: it fills only {alone / together:.0%} of the square that holds its whole way, and is "
+            "shown that small; ask for the crop that follows it (--pipeline.datamanager.crop stabilised)."
+        )
+
+
+def _extent(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return columns[0], rows[0], columns[-1], rows[-1]
+
+
 CHECKS: dict[str, Callable[[_Case], Iterator[str]]] = {
     "border": _border,
     "absent": _absent,
@@ -207,6 +227,7 @@ CHECKS: dict[str, Callable[[_Case], Iterator[str]]] = {
     "camera motion": _camera,
     "blur": _blur,
     "motion": _motion,
+    "travel": _travel,
     "resolution": _resolution,
 }
 """Name of a finding: how it is made; a check yields nothing where all is well."""

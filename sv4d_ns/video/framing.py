@@ -25,9 +25,11 @@ class CropRule(str, Enum):
     FIXED: centred on the object's box over all frames, whose longer side fills the frame ratio (`fixed_framing`).
     RELEASED: the square of the released script, around the middle of the picture (`released_framing`): an object off
         centre stays off centre and becomes smaller, and in video that is not square it may be cut.
+    STABILISED: one square a frame, which follows an object that travels through the picture (`stabilised_framing`).
     """
 
     FIXED = "fixed"
+    STABILISED = "stabilised"
     RELEASED = "released"
 
 
@@ -96,7 +98,7 @@ class Framing:
         try:
             framing = cls(**values)
             usable = bool(np.isfinite(list(values.values())).all()) and framing.side > 0 and framing.size > 0
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"The framing cannot be read ({error}): write it with Framing.to_dict.") from error
         if not usable:
             raise InputError("The framing holds numbers no crop can have: write it with Framing.to_dict.")
@@ -138,7 +140,7 @@ def fixed_framing(alpha: UInt8[np.ndarray, "t h w"], size: int, frame_ratio: flo
     Raises:
         InputError: nothing is visible, or the ratio is out of range.
     """
-    _check_ratio(frame_ratio)
+    check_ratio(frame_ratio)
     left, top, right, bottom = union_box(alpha >= VISIBLE_ALPHA)
     height, width = alpha.shape[1:]
     side = max(right - left, bottom - top) / frame_ratio
@@ -158,7 +160,7 @@ class _ReleasedSquare:
 
 def _released_square(visible: Bool[np.ndarray, "t h w"], frame_ratio: float | None) -> _ReleasedSquare:
     if frame_ratio is not None:
-        _check_ratio(frame_ratio)
+        check_ratio(frame_ratio)
     left, top, right, bottom = union_box(visible)
     half_height, half_width = visible.shape[1] // 2, visible.shape[2] // 2
     # the script takes half the height for x and half the width for y
@@ -227,13 +229,14 @@ def released_preprocess(
     return ((levels[..., :3] * levels[..., 3:] + (1 - levels[..., 3:])) * 255).astype(np.uint8)
 
 
-def _check_ratio(frame_ratio: float) -> None:
+def check_ratio(frame_ratio: float) -> None:
+    """Raises `InputError` for a share of the frame no object can fill."""
     if not 0 < frame_ratio <= 1:
         raise InputError(f"The object cannot fill {frame_ratio:g} of the frame: give a share above 0 and at most 1.")
 
 
 def union_box(visible: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom (exclusive) of everything visible in any frame."""
+    """Left, top, right, bottom (exclusive) of everything visible in any frame; raises `InputError` if nothing is."""
     union: np.ndarray = np.any(visible, axis=0)
     if not union.any():
         raise InputError("No frame shows a visible object: there is nothing to frame.")
