@@ -71,8 +71,15 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     the picture."""
     input_size: int = 256
     """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
-    synthesis: Literal["auto", "embedded", "official"] = "auto"
-    """The model that makes the views: auto takes the official weights on CUDA and the embedded ones on a CPU."""
+    synthesis: Literal["auto", "embedded", "official", "fourdm"] = "auto"
+    """The model that makes the views: auto takes the official weights on CUDA and the embedded ones on a CPU; fourdm
+    is 4Diffusion's."""
+    fourdm_checkpoint: Path | None = None
+    """4Diffusion's 4dm.ckpt, for fourdm."""
+    imagedream: str = "ashawkey/imagedream-ipmv-diffusers"
+    """Repository or folder of ImageDream's weights and encoders, for fourdm."""
+    prompt: str = ""
+    """What the video shows, for fourdm; may be left empty."""
     synthesis_steps: int | None = None
     """Denoising steps of that model; None takes its own default."""
     view_azimuths: tuple[float, ...] | None = None
@@ -248,10 +255,22 @@ class SV4DDataManager(VanillaDataManager):
     @cached_property
     def synthesizer(self) -> "ViewSynthesizer":
         """The diffusion model; loaded when it is first needed, which is never outside training."""
+        assert self.test_mode == "val", "views are generated in training only"
+        synthesizer, sentence = self._load_synthesizer()
+        CONSOLE.print(sentence)
+        return synthesizer
+
+    def _load_synthesizer(self) -> tuple["ViewSynthesizer", str]:
         from sv4d_ns.synthesis import load_synthesizer
 
-        assert self.test_mode == "val", "views are generated in training only"
-        synthesizer, sentence = load_synthesizer(
+        if self.config.synthesis == "fourdm":
+            from sv4d_ns.four_diffusion.synthesizer import load_fourdm_synthesizer
+
+            c = self.config
+            return load_fourdm_synthesizer(
+                c.fourdm_checkpoint, c.imagedream, c.prompt, str(self.device), c.synthesis_steps
+            )
+        return load_synthesizer(
             self.config.synthesis,
             str(self.device),
             num_inference_steps=self.config.synthesis_steps,
@@ -263,8 +282,6 @@ class SV4DDataManager(VanillaDataManager):
                 "camera_attention": self.config.camera_attention,
             },
         )
-        CONSOLE.print(sentence)
-        return synthesizer
 
     def _open_grid(self) -> tuple["ViewGrid", Path]:
         from sv4d_ns.views import ViewGrid
@@ -312,7 +329,7 @@ class SV4DDataManager(VanillaDataManager):
             input_frames=video.frames,
             novel_views=views.images,
             confidence=views.confidence,
-            plan=plan,
+            plan=views.plan or plan,
             fps=video.fps,
             framing=video.framing.to_dict(),
             provenance={

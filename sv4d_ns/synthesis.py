@@ -83,6 +83,8 @@ class Views:
     """How sure the model was of each pixel, 0..255."""
     drift: tuple[BoundaryDrift, ...] = ()
     """How far windows disagree about the frames both made, a boundary each."""
+    plan: ViewPlan | None = None
+    """Their cameras, from a model that knows them only afterwards; None for those that were asked for."""
 
 
 def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
