@@ -62,6 +62,8 @@ class ObjectiveConfig:
 
     total_steps: int
     """Length of the run; the schedule of the reference's 35,000 steps is passed in as many."""
+    first_step: int = 0
+    """Step of the reference's run at which the schedule starts."""
     frames_per_step: int | None = None
     """Consecutive frames of a step; None takes the model's window."""
     seed: int = 0
@@ -98,7 +100,7 @@ class Objective:
 
     def terms(self, step: int) -> dict[str, Float[Tensor, ""]]:
         """Every weighted term that is switched on at a step; their sum is what the step minimises."""
-        place = reference_step(step, self.config.total_steps)
+        place = reference_step(step, self.config.total_steps, self.config.first_step)
         weights = self.config.weights.at(place)
         rng = sampling.generator(self.config.seed, step, 10)
         terms: dict[str, Tensor] = {}

@@ -115,7 +115,7 @@ class FourDMPrior:
         noise_step: int,
         generator: torch.Generator,
     ) -> Float[Tensor, "fv d i j"]:
-        """x0 with guidance 5 and a fifth of its contrast taken back (spec'd by `guidance`)."""
+        """x0 with guidance 5 and a fifth of the added contrast taken back (see `guidance`)."""
         from sv4d_ns.diffusion.fourdm.pipeline import view_cameras
 
         latents = latents.detach()
@@ -129,8 +129,9 @@ class FourDMPrior:
         )
 
 
-class EmbeddedPrior:
-    """The shipped SV4D model in 4DM's place: joint views and frames of a video, cameras relative to the input's.
+class SV4DPrior:
+    """An SV4D model (the shipped one) in 4DM's place: joint views and frames of a video, cameras relative to the
+    input's.
 
     It was trained without guidance and for the noise process x + sigma n, whose sigma is read off 4DM's schedule at
     the same ratio of signal and noise.

@@ -59,9 +59,9 @@ RENDER_SIZES = ((0, 64), (5000, 192), (10_000, 256))
 """(first step, pixels a side) of the renders."""
 
 
-def reference_step(step: int, total_steps: int) -> float:
-    """Where a step of a run of `total_steps` is in the reference's run."""
-    return step * REFERENCE_STEPS / total_steps
+def reference_step(step: int, total_steps: int, first: int = 0) -> float:
+    """Where a step of a run of `total_steps` is in the reference's run, of which it makes the part after `first`."""
+    return first + step * (REFERENCE_STEPS - first) / total_steps
 
 
 def noise_range(step: float) -> tuple[int, int]:

@@ -1,0 +1,125 @@
+"""The nerfstudio model of 4Diffusion: the space-time field and its empty-space grid.
+
+Only configuration is imported at the top; nerfstudio imports this file for every ns-* command.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.models.base_model import Model
+from torch import Tensor
+
+from sv4d_ns.model import SV4DModel, SV4DModelConfig
+
+if TYPE_CHECKING:
+    from sv4d_ns.sampling import Window
+    from sv4d_ns.views import ViewGrid
+
+
+@dataclass
+class FourDiffusionModelConfig(SV4DModelConfig):
+    """The field, what bounds it, and how it is rendered in training."""
+
+    _target: type = field(default_factory=lambda: FourDiffusionModel)
+    prompt: str | None = None
+    """What the video shows, for 4DM; may be left out. `--prompt` is short for it."""
+    field_size: Literal["auto", "small", "reference"] = "auto"
+    """Hash grids of 8 levels to resolution 128 (small, for a CPU) or 16 levels to 4096 (reference, 28 million
+    parameters); auto takes the one for the device."""
+    occupancy: Literal["per_frame", "shared"] = "per_frame"
+    """Empty-space grid: one for each frame, which leaves less to evaluate, or the reference's one for all times."""
+    carve: bool = True
+    """Bound the object by the visual hull of the views' silhouettes (not in the reference; per_frame only)."""
+    train_samples: int = 256
+    """Steps along the box's diagonal in training; only those in occupied space are evaluated."""
+    chunk_rays: int = 1 << 17
+    """Rays whose intermediate results are kept at once; more are rendered a second time when gradients arrive."""
+    orientation_samples: int = 4096
+    """Samples of a chunk at which normals are taken for the orientation loss."""
+
+
+class FourDiffusionModel(SV4DModel):
+    """Renders the space-time field."""
+
+    config: FourDiffusionModelConfig
+    field: Any  # a SpaceTimeField, where SV4DModel has a DeformableField
+    occupancy: Any
+
+    def populate_modules(self) -> None:
+        """Make the field and its empty-space grid."""
+        from sv4d_ns.cameras import OBJECT_BOX
+        from sv4d_ns.fields.space_time import SpaceTimeField
+        from sv4d_ns.four_diffusion.occupancy import SharedOccupancyGrid
+        from sv4d_ns.occupancy import OccupancyGrid
+
+        Model.populate_modules(self)
+        torch.set_flush_denormal(True)
+        self.num_frames: int = self.kwargs["metadata"]["num_frames"]
+        self.canonical_frame: int = self.kwargs["metadata"]["canonical_frame"]
+        small = self.config.field_size == "small" or (
+            self.config.field_size == "auto" and not str(self.kwargs.get("device", "cpu")).startswith("cuda")
+        )
+        self.field = SpaceTimeField(field_config(small))
+        self.occupancy = (
+            OccupancyGrid(self.num_frames)
+            if self.config.occupancy == "per_frame"
+            else SharedOccupancyGrid(half_extent=OBJECT_BOX)
+        )
+        self._pictures_without_time = 0
+
+    def frame_window(self, step: int) -> "Window":
+        """All frames."""
+        from sv4d_ns.sampling import Window
+
+        return Window(0, self.num_frames - 1)
+
+    def update_to_step(self, step: int) -> None:
+        """Nothing of the field depends on the step."""
+
+    def _before_step(self, step: int) -> None:
+        if self.config.occupancy == "shared":
+            self.occupancy.refresh(self.field, step)
+        elif step % self.config.occupancy_every == 0:
+            self.occupancy.update(self.field, step // self.config.occupancy_every % self.num_frames)
+
+    def carve(self, grid: "ViewGrid") -> None:
+        """Bound the object by the silhouettes of a grid; those of an input whose camera is a guess do not count."""
+        from sv4d_ns.fitting import hull_views, train_views
+        from sv4d_ns.four_diffusion.anchor import KNOWN_POSE
+
+        if self.config.occupancy == "shared" or not self.config.carve:
+            return
+        views = train_views(grid, self.device)
+        self.occupancy.carve(hull_views(views if grid.provenance.get(KNOWN_POSE, True) else views[1:]))
+
+    def get_outputs(self, ray_bundle: RayBundle | Cameras) -> dict[str, Any]:
+        """Render rays on white: rgb, accumulation, depth (world units) and normals in [0, 1]."""
+        outputs = super().get_outputs(ray_bundle)
+        outputs.pop("motion", None)  # the field does not say which point goes where
+        return outputs
+
+    def get_loss_dict(
+        self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The losses are the pipeline's (`objective.Objective`): they need whole pictures."""
+        raise NotImplementedError("the pipeline makes the losses of 4diffusion")
+
+
+def field_config(small: bool) -> Any:
+    """`SpaceTimeFieldConfig` for this package's world: the object's box, the density blob of the reference's frame."""
+    from dataclasses import replace
+
+    from sv4d_ns.cameras import OBJECT_BOX
+    from sv4d_ns.fields.space_time import SpaceTimeFieldConfig
+    from sv4d_ns.four_diffusion.cameras import WORLD_SCALE
+
+    reference = SpaceTimeFieldConfig().scaled(WORLD_SCALE)
+    config = replace(reference, half_extent=OBJECT_BOX)
+    if small:
+        config = replace(
+            config, levels=8, log2_table_size=16, base_resolution=8, growth=(128 / 8) ** (1 / 7), hidden_width=32
+        )
+    return config
