@@ -42,6 +42,10 @@ COLUMNS = {
     "unused_psnr": ("PSNR unused, dB", "{:.2f}"),
     "unused_iou": ("IoU unused", "{:.3f}"),
     "input_psnr": ("PSNR input, dB", "{:.2f}"),
+    "lpips_alex": ("LPIPS unused", "{:.3f}"),
+    "dssim_box": ("D-SSIM box unused", "{:.4f}"),
+    "fvd_4d": ("FV4D", "{:.1f}"),
+    "rfd_4d": ("RFD-4D", "{:.4f}"),
     "chamfer": ("Chamfer", "{:.4f}"),
     "chamfer_floor": ("(floor)", "{:.4f}"),
     "f_score@0.01": ("F@0.01", "{:.3f}"),
@@ -49,6 +53,8 @@ COLUMNS = {
     "normal_consistency": ("normals", "{:.3f}"),
     "track": ("track", "{:.4f}"),
     "track_if_static": ("(static)", "{:.4f}"),
+    "aligned_chamfer": ("Chamfer aligned", "{:.4f}"),
+    "aligned_track": ("track aligned", "{:.4f}"),
     "steps": ("steps", "{:.0f}"),
     "train_s": ("train, s", "{:.0f}"),
     "cpu_s": ("CPU, s", "{:.0f}"),
@@ -80,6 +86,8 @@ class Quality:
     """Role of the true novel views the field is fitted to."""
     train_args: str = ""
     """More flags for ns-train, in one string, for ablations."""
+    align: bool = False
+    """Also give geometry after the similarity that fits the truth best; never instead of the plain figures."""
     redo: bool = False
     """Fit again what is finished."""
 
@@ -253,62 +261,64 @@ def _threads() -> int:
 
 
 def judge(folder: Path, config: Path, place: Path, settings: Quality) -> dict[str, Any]:
-    """Pictures and geometry of a finished run against its case: all views but those the field was fitted to."""
-    from sv4d_ns.evaluation.alignment import check_source_size, run_to_source, whole_picture
+    """Pictures and geometry of a finished run against its case: all views but those the field was fitted to.
+
+    LPIPS and FV4D are given where their networks are on this machine; D-SSIM in the object's box and RFD-4D (random
+    features, sv4d_ns/evaluation/backbones.py) always are, and stand in for them.
+    """
+    from sv4d_ns.evaluation.candidates import render_views, similarity_to
     from sv4d_ns.evaluation.cases import INPUT_ROLE, Case
     from sv4d_ns.evaluation.geometry import evaluate_geometry
+    from sv4d_ns.evaluation.protocols import PROTOCOLS
+    from sv4d_ns.evaluation.scores import load_backbones, pair_figures, video_figures
     from sv4d_ns.export.cli import load_run
-    from sv4d_ns.video.framing import Framing
+    from sv4d_ns.progress import bar
 
     started = time.monotonic()
     case, run = Case.load(folder), load_run(config)
-    grid = run.views
-    framing = whole_picture(case.size) if grid.framing is None else Framing.from_dict(grid.framing)
-    check_source_size(framing, case.size, str(folder))
-    to_source = run_to_source(framing, grid.plan, case.input_view.c2w, case.focal_px, case.radius)
+    to_source = similarity_to(run.views, case)
+    used = {settings.fit_role} if settings.views == "truth" else set()
+    views = [view for view in case.views if INPUT_ROLE in view.roles or not view.roles & used]
+    with bar(f"Judging {case.name}") as progress:
+        pictures = render_views(run, case, views, to_source, settings.size, progress)
+    assert pictures.truth is not None
+    save_sheets(pictures, place / "pictures")
+    backbones = load_backbones(PROTOCOLS["benchmark"])
     groups: dict[str, list[dict[str, float]]] = {}
-    for view in case.views:
-        is_input = INPUT_ROLE in view.roles
-        if settings.views == "truth" and settings.fit_role in view.roles and not is_input:
-            continue
-        figures = judge_view(case, view, run, to_source, settings.size, place)
-        for name in [INPUT_ROLE] if is_input else [*sorted(view.roles), "unused"]:
-            groups.setdefault(name, []).append(figures)
+    for index, view in enumerate(views):
+        figures = pair_figures(pictures.made[:, index], pictures.truth[:, index], backbones)
+        means = {name: float(values.mean()) for name, values in figures.items()}
+        for group in [INPUT_ROLE] if INPUT_ROLE in view.roles else [*sorted(view.roles), "unused"]:
+            groups.setdefault(group, []).append(means)
     result: dict[str, Any] = {
         f"{group}_{name}": float(np.mean([view[name] for view in members]))
         for group, members in groups.items()
         for name in members[0]
     }
+    for name in ("lpips_alex", "dssim_box"):
+        if f"unused_{name}" in result:
+            result[name] = result[f"unused_{name}"]
+    unused = [index for index, view in enumerate(views) if INPUT_ROLE not in view.roles]
+    if unused:
+        videos = video_figures([pictures.columns(unused)], backbones, PROTOCOLS["benchmark"])
+        result |= {name: estimate.value for name, estimate in videos.items()}
     truth = case.geometry()
     if truth is not None:
-        result |= evaluate_geometry(run.field, run.occupancy, truth, grid.times, to_source)
-    result["canonical_time"] = float(run.field.config.canonical_time)  # type: ignore[attr-defined]
-    result["judge_s"] = time.monotonic() - started
-    return result
+        result |= evaluate_geometry(run.field, run.occupancy, truth, run.views.times, to_source, align=settings.align)
+    return {**result, "left_out": backbones.missing, "judge_s": time.monotonic() - started}
 
 
-def judge_view(case: Any, view: Any, run: Any, to_source: Any, size: int, place: Path) -> dict[str, float]:
-    """Mean figures of a view over time; the pictures are kept as a contact sheet."""
+def save_sheets(pictures: Any, folder: Path) -> None:
+    """One picture a view: truth above, field below, some moments."""
     from PIL import Image
 
-    from sv4d_ns.evaluation.images import on_white, psnr, silhouette_iou, ssim
-    from sv4d_ns.renders import render_rgba
     from sv4d_ns.views import over_white
 
-    truth = case.frames(view, size)
-    camera, focal = to_source.inverse().camera(view.c2w), case.focal_px * size / case.size
-    made = np.stack([render_rgba(run.field, run.occupancy, camera, focal, size, float(t)) for t in case.times])
-    shown = np.unique(np.linspace(0, len(truth) - 1, 6).round().astype(int))
-    rows = [np.concatenate(list(over_white(frames[shown])), axis=1) for frames in (truth, made)]
-    sheets = place / "pictures"
-    sheets.mkdir(exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(sheets / f"{view.name}.png")
-    a, b = on_white(made), on_white(truth)
-    return {
-        "psnr": float(psnr(a, b).mean()),
-        "ssim": float(ssim(a, b).mean()),
-        "iou": float(silhouette_iou(made[..., 3], truth[..., 3]).mean()),
-    }
+    folder.mkdir(exist_ok=True)
+    shown = np.unique(np.linspace(0, len(pictures.times) - 1, 6).round().astype(int))
+    for view, name in enumerate(pictures.view_names):
+        rows = [np.concatenate(list(over_white(rgba[shown, view])), axis=1) for rgba in (pictures.truth, pictures.made)]
+        Image.fromarray(np.concatenate(rows)).save(folder / f"{name}.png")
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from sv4d_ns.cameras import look_at_cameras
 from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation import backbones, geometry, images, videos
+from sv4d_ns.evaluation.alignment import Similarity
 from sv4d_ns.evaluation.consistency import flicker, hull_agreement
 from sv4d_ns.evaluation.frechet import bootstrap, frechet_distance, frechet_with_interval, mean_with_interval
 
@@ -244,7 +245,7 @@ def ball(radius: float, count: int, seed: int) -> geometry.Surface:
 
 
 def test_distances_of_concentric_balls() -> None:
-    result = geometry.chamfer_and_friends(ball(0.33, 20_000, 0), ball(0.3, 4096, 1))
+    result = geometry.chamfer_and_friends(ball(0.33, 20_000, 0), ball(0.3, 20_000, 1))
     assert result["completeness"] == pytest.approx(0.03, rel=0.05)
     assert result["accuracy"] == pytest.approx(0.03, rel=0.05)
     assert result["chamfer"] == pytest.approx(0.5 * (result["accuracy"] + result["completeness"]))
@@ -272,6 +273,22 @@ def test_surface_distances_agree_with_all_pairs() -> None:
     assert result["normal_consistency"] == pytest.approx(0.5 * (to_a + to_b))
 
 
+def test_a_known_similarity_is_found_again() -> None:
+    rng = np.random.default_rng(5)
+    direction = ball(1.0, 3000, 6).points
+    shape = direction * [0.4, 0.25, 0.1] + 0.1 * direction[:, :1] ** 2 * [0.0, 0.5, 1.0]  # no two sides alike
+    turn = np.deg2rad(8.0)
+    rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1.0]])
+    true = Similarity(1.1, rotation, np.array([0.03, -0.02, 0.01]))
+    exact = geometry.umeyama(shape, true.points(shape))
+    assert exact.scale == pytest.approx(1.1) and exact.rotation == pytest.approx(rotation)
+    made = geometry.Surface(shape, direction)
+    shuffled = geometry.Surface(true.points(shape)[rng.permutation(len(shape))], direction)
+    found = geometry.fitted_similarity([made, made], [shuffled, shuffled])
+    assert found.scale == pytest.approx(1.1, abs=0.01) and found.rotation == pytest.approx(rotation, abs=0.02)
+    assert found.points(shape) == pytest.approx(true.points(shape), abs=0.01)
+
+
 class StretchingField:
     """A ball of radius 0.3 around a centre that moves and breathes: canonical = (x - shift t) / (1 + t / 2)."""
 
@@ -286,7 +303,7 @@ class StretchingField:
         return self.canonical(x, t) - x
 
     def density(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return 150 * torch.sigmoid((0.3 - self.canonical(x, t).norm(dim=-1)) / 0.004)
+        return 150 * torch.sigmoid((0.3 - self.canonical(x, t).norm(dim=-1)) / 0.001)
 
     def moved(self, canonical: np.ndarray, t: float) -> np.ndarray:
         return canonical * (1 + 0.3 * t) + self.shift.numpy() * t
@@ -313,7 +330,8 @@ def test_surface_and_tracks_of_a_field_with_known_motion() -> None:
     )
     surface = geometry.surface_at(field, Everywhere(), 1.0, resolution=64)  # type: ignore[arg-type]
     centred = surface.points - field.shift.numpy()
-    assert np.linalg.norm(centred, axis=-1).mean() == pytest.approx(0.39, abs=0.006)
+    # within half a cell of 0.018
+    assert np.linalg.norm(centred, axis=-1).mean() == pytest.approx(0.39, abs=0.009)
     assert (videos.unit(centred) * surface.normals).sum(-1).mean() > 0.98
 
 

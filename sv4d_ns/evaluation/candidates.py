@@ -1,11 +1,12 @@
 """What is judged: finished runs, saved view grids, or folders of pictures, each seen through the cameras of a truth."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation.alignment import Similarity, check_source_size, run_to_source, whole_picture
@@ -101,36 +102,53 @@ def novel_views(case: Case) -> tuple[CaseView, ...]:
 
 def _open_run(folder: Path, case: Case | None, size: int | None, progress: Progress) -> Opened:
     from sv4d_ns.export.cli import load_run
-    from sv4d_ns.renders import render_rgba
 
     run = load_run(folder / CONFIG_FILE)
     grid = run.views
     facts = {"kind": "run", "path": str(folder), **_run_facts(folder), "grid": grid.content_id}
     facts["provenance"] = grid.provenance
-    if case is None:
-        size = size or grid.novel_views.shape[2]
-        cameras, focal, times = grid.plan.c2w()[1:], grid.plan.focal_px(size), grid.times
-        names, azimuths, elevations = _plan_views(grid)
-        to_source = None
-    else:
-        size = size or case.size
+    if case is not None:
         to_source = similarity_to(grid, case)
-        views = novel_views(case)
-        cameras = np.stack([to_source.inverse().camera(view.c2w) for view in views])
-        focal, times = case.focal_px * size / case.size, case.times
-        names, azimuths, elevations = _case_views(case, views)
+        pictures = render_views(run, case, novel_views(case), to_source, size or case.size, progress)
+        return Opened(pictures, facts, (), run, to_source)
+    size = size or grid.novel_views.shape[2]
+    cameras, focal = grid.plan.c2w()[1:], grid.plan.focal_px(size)
+    made = _rendered(run, cameras, focal, size, grid.times, progress)
+    return Opened(Pictures(run.name, made, None, *_plan_views(grid), grid.times, cameras, focal), facts, (), run)
+
+
+def render_views(
+    run: Any, case: Case, views: Sequence[CaseView], to_source: Similarity, size: int, progress: Progress
+) -> Pictures:
+    """A run's field seen by cameras of its case, beside the truth.
+
+    Args:
+        run: an `export.cli.FinishedRun`.
+        to_source: from the run's world to the case's (`similarity_to`).
+    """
+    cameras = np.stack([to_source.inverse().camera(view.c2w) for view in views])
+    focal = case.focal_px * size / case.size
+    made = _rendered(run, cameras, focal, size, case.times, progress)
+    truth = np.stack([case.frames(view, size) for view in views], axis=1)
+    return Pictures(case.name, made, truth, *_case_views(case, views), case.times, cameras, focal)
+
+
+def _rendered(
+    run: Any,
+    cameras: Float[np.ndarray, "v 4 4"],
+    focal: float,
+    size: int,
+    times: Float[np.ndarray, " t"],
+    progress: Progress,
+) -> UInt8[np.ndarray, "t v size size 4"]:
+    from sv4d_ns.renders import render_rgba
+
     made = np.empty((len(times), len(cameras), size, size, 4), np.uint8)
     for frame, time in enumerate(times):
         for view, camera in enumerate(cameras):
             made[frame, view] = render_rgba(run.field, run.occupancy, camera, focal, size, float(time))
             progress(frame * len(cameras) + view + 1, made.shape[0] * made.shape[1])
-    truth = None
-    if case is not None:
-        truth = np.stack([case.frames(view, size) for view in novel_views(case)], axis=1)
-    pictures = Pictures(
-        case.name if case else run.name, made, truth, names, azimuths, elevations, times, cameras, focal
-    )
-    return Opened(pictures, facts, (), run, to_source)
+    return made
 
 
 def similarity_to(grid: ViewGrid, case: Case) -> Similarity:
@@ -291,7 +309,7 @@ def _relative(case: Case, view: CaseView) -> tuple[float, float]:
 
 
 def _case_views(
-    case: Case, views: tuple[CaseView, ...]
+    case: Case, views: Sequence[CaseView]
 ) -> tuple[tuple[str, ...], Float[np.ndarray, " v"], Float[np.ndarray, " v"]]:
     relative = np.array([_relative(case, view) for view in views])
     return tuple(view.name for view in views), relative[:, 0], relative[:, 1]

@@ -25,7 +25,7 @@ ROWS = 8
 
 BETTER = {
     "psnr": 1, "psnr_box": 1, "ssim": 1, "ssim_box": 1, "iou": 1, "clip_s": 1, "clip_c": 1, "hull": 1,
-    "lpips_alex": -1, "lpips_vgg": -1, "flicker": -1,
+    "lpips_alex": -1, "lpips_vgg": -1, "dssim_box": -1, "flicker": -1,
 }  # fmt: skip
 """Metric: 1 where higher is better, -1 where lower is; Fréchet distances are all lower."""
 
@@ -34,6 +34,7 @@ TITLES = {
     "psnr_box": "PSNR in the box, dB",
     "ssim": "SSIM",
     "ssim_box": "SSIM in the box",
+    "dssim_box": "D-SSIM in the box",
     "iou": "silhouette IoU",
     "lpips_alex": "LPIPS (AlexNet)",
     "lpips_vgg": "LPIPS (VGG)",

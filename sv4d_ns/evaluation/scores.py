@@ -6,7 +6,7 @@ table with what each figure rests on, `video_figures` the Fréchet distances ove
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,19 @@ class Pictures:
     """Cameras that see the made views, in the world whose box is [-0.57, 0.57]^3."""
     focal_px: float
     """At this size."""
+
+    def columns(self, index: Sequence[int]) -> "Pictures":
+        """Some views."""
+        chosen = list(index)
+        return replace(
+            self,
+            made=self.made[:, chosen],
+            truth=None if self.truth is None else self.truth[:, chosen],
+            view_names=tuple(self.view_names[view] for view in chosen),
+            azimuths_deg=self.azimuths_deg[chosen],
+            elevations_deg=self.elevations_deg[chosen],
+            c2w=self.c2w[chosen],
+        )
 
     @property
     def ring(self) -> list[int]:
@@ -137,24 +150,27 @@ def picture_figures(pictures: Pictures, backbones: Backbones) -> Figures:
         return figures
     figures["flicker_truth"] = np.broadcast_to(flicker(pictures.truth), (frames, views))
     for view in range(views):
-        for name, values in _against_truth(pictures.made[:, view], pictures.truth[:, view], backbones).items():
+        for name, values in pair_figures(pictures.made[:, view], pictures.truth[:, view], backbones).items():
             figures.setdefault(name, np.empty((frames, views)))[:, view] = values
     if backbones.clip is not None:
         figures["clip_s"] = paired_similarity(made_embeddings, _embed(backbones.clip, pictures.truth))
     return figures
 
 
-def _against_truth(
+def pair_figures(
     made: UInt8[np.ndarray, "t s s 4"], truth: UInt8[np.ndarray, "t s s 4"], backbones: Backbones
 ) -> dict[str, Float[np.ndarray, " t"]]:
+    """PSNR, SSIM (both also in the box, and the box's D-SSIM), silhouette IoU and LPIPS of one view's pictures."""
     a, b = on_white(made), on_white(truth)
     rows, columns = union_box(truth[..., 3])
     a_box, b_box = a[..., rows, columns], b[..., rows, columns]
+    in_box = ssim(a_box, b_box)
     figures = {
         "psnr": psnr(a, b),
         "psnr_box": psnr(a_box, b_box),
         "ssim": ssim(a, b),
-        "ssim_box": ssim(a_box, b_box),
+        "ssim_box": in_box,
+        "dssim_box": (1.0 - in_box) / 2.0,
         "iou": silhouette_iou(made[..., 3], truth[..., 3]),
     }
     for net, network in backbones.lpips.items():
