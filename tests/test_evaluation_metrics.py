@@ -258,6 +258,12 @@ def test_distances_of_concentric_balls() -> None:
     assert same["f_score@0.02"] > 0.99
 
 
+def test_no_surface_is_worse_than_any() -> None:
+    nothing = geometry.Surface(np.zeros((0, 3)), np.zeros((0, 3)))
+    result = geometry.chamfer_and_friends(nothing, ball(0.3, 100, 1))
+    assert result["chamfer"] == geometry.EMPTY_DISTANCE and result["f_score@0.02"] == 0 == result["normal_consistency"]
+
+
 def test_surface_distances_agree_with_all_pairs() -> None:
     rng = np.random.default_rng(3)
     a, b = (geometry.Surface(rng.random((40, 3)), videos.unit(rng.normal(size=(40, 3)))) for _ in range(2))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
+from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation.alignment import Similarity
 from sv4d_ns.evaluation.cases import Geometry
 from sv4d_ns.export.mesh import AnimatedField, CanonicalMesh, canonical_mesh, follow_vertices, opacity_grid
@@ -18,6 +19,10 @@ F_SCORE_DISTANCES = (0.01, 0.02)
 """World units within which a sample counts as right (the object's box is 1.14 wide)."""
 SURFACE_RESOLUTION = 128
 """Nodes of the marching-cubes grid along the box's side."""
+
+
+EMPTY_DISTANCE = 1.14
+"""Counted for every distance of a field without a surface: the box's side, so that no mean is better for a failure."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +42,18 @@ def chamfer_and_friends(made: Surface, truth: Surface) -> dict[str, float]:
     what a perfect reconstruction would get: half the mean distance of true samples to their nearest other true
     sample, because truth is known by samples only. `f_score@d` is the harmonic mean of the shares of samples within d,
     either way. `normal_consistency` is the mean of |n . n'| over nearest pairs, averaged over the two directions
-    (Mescheder et al. 2019, Occupancy Networks; the absolute value because sheets have no outside).
+    (Mescheder et al. 2019, Occupancy Networks; the absolute value because sheets have no outside). An empty `made`
+    counts `EMPTY_DISTANCE` and nothing right.
     """
-    made_tree, true_tree = cKDTree(made.points), cKDTree(truth.points)
+    true_tree = cKDTree(truth.points)
+    spacing = true_tree.query(truth.points, k=2)[0][:, 1] if len(truth.points) > 1 else np.zeros(1)
+    if not len(made.points):
+        empty = dict.fromkeys(("chamfer", "accuracy", "completeness"), EMPTY_DISTANCE)
+        nothing = dict.fromkeys((f"f_score@{distance:g}" for distance in F_SCORE_DISTANCES), 0.0)
+        return {**empty, "chamfer_floor": float(0.5 * spacing.mean()), "normal_consistency": 0.0, **nothing}
+    made_tree = cKDTree(made.points)
     to_truth, nearest_true = true_tree.query(made.points)
     to_made, nearest_made = made_tree.query(truth.points)
-    spacing = true_tree.query(truth.points, k=2)[0][:, 1] if len(truth.points) > 1 else np.zeros(1)
     agreement = [
         np.abs((made.normals * truth.normals[nearest_true]).sum(-1)).mean(),
         np.abs((truth.normals * made.normals[nearest_made]).sum(-1)).mean(),
@@ -89,13 +100,14 @@ class _FieldAtTime:
 def surface_at(field: AnimatedField, occupancy: Any, time: float, resolution: int = SURFACE_RESOLUTION) -> Surface:
     """The field's own surface at a time: marching cubes of what the renderer shows there, as the export cuts it.
 
-    Hollows nobody sees are filled and floaters below 2 % of the surface are dropped, as in the exported mesh.
-
-    Raises:
-        InputError: the field is empty at that time.
+    Hollows nobody sees are filled and floaters below 2 % of the surface are dropped, as in the exported mesh. Empty
+    where the field shows nothing.
     """
     frozen: Any = _FieldAtTime(field, occupancy, time)
-    mesh = canonical_mesh(opacity_grid(frozen, resolution))
+    try:
+        mesh = canonical_mesh(opacity_grid(frozen, resolution))
+    except InputError:  # its one cause here: nothing is opaque enough
+        return Surface(np.zeros((0, 3)), np.zeros((0, 3)))
     return sample_surface(mesh.vertices, mesh.faces)
 
 
@@ -181,7 +193,7 @@ def evaluate_geometry(
         frame_times: all times of the run's clip, [0, 1]; tracks are followed through them.
         to_source: from the field's world to the case's.
         resolution: nodes of the marching-cubes grid along the box's side.
-        align: also give every figure after `fitted_similarity`, as `aligned_...`.
+        align: also give every figure after `fitted_similarity`, as `aligned_...`, unless a surface is empty.
     """
     made = []
     for time in truth.times:
@@ -201,7 +213,7 @@ def evaluate_geometry(
         return {**mean, **track_error(whole.points(carried), truth.tracks), "per_frame": per_frame}
 
     result = {**figures(Similarity(1.0, np.eye(3), np.zeros(3))), "frame_indices": list(truth.frame_indices)}
-    if align:
+    if align and all(len(surface.points) for surface in made):
         fitted = fitted_similarity(made, true)
         result |= {f"aligned_{name}": value for name, value in figures(fitted).items()}
         result["aligned_scale"] = fitted.scale
