@@ -19,8 +19,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sv4d_ns.diffusion.embedded import load_embedded_pipeline
+from sv4d_ns.diffusion.grid import generate_grid
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.diffusion.windows import generate_grid
 from sv4d_ns.training.data import to_model_images
 from sv4d_ns.training.evaluate import as_floats, score, table
 

@@ -23,8 +23,8 @@ from sv4d_ns.errors import InputError
 from sv4d_ns.views import over_white
 
 if TYPE_CHECKING:
+    from sv4d_ns.diffusion.grid import GridOptions
     from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-    from sv4d_ns.diffusion.windows import GridOptions
 
 Progress = Callable[[int, int], None]
 """Called with (denoising steps done, denoising steps in all)."""
@@ -147,7 +147,7 @@ class DiffusionSynthesizer:
 
     @property
     def _options(self) -> "GridOptions":
-        from sv4d_ns.diffusion.windows import GridOptions
+        from sv4d_ns.diffusion.grid import GridOptions
 
         return self.options or GridOptions()
 
@@ -214,12 +214,16 @@ class DiffusionSynthesizer:
         progress: Progress,
         initial_views: UInt8[np.ndarray, "t v s s 4"] | None = None,
     ) -> Views:
-        from sv4d_ns.diffusion.windows import WindowStore, generate_grid
+        from sv4d_ns.diffusion.grid import generate_grid
+        from sv4d_ns.diffusion.store import WindowStore
+        from sv4d_ns.diffusion.windows import ViewReferences
 
         channels = self.pipeline.vae.config.in_channels
-        initial = None
+        initial, options = None, self._options
         if initial_views is not None:
             initial = to_model_space(resize_rgba(initial_views, self.image_size), channels)
+            # renders of one field agree with each other already
+            options = replace(options, references=ViewReferences.INDEPENDENT)
         grid = generate_grid(
             self.pipeline,
             to_model_space(resize_rgba(frames, self.image_size), channels),
@@ -229,7 +233,7 @@ class DiffusionSynthesizer:
             store=WindowStore(store),
             on_progress=progress,
             initial_views=initial,
-            options=replace(self._options, num_inference_steps=num_inference_steps),
+            options=replace(options, num_inference_steps=num_inference_steps),
         )
         return replace(from_model_space(grid.images), drift=grid.drift)
 
@@ -260,7 +264,8 @@ def load_synthesizer(
         InputError: an option is unknown, or the official weights are not at hand (the sentence says how to get them,
             or how to go without).
     """
-    from sv4d_ns.diffusion.windows import GridOptions, ViewReferences
+    from sv4d_ns.diffusion.grid import GridOptions
+    from sv4d_ns.diffusion.windows import ViewReferences
 
     on_cuda = device.startswith("cuda")
     official = choice == "official" or (choice == "auto" and on_cuda)

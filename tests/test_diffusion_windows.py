@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 from sv4d_ns.diffusion.attention import CameraAttention
 from sv4d_ns.diffusion.drift import boundary_drift, drift_line
+from sv4d_ns.diffusion.grid import GridOptions, generate_grid
 from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind, GuidanceRule
-from sv4d_ns.diffusion.store import WHOLE, weights_fingerprint
-from sv4d_ns.diffusion.windows import (
-    GridOptions,
-    ViewReferences,
-    WindowStore,
-    WindowStride,
-    generate_grid,
-    plan_calls,
-    plan_windows,
-)
+from sv4d_ns.diffusion.store import WHOLE, WindowStore, weights_fingerprint
+from sv4d_ns.diffusion.windows import ViewReferences, WindowStride, plan_calls, plan_windows
 from sv4d_ns.errors import InputError
 
 

@@ -7,8 +7,9 @@ import pytest
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.datamanager import SV4DDataManagerConfig, view_plan
 from sv4d_ns.diffusion.attention import CameraAttention
+from sv4d_ns.diffusion.grid import GridOptions
 from sv4d_ns.diffusion.guidance import GuidanceRule
-from sv4d_ns.diffusion.windows import GridOptions, ViewReferences, WindowStride
+from sv4d_ns.diffusion.windows import ViewReferences, WindowStride
 from sv4d_ns.errors import InputError
 from sv4d_ns.video import CropRule
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.windows import GridOptions, ViewReferences, WindowStride
+from sv4d_ns.diffusion.grid import GridOptions
+from sv4d_ns.diffusion.windows import ViewReferences, WindowStride
 from sv4d_ns.errors import InputError
 from sv4d_ns.synthesis import (
     DiffusionSynthesizer,

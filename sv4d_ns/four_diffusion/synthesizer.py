@@ -15,7 +15,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.windows import WindowStore, plan_windows
+from sv4d_ns.diffusion.store import WindowStore
+from sv4d_ns.diffusion.windows import plan_windows
 from sv4d_ns.errors import InputError
 from sv4d_ns.files import content_hash
 from sv4d_ns.four_diffusion.anchor import KNOWN_POSE, nearest_view
