@@ -12,6 +12,7 @@ from sv4d_ns.errors import one_sentence_errors
 
 # command: (what it does, "module:function" that takes the arguments after the command's name)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "cache": ("List, verify and prune what runs have left on the disk.", "sv4d_ns.cache:command"),
     "doctor": ("Say what the main job makes of a video, and what may spoil the result.", "sv4d_ns.doctor:command"),
     "convert": (
         "Convert a released SV4D 2.0 file into a folder that diffusers loads.",

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +66,22 @@ def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
         new.rename(folder)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+def check_zip(path: Path) -> None:
+    """Compare every part of a zip archive (a torch checkpoint is one) with its checksum.
+
+    Raises:
+        ValueError: a part differs, or the file is no such archive.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            flawed = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"not a whole archive: {error}") from error
+    if flawed is not None:
+        raise ValueError(f"the part {flawed} differs from its checksum")
 
 
 def content_hash(*parts: Any) -> str:

@@ -67,7 +67,7 @@ def claim_run(runs: Path, name: str, fingerprint: str | None) -> tuple[str, str]
         Its name, and a sentence about it (empty for a new run).
     """
     for folder in _same_runs(runs, fingerprint) if fingerprint else ():
-        if not _lock(folder):
+        if not claim_lock(folder):
             continue  # another process is at it: this command becomes a run of its own
         if (folder / SUMMARY_FILE).is_file():
             return folder.name, (
@@ -89,7 +89,7 @@ def record_run(folder: Path, fingerprint: str | None) -> None:
         RuntimeError: another process is at work in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not _lock(folder):
+    if not claim_lock(folder):
         raise RuntimeError(f"{folder} is in use by another process")
     with atomic_path(folder / RUN_FILE) as path:
         path.write_text(json.dumps({"fingerprint": fingerprint, "version": __version__}))
@@ -99,7 +99,8 @@ _LOCKS: dict[Path, FileLock] = {}
 """The runs this process works on. The operating system frees a lock when its process ends, however it ends."""
 
 
-def _lock(folder: Path) -> bool:
+def claim_lock(folder: Path) -> bool:
+    """Take the lock of a run for this process; False if another one has it."""
     folder = folder.resolve()
     if folder not in _LOCKS:
         lock = FileLock(folder / LOCK_FILE)

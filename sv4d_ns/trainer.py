@@ -18,6 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
 from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
+from sv4d_ns.files import check_zip
 from sv4d_ns.progress import TrainingBar
 from sv4d_ns.runs import VIEW_FOLDERS, checkpoint_steps, claim_run, fingerprint, record_run
 
@@ -252,6 +253,7 @@ class SV4DTrainer(Trainer):
         if path is None:
             return
         try:
+            check_zip(path)  # torch does not look at the checksums it writes
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._start_step = state["step"] + 1
             self.pipeline.load_pipeline(state["pipeline"], state["step"])

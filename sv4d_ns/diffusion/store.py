@@ -42,15 +42,11 @@ class WindowStore:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                metadata, tensor = file.metadata() or {}, file.get_tensor("frames")
-        except (SafetensorError, OSError) as error:
-            print(f"{path} cannot be read ({error}); it is generated again.")
+            saved_key, tensor = _read(path)
+        except ValueError as error:
+            print(f"{error}; it is generated again.")
             return None
-        if metadata.get("digest") != content_hash(tensor.numpy()):
-            print(f"{path} is damaged; it is generated again.")
-            return None
-        if metadata.get("key") != key:
+        if saved_key != key:
             print(f"{path} was made from other inputs; it is generated again.")
             return None
         return tensor
@@ -64,6 +60,27 @@ class WindowStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _read(path: Path) -> tuple[str | None, Tensor]:
+    """Key and content of a saved window; raises `ValueError` naming a file that is not what was saved."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensor = file.metadata() or {}, file.get_tensor("frames")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if metadata.get("digest") != content_hash(tensor.numpy()):
+        raise ValueError(f"{path} is damaged")
+    return metadata.get("key"), tensor
+
+
+def flaw_of(path: Path) -> str | None:
+    """What is wrong with the file of a window and what happens then, or None."""
+    try:
+        _read(path)
+    except ValueError as error:
+        return f"{error}; delete it, or leave it: the next run generates it again."
+    return None
 
 
 @lru_cache(maxsize=1)
