@@ -15,6 +15,7 @@ from sv4d_ns.diffusion.attention import (
     single_token_attention,
     to_camera_groups,
 )
+from sv4d_ns.diffusion.memory import Chunks
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet, TemporalConv
 
 KINDS = list(CameraAttention)
@@ -90,19 +91,19 @@ def test_blocks_are_those_of_diffusers():
     b, t, v, p = 2, 3, 2, 6
     x, context = torch.randn(b, t, v, p, 32), torch.randn(b, t, 12)
     whole = BasicTransformerBlock(32, 2, 16, cross_attention_dim=12).eval()
-    ours = SpatialBlock(32, 2, 16, 12).eval()
+    ours = SpatialBlock(32, 2, 16, 12, Chunks("bytes")).eval()
     ours.load_state_dict(whole.state_dict(), strict=True)
     expected = whole(x.flatten(0, 2), encoder_hidden_states=context.repeat_interleave(v, dim=1).flatten(0, 1)[:, None])
     torch.testing.assert_close(ours(x, context).flatten(0, 2), expected)
 
     temporal = TemporalBasicTransformerBlock(32, 32, 2, 16, cross_attention_dim=12).eval()
-    group = GroupBlock(32, 2, 16, 12).eval()
+    group = GroupBlock(32, 2, 16, 12, Chunks("bytes")).eval()
     group.load_state_dict(temporal.state_dict(), strict=True)
     series = torch.randn(b, v, p, t, 32)  # attends over the second last axis
     per_pixel = torch.randn(b, v, p, 12)
     tokens = series.permute(0, 3, 1, 2, 4).reshape(b * t, v * p, 32)
     expected = temporal(tokens, num_frames=t, encoder_hidden_states=per_pixel.view(b * v * p, 1, 12))
-    result = group(series, per_pixel[:, :, :, None]).permute(0, 3, 1, 2, 4).reshape(b * t, v * p, 32)
+    result = group(series, per_pixel).permute(0, 3, 1, 2, 4).reshape(b * t, v * p, 32)
     torch.testing.assert_close(result, expected)
 
 

@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sv4d_ns.diffusion.memory import Chunks, feature_bytes_at_once
+
 # CUDA attention kernels put the batch on a grid axis of at most 65535 blocks; at 576 px the released model's camera
 # attention has 124 416 sequences.
 MAX_ATTENTION_BATCH = 65535
@@ -114,26 +116,77 @@ def single_token_attention(attn: Attention, context: Float[Tensor, "... d"]) -> 
     return attn.to_out[0](attn.to_v(context))
 
 
+class GatedFeedForward(FeedForward):
+    """diffusers' GEGLU feed-forward layer, with its first projection made in two halves.
+
+    The halves of one projection are strided views, on which GELU and product take twice as long on a CPU.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, activation_fn="geglu")
+
+    def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+        proj = self.net[0].proj
+        if is_plain(proj):
+            values, gates = (F.linear(x, *half) for half in zip(proj.weight.chunk(2), proj.bias.chunk(2), strict=True))
+        else:
+            values, gates = proj(x).chunk(2, dim=-1)
+        return self.net[2](_gated(values, gates))
+
+
+def _gated(values: Tensor, gates: Tensor) -> Tensor:
+    """values * GELU(gates); overwrites both where no gradient is recorded."""
+    if torch.is_grad_enabled():
+        return values * F.gelu(gates)
+    return values.mul_(torch.ops.aten.gelu_(gates))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is no more than its own arithmetic: no adapter around it, no offloading or casting."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer)
+
+
 class SpatialBlock(nn.Module):
     """Self-attention inside each image, then the frame's image embedding, then a feed-forward layer.
 
     The names inside are those of diffusers' BasicTransformerBlock.
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int, chunks: Chunks):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, heads=heads, dim_head=head_dim, processor=_self_attention())
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, cross_attention_dim=context_dim, heads=heads, dim_head=head_dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = FeedForward(dim, activation_fn="geglu")
+        self.ff = GatedFeedForward(dim)
+        self._chunks = chunks
 
     def forward(self, x: Float[Tensor, "b t v p c"], context: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v p c"]:
-        tokens = x.flatten(0, 2)
-        x = (tokens + self.attn1(self.norm1(tokens))).view_as(x)
-        x = x + single_token_attention(self.attn2, context)[:, :, None, None]
-        return x + self.ff(self.norm3(x))
+        return self._in_chunks(x, context)
+
+    def _in_chunks(self, x: Float[Tensor, "... s c"], context: Float[Tensor, "... d"]) -> Float[Tensor, "... s c"]:
+        """Sequences are independent of each other; neighbours share a context where there are fewer of them."""
+        sequences = x.flatten(0, -3)
+        added = single_token_attention(self.attn2, context).flatten(0, -2)
+        share = len(sequences) // len(added)
+
+        def part(start: int, stop: int) -> Tensor:
+            if share == 1:
+                return self._attend(sequences[start:stop], added[start:stop, None])
+            rows = torch.arange(start, stop, device=added.device) // share
+            return self._attend(sequences[start:stop], added[rows, None])
+
+        widest = 8 * sequences[0].numel() * sequences.element_size()  # the feed-forward layer's two halves
+        return self._chunks.run(part, len(sequences), feature_bytes_at_once(x.device), cost=widest).view_as(x)
+
+    def _attend(self, x: Float[Tensor, "n s c"], added: Float[Tensor, "n 1 c"]) -> Float[Tensor, "n s c"]:
+        y = self.attn1(self.norm1(x))
+        y += x
+        y += added
+        z = self.ff(self.norm3(y))
+        z += y
+        return z
 
 
 class GroupBlock(SpatialBlock):
@@ -142,19 +195,18 @@ class GroupBlock(SpatialBlock):
     The names inside are those of diffusers' TemporalBasicTransformerBlock.
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
-        super().__init__(dim, heads, head_dim, context_dim)
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int, chunks: Chunks):
+        super().__init__(dim, heads, head_dim, context_dim, chunks)
         self.norm_in = nn.LayerNorm(dim)
-        self.ff_in = FeedForward(dim, activation_fn="geglu")
+        self.ff_in = GatedFeedForward(dim)
 
-    def forward(
-        self, x: Float[Tensor, "b n m s c"], context: Float[Tensor, "b n #m #s d"]
-    ) -> Float[Tensor, "b n m s c"]:
-        x = x + self.ff_in(self.norm_in(x))
-        sequences = x.flatten(0, 2)
-        x = (sequences + self.attn1(self.norm1(sequences))).view_as(x)
-        x = x + single_token_attention(self.attn2, context)
-        return x + self.ff(self.norm3(x))
+    def forward(self, x: Float[Tensor, "b n m s c"], context: Float[Tensor, "b n #m d"]) -> Float[Tensor, "b n m s c"]:
+        return self._in_chunks(x, context)
+
+    def _attend(self, x: Float[Tensor, "n s c"], added: Float[Tensor, "n 1 c"]) -> Float[Tensor, "n s c"]:
+        y = self.ff_in(self.norm_in(x))
+        y += x
+        return super()._attend(y, added)
 
 
 def to_camera_groups(x: Float[Tensor, "b t v p c"], kind: CameraAttention) -> Float[Tensor, "b t m s c"]:
@@ -194,6 +246,7 @@ class MultiViewTransformer(nn.Module):
         reference_channels: of the reference latents, the context of the time attention.
         embedding_dim: of the time and camera embedding.
         camera_attention: see `CameraAttention`.
+        chunks: shared by all layers of a network, so that one learns from another's lack of memory.
     """
 
     def __init__(
@@ -204,15 +257,18 @@ class MultiViewTransformer(nn.Module):
         reference_channels: int,
         embedding_dim: int,
         camera_attention: CameraAttention,
+        chunks: Chunks,
     ):
         super().__init__()
         heads = channels // head_dim
         self.camera_attention = camera_attention
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList([SpatialBlock(channels, heads, head_dim, context_dim)])
-        self.view_transformer_blocks = nn.ModuleList([GroupBlock(channels, heads, head_dim, context_dim)])
-        self.frame_transformer_blocks = nn.ModuleList([GroupBlock(channels, heads, head_dim, reference_channels)])
+        self.transformer_blocks = nn.ModuleList([SpatialBlock(channels, heads, head_dim, context_dim, chunks)])
+        self.view_transformer_blocks = nn.ModuleList([GroupBlock(channels, heads, head_dim, context_dim, chunks)])
+        self.frame_transformer_blocks = nn.ModuleList(
+            [GroupBlock(channels, heads, head_dim, reference_channels, chunks)]
+        )
         self.view_embed = TimestepEmbedding(embedding_dim, 4 * channels, out_dim=channels)
         self.frame_position = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.frame_embed = TimestepEmbedding(channels, 4 * channels, out_dim=channels)
@@ -235,7 +291,7 @@ class MultiViewTransformer(nn.Module):
     def _across_cameras(self, tokens: Float[Tensor, "b t v p c"], conditions: Conditions) -> Tensor:
         placed = tokens + self.view_embed(conditions.view_embedding)[:, None, :, None]
         groups = to_camera_groups(placed, self.camera_attention)
-        groups = self.view_transformer_blocks[0](groups, conditions.context[:, :, None, None])
+        groups = self.view_transformer_blocks[0](groups, conditions.context[:, :, None])
         return from_camera_groups(groups, self.camera_attention, tokens.shape[2])
 
     def _along_time(self, tokens: Float[Tensor, "b t v p c"], conditions: Conditions, size: tuple[int, int]) -> Tensor:
@@ -245,7 +301,7 @@ class MultiViewTransformer(nn.Module):
         references = F.interpolate(conditions.references, size=size, mode="bilinear", align_corners=False)
         references = references.unflatten(0, (b, v)).flatten(3).transpose(2, 3)
         series = placed.permute(0, 2, 3, 1, 4)
-        series = self.frame_transformer_blocks[0](series, references[:, :, :, None])
+        series = self.frame_transformer_blocks[0](series, references)
         return series.permute(0, 3, 1, 2, 4)
 
 

@@ -11,7 +11,9 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
@@ -23,11 +25,14 @@ from transformers import CLIPVisionModelWithProjection
 
 from sv4d_ns.diffusion.conditioning import GridCondition, camera_angles, camera_vectors, embed_images
 from sv4d_ns.diffusion.guidance import Guidance, guide
+from sv4d_ns.diffusion.lora import LoraLoader
+from sv4d_ns.diffusion.memory import Chunks
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 from sv4d_ns.errors import InputError
 
 OWN_COMPONENTS = "sv4d_ns.diffusion.embedded.modules"
-OUTPUT_TYPES = ("pt", "np", "latent")
+OUTPUT_TYPES = ("pt", "np", "pil", "latent")
+Generators = torch.Generator | list[torch.Generator]
 # JSON types, which is what diffusers compares a saved pipeline with
 RELEASED_CAMERA_DIMS = [256, 512, 512]
 RELEASED_GUIDANCE = {"kind": "linear", "scale": 2.0, "min_scale": 1.0}
@@ -49,12 +54,17 @@ def released_scheduler() -> EulerDiscreteScheduler:
 
 @dataclass
 class StableVideo4D2PipelineOutput(BaseOutput):
-    """`frames`: [t, v, c, h, w] in [0, 1] ("pt"), [t, v, h, w, c] ("np"), or latents [t, v, c, h, w] ("latent")."""
+    """What a call made.
 
-    frames: Tensor | np.ndarray
+    Attributes:
+        frames: [t, v, c, h, w] in [0, 1] ("pt"), [t, v, h, w, c] in [0, 1] ("np"), a list of pictures for each frame
+            ("pil"), or latents [t, v, c, h, w] ("latent").
+    """
+
+    frames: Tensor | np.ndarray | list[list[PIL.Image.Image]]
 
 
-class StableVideo4D2Pipeline(DiffusionPipeline):
+class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
     r"""Makes V novel views of T frames of a video of one object.
 
     Everything that belongs to a trained model is part of the saved configuration, so that a model folder describes
@@ -76,9 +86,18 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
 
     Example:
         ```py
-        >>> from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-        >>> pipeline = StableVideo4D2Pipeline.from_pretrained("path/to/model")
-        >>> views = pipeline(video, azimuths_deg=[90, 180, 270], elevations_deg=[0, 0, 0]).frames  # [t, v, c, h, w]
+        >>> import torch
+        >>> from sv4d_ns.diffusion.embedded import load_embedded_pipeline
+        >>> pipeline = load_embedded_pipeline()
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> video = torch.ones(2, 4, 64, 64)  # two frames, RGB on white and alpha
+        >>> video[:, :, 24:40, 28:36] = torch.tensor([0.8, 0.3, 0.1, 1.0])[:, None, None]
+        >>> video[:, 3] = (video[:, 2] < 0.5).float()
+        >>> generator = torch.Generator("cpu").manual_seed(0)
+        >>> views = pipeline(video, azimuths_deg=[90, 180], elevations_deg=[0, 0], generator=generator).frames
+        >>> tuple(views.shape)  # [t, v, c, h, w]
+        (2, 2, 4, 64, 64)
+
         ```
     """
 
@@ -108,6 +127,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         conditioning_scaling_factor: float = 1.0,
     ):
         super().__init__()
+        self._vae_chunks = Chunks("images in the autoencoder")
+        self._interrupt = False
         self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler)
         self.register_to_config(
             num_frames=num_frames,
@@ -159,6 +180,20 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         steps = num_inference_steps or self.config.num_inference_steps
         return max(1, round(steps * strength))
 
+    @property
+    def interrupt(self) -> bool:
+        """Set to True (by a callback, say) to leave out the remaining denoising steps of the running call."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the running or the last call."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -170,7 +205,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         strength: float = 1.0,
         num_inference_steps: int | None = None,
         guidance: Guidance | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         latents: Float[Tensor, "t v c h w"] | None = None,
         output_type: str = "pt",
         return_dict: bool = True,
@@ -178,7 +213,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int = 8,
         reference_known: Sequence[bool] | None = None,
-    ) -> StableVideo4D2PipelineOutput | tuple[Tensor | np.ndarray]:
+    ) -> StableVideo4D2PipelineOutput | tuple[Tensor | np.ndarray | list[list[PIL.Image.Image]]]:
         """Generate the views of one window.
 
         Args:
@@ -192,14 +227,15 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
                 `initial_views` where given).
             num_inference_steps: steps of the whole schedule; the model's own number by default.
             guidance: the model's own by default.
-            generator: of the noise; a CPU generator gives the same noise on every device.
+            generator: of the noise, or a list with one for each image in (t v) order; a CPU generator gives the same
+                noise on every device.
             latents: unit noise to use instead of drawing it.
-            output_type: "pt", "np" or "latent".
+            output_type: "pt", "np", "pil" or "latent".
             return_dict: a `StableVideo4D2PipelineOutput`, or a tuple of one.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": [t*v, c, h, w]}) after each step; may
-                return replaced latents.
-            callback_on_step_end_tensor_inputs: names of the tensors handed to the callback; only "latents" exists.
-            decode_chunk_size: images the autoencoder takes at once.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; may return a dict with
+                replaced tensors, and may set `pipeline.interrupt`.
+            callback_on_step_end_tensor_inputs: names of the tensors handed to the callback: "latents" [t*v, c, h, w].
+            decode_chunk_size: images the autoencoder takes at once; fewer from then on where memory runs out.
             reference_known: which of the reference views are to be looked at; all by default.
 
         Raises:
@@ -228,12 +264,13 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
             start=start,
             strength=strength,
             callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
         )
         if output_type != "latent":
             result = self.decode_latents(result, decode_chunk_size)
         result = result.unflatten(0, (frames, views))
         self.maybe_free_model_hooks()
-        output = result.permute(0, 1, 3, 4, 2).cpu().numpy() if output_type == "np" else result
+        output = _as_type(result, output_type)
         return StableVideo4D2PipelineOutput(frames=output) if return_dict else (output,)
 
     def denoise(
@@ -245,6 +282,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         start: Float[Tensor, "tv c h w"] | None = None,
         strength: float = 1.0,
         callback: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_tensors: Sequence[str] = ("latents",),
     ) -> Float[Tensor, "tv c h w"]:
         """Run the sampler on latents; deterministic given the noise.
 
@@ -255,7 +293,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
             num_inference_steps: steps of the whole schedule.
             start: clean latents to noise, in the scale the network denoises; None starts from noise alone.
             strength: share of the schedule to run.
-            callback: see `__call__`.
+            callback: `callback_on_step_end` of `__call__`.
+            callback_tensors: `callback_on_step_end_tensor_inputs` of `__call__`.
         """
         device, dtype = self._execution_device, self.unet.dtype
         batch = condition if scales is None else condition.with_unconditional()
@@ -270,13 +309,18 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
         else:
             latents = start.float() + noise * self.scheduler.sigmas[begin].to(device)
 
-        with self.progress_bar(total=num_inference_steps - begin) as bar:
+        self._interrupt = False
+        self._num_timesteps = num_inference_steps - begin
+        with self.progress_bar(total=self._num_timesteps) as bar:
             for step, timestep in enumerate(self.scheduler.timesteps[begin:]):
+                if self._interrupt:
+                    break
                 prediction = self._predict(latents, timestep, batch, scales)
                 # float32 latents: the scheduler returns the type of the prediction
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
                 if callback is not None:
-                    latents = callback(self, step, timestep, {"latents": latents}).pop("latents", latents)
+                    given = {"latents": latents} if "latents" in callback_tensors else {}
+                    latents = (callback(self, step, timestep, given) or {}).get("latents", latents)
                 bar.update()
         return latents
 
@@ -336,14 +380,21 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
     def encode_images(self, images: Float[Tensor, "n c h w"], chunk_size: int = 8) -> Float[Tensor, "n d i j"]:
         """Unscaled latents (posterior means) of images in [0, 1]."""
         device, dtype = self._execution_device, self.vae.dtype
-        chunks = [(chunk.to(device) * 2 - 1).to(dtype) for chunk in images.split(chunk_size)]
-        return torch.cat([self.vae.encode(chunk).latent_dist.mode().float() for chunk in chunks])
+
+        def encode(start: int, stop: int) -> Tensor:
+            pixels = (images[start:stop].to(device) * 2 - 1).to(dtype)
+            return self.vae.encode(pixels).latent_dist.mode().float()
+
+        return self._vae_chunks.run(encode, len(images), chunk_size)
 
     def decode_latents(self, latents: Float[Tensor, "n d i j"], chunk_size: int = 8) -> Float[Tensor, "n c h w"]:
         """Images in [0, 1] from denoised latents."""
         unscaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        images = torch.cat([self.vae.decode(chunk).sample.float() for chunk in unscaled.split(chunk_size)])
-        return ((images + 1) / 2).clamp(0, 1)
+
+        def decode(start: int, stop: int) -> Tensor:
+            return self.vae.decode(unscaled[start:stop]).sample.float()
+
+        return self._vae_chunks.run(decode, len(unscaled), chunk_size).add_(1).div_(2).clamp_(0, 1)
 
     def check_inputs(
         self,
@@ -401,12 +452,22 @@ class StableVideo4D2Pipeline(DiffusionPipeline):
             raise InputError(f"video is {height}x{width} pixels; both sides must be multiples of {multiple}.")
 
     def _prepare_noise(
-        self, shape: torch.Size, grid: tuple[int, int], generator: torch.Generator | None, given: Tensor | None
+        self, shape: torch.Size, grid: tuple[int, int], generator: Generators | None, given: Tensor | None
     ) -> Float[Tensor, "tv c h w"]:
         """Unit noise for every image: the given one, or drawn in (t v) order."""
         shape = torch.Size([shape[0], self.unet.config.out_channels, *shape[2:]])
+        if isinstance(generator, list) and len(generator) not in (1, shape[0]):
+            raise InputError(f"generator has {len(generator)} entries; give one, or one for each of {shape[0]} images.")
         if given is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if tuple(given.shape) != (*grid, *shape[1:]):
             raise InputError(f"latents must be unit noise of shape {(*grid, *shape[1:])}, got {tuple(given.shape)}.")
         return given.flatten(0, 1).to(self._execution_device, torch.float32)
+
+
+def _as_type(frames: Float[Tensor, "t v c h w"], output_type: str) -> Tensor | np.ndarray | list[list[PIL.Image.Image]]:
+    """A call's result as `output_type` asks."""
+    if output_type in ("pt", "latent"):
+        return frames
+    array = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
+    return array if output_type == "np" else [VaeImageProcessor.numpy_to_pil(views) for views in array]

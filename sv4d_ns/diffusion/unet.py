@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sv4d_ns.diffusion.memory import Chunks
 from sv4d_ns.diffusion.attention import CameraAttention, Conditions, Mixer, MultiViewTransformer, head_count
+from sv4d_ns.diffusion.memory import Chunks
 
 RESNET_EPS = 1e-5
 
@@ -51,6 +51,43 @@ class TemporalConv(nn.Conv3d):
         return flat.unflatten(3, x.shape[3:])
 
 
+def _activated(x: Tensor) -> Tensor:
+    """SiLU of a tensor nobody else reads; in place where no gradient is recorded."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class ImageResBlock(ResnetBlock2D):
+    """diffusers' residual block with the options of this network only, and without its spare copies."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int):
+        super().__init__(
+            in_channels=in_channels, out_channels=out_channels, temb_channels=embedding_dim, eps=RESNET_EPS
+        )
+
+    def forward(self, x: Float[Tensor, "n c h w"], embedding: Float[Tensor, "n e"]) -> Float[Tensor, "n d h w"]:
+        y = self.conv1(_activated(self.norm1(x)))
+        y += self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+        y = self.conv2(_activated(self.norm2(y)))
+        y += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return y
+
+
+class FilmResBlock(TemporalResnetBlock):
+    """The same along the flattened (t v) axis; its group norm is over all images of a sample."""
+
+    def __init__(self, channels: int, embedding_dim: int):
+        super().__init__(channels, channels, embedding_dim, eps=RESNET_EPS)
+        self.conv1 = TemporalConv(channels)
+        self.conv2 = TemporalConv(channels)
+
+    def forward(self, x: Float[Tensor, "b c n h w"], embedding: Float[Tensor, "b n e"]) -> Float[Tensor, "b c n h w"]:
+        y = self.conv1(_activated(self.norm1(x)))
+        y += self.time_emb_proj(F.silu(embedding)).transpose(1, 2)[..., None, None]
+        y = self.conv2(_activated(self.norm2(y)))
+        y += x
+        return y
+
+
 class SpatioTemporalResBlock(nn.Module):
     """A residual block inside each image, blended with one along the flattened (t v) axis.
 
@@ -60,12 +97,8 @@ class SpatioTemporalResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int):
         super().__init__()
-        self.spatial_res_block = ResnetBlock2D(
-            in_channels=in_channels, out_channels=out_channels, temb_channels=embedding_dim, eps=RESNET_EPS
-        )
-        self.temporal_res_block = TemporalResnetBlock(out_channels, out_channels, embedding_dim, eps=RESNET_EPS)
-        self.temporal_res_block.conv1 = TemporalConv(out_channels)
-        self.temporal_res_block.conv2 = TemporalConv(out_channels)
+        self.spatial_res_block = ImageResBlock(in_channels, out_channels, embedding_dim)
+        self.temporal_res_block = FilmResBlock(out_channels, embedding_dim)
         self.time_mixer = Mixer(0.0)
         zero_(self.spatial_res_block.conv2)
         zero_(self.temporal_res_block.conv2)
@@ -73,9 +106,9 @@ class SpatioTemporalResBlock(nn.Module):
     def forward(self, x: Float[Tensor, "btv c h w"], conditions: Conditions) -> Float[Tensor, "btv d h w"]:
         samples = conditions.context.shape[0]
         x = self.spatial_res_block(x, conditions.embedding)
-        film = x.unflatten(0, (samples, -1)).transpose(1, 2)
-        film = self.temporal_res_block(film, conditions.embedding.unflatten(0, (samples, -1)))
-        return self.time_mixer(x, film.transpose(1, 2).flatten(0, 1))
+        film = x.unflatten(0, (samples, -1)).transpose(1, 2).contiguous()
+        mixed = self.temporal_res_block(film, conditions.embedding.unflatten(0, (samples, -1)))
+        return self.time_mixer(film, mixed).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -239,7 +272,7 @@ class MultiViewVideoUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             reference_channels,
             embedding_dim,
             CameraAttention(camera_attention),
-            Chunks("tokens of the network", 1024),
+            Chunks("bytes of features in the transformers"),
         )
         self.time_proj = Timesteps(channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(channels[0], embedding_dim)

@@ -7,6 +7,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,12 +80,14 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """All pixels of a patch as channels."""
         return F.pixel_unshuffle(images, self.config.patch_size)
 
+    @apply_forward_hook
     def encode(self, x: Float[Tensor, "n c h w"]) -> PatchEncoderOutput:
         """Latents of images in [-1, 1], [n, latent_channels, h / patch_size, w / patch_size]."""
         centred = self.patches(x) - self.mean[:, None, None]
         weight = self.components / self.amplitudes[:, None]
         return PatchEncoderOutput(latent_dist=PointDistribution(F.conv2d(centred, weight[:, :, None, None])))
 
+    @apply_forward_hook
     def decode(self, z: Float[Tensor, "n d i j"]) -> PatchDecoderOutput:
         """Images from latents, the inverse of `encode` inside the kept components."""
         weight = (self.components * self.amplitudes[:, None]).T
