@@ -281,7 +281,7 @@ def test_surface_distances_agree_with_all_pairs() -> None:
 
 def test_a_known_similarity_is_found_again() -> None:
     rng = np.random.default_rng(5)
-    direction = ball(1.0, 3000, 6).points
+    direction = ball(1.0, 1200, 6).points
     shape = direction * [0.4, 0.25, 0.1] + 0.1 * direction[:, :1] ** 2 * [0.0, 0.5, 1.0]  # no two sides alike
     turn = np.deg2rad(8.0)
     rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1.0]])
@@ -290,7 +290,7 @@ def test_a_known_similarity_is_found_again() -> None:
     assert exact.scale == pytest.approx(1.1) and exact.rotation == pytest.approx(rotation)
     made = geometry.Surface(shape, direction)
     shuffled = geometry.Surface(true.points(shape)[rng.permutation(len(shape))], direction)
-    found = geometry.fitted_similarity([made, made], [shuffled, shuffled])
+    found = geometry.fitted_similarity([made], [shuffled])
     assert found.scale == pytest.approx(1.1, abs=0.01) and found.rotation == pytest.approx(rotation, abs=0.02)
     assert found.points(shape) == pytest.approx(true.points(shape), abs=0.01)
 
@@ -351,9 +351,8 @@ def random_lpips(net: backbones.LpipsNet) -> backbones.Lpips:
     return backbones.Lpips(_NoTrainLpips(net=net, pnet_rand=True), backbones.Identity("random", "test", {}))
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_lpips_of_a_random_backbone_agrees_with_its_formula(net: backbones.LpipsNet) -> None:
-    lpips = random_lpips(net)
+def test_lpips_of_a_random_backbone_agrees_with_its_formula() -> None:
+    lpips = random_lpips("alex")
     a, b = pictures(0, 2, 64), pictures(1, 2, 64)
     assert lpips.distance(a, a) == pytest.approx([0.0, 0.0], abs=1e-6)
     made = lpips.distance(a, b)

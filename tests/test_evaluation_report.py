@@ -209,7 +209,7 @@ def test_two_grids_are_compared_with_every_network(
     perfect = {name: first["summary"][name]["value"] for name in first["summary"]}
     assert perfect["psnr"] == 100.0 and perfect["ssim"] == pytest.approx(1.0, abs=1e-4) and perfect["iou"] == 1.0
     assert perfect["lpips_alex"] == pytest.approx(0.0, abs=1e-6) and perfect["clip_s"] == pytest.approx(1.0)
-    assert perfect["flicker"] == perfect["flicker_truth"]
+    assert perfect["flicker"] == pytest.approx(perfect["flicker_truth"])
     for order in ("f", "v", "diag", "4d"):
         assert perfect[f"rfd_{order}"] == pytest.approx(0.0, abs=1e-9)
     # 5 frames are too few for I3D along time, 9 views too few across; all 45 in one video are enough

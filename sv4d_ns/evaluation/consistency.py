@@ -26,7 +26,7 @@ def flicker(rgba: UInt8[np.ndarray, "t v h w 4"]) -> Float[np.ndarray, " v"]:
     curve = np.abs(pictures[:-2] - 2 * pictures[1:-1] + pictures[2:]).mean(-1) / 2
     looked_at = covered[:-2] | covered[1:-1] | covered[2:]
     axes = (0, 2, 3)
-    return np.where(looked_at, curve, 0).sum(axes) / np.maximum(looked_at.sum(axes), 1)
+    return np.where(looked_at, curve, 0).sum(axes, dtype=np.float64) / np.maximum(looked_at.sum(axes), 1)
 
 
 def hull_agreement(

@@ -19,10 +19,11 @@ def frechet_distance(first: Float[np.ndarray, "n d"], second: Float[np.ndarray, 
         raise ValueError(f"features of shapes {first.shape} and {second.shape} cannot be compared")
     if not len(first) or not len(second):
         raise ValueError("a Fréchet distance needs at least one feature on either side")
-    roots, variance = [], 0.0
+    roots: list[np.ndarray] = []
+    variance = 0.0
     for features in (first, second):
         centred = (features - features.mean(0)) / np.sqrt(max(len(features) - 1, 1))
-        roots.append(np.linalg.qr(centred.astype(np.float64), mode="r"))
+        roots.append(np.linalg.qr(centred.astype(np.float64))[1])
         variance += float((roots[-1] ** 2).sum())
     between = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
     shift = float(((first.mean(0) - second.mean(0)).astype(np.float64) ** 2).sum())
