@@ -10,8 +10,8 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import one_sentence_errors
-from sv4d_ns.four_diffusion.datamanager import FourDiffusionDataManagerConfig
 from sv4d_ns.four_diffusion.model import FourDiffusionModel, FourDiffusionModelConfig
 from sv4d_ns.pipeline import SV4DPipeline, SV4DPipelineConfig
 
@@ -27,8 +27,8 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """What the field is optimised for."""
 
     _target: type = field(default_factory=lambda: FourDiffusionPipeline)
-    datamanager: DataManagerConfig = field(default_factory=FourDiffusionDataManagerConfig)
-    """The views."""
+    datamanager: DataManagerConfig = field(default_factory=SV4DDataManagerConfig)
+    """The video and the model behind distillation."""
     model: ModelConfig = field(default_factory=FourDiffusionModelConfig)
     """The space-time field."""
     refine_steps: tuple[int, ...] = ()
@@ -62,8 +62,9 @@ class FourDiffusionPipeline(SV4DPipeline):
         grad_scaler: "GradScaler | None" = None,
     ):
         assert isinstance(config.model, FourDiffusionModelConfig)
-        assert isinstance(config.datamanager, FourDiffusionDataManagerConfig)
-        config.datamanager.prompt = config.model.prompt or ""
+        assert isinstance(config.datamanager, SV4DDataManagerConfig)
+        if config.model.prompt is not None:
+            config.datamanager.prompt = config.model.prompt
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
         self._objective: Objective | None = None
 

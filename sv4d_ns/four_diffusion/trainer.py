@@ -5,8 +5,8 @@ from pathlib import Path
 
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import InputError, one_sentence_errors
-from sv4d_ns.four_diffusion.datamanager import FourDiffusionDataManagerConfig
 from sv4d_ns.trainer import SV4DTrainer, SV4DTrainerConfig
 
 CPU_STEPS = 500
@@ -31,7 +31,7 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
     def set_timestamp(self) -> None:
         """Settle what depends on other settings, before the run is given its name."""
         datamanager = self.pipeline.datamanager
-        assert isinstance(datamanager, FourDiffusionDataManagerConfig)
+        assert isinstance(datamanager, SV4DDataManagerConfig)
         if datamanager.synthesis == "auto" and datamanager.fourdm_checkpoint is not None:
             datamanager.synthesis = "fourdm"
         if self.max_num_iterations == 0:
