@@ -25,6 +25,7 @@ from sv4d_ns.views import over_white
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.grid import GridOptions
     from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+    from sv4d_ns.diffusion.plan import Offload, Plan
 
 Progress = Callable[[int, int], None]
 """Called with (denoising steps done, denoising steps in all)."""
@@ -241,6 +242,43 @@ class DiffusionSynthesizer:
 EMBEDDED_REFINE_STEPS = 1
 """Denoising steps of the embedded model in stage 2: like its generation, best in one (more add grain)."""
 
+
+def fitting_offload(plan: "Plan", memory: float) -> tuple["Offload", str]:
+    """The fastest way of offloading that fits into `memory` bytes of a device, and a sentence that says why.
+
+    Raises:
+        InputError: none fits.
+    """
+    from sv4d_ns.diffusion.plan import GIB
+
+    offload = plan.recommended(memory)
+    if offload is None:
+        least = min(plan.bytes_by_offload.values()) / GIB
+        raise InputError(
+            f"The official model needs {least:.1f} GiB of device memory even where every layer is offloaded, and this "
+            f"device has {memory / GIB:.1f} GiB: use --pipeline.datamanager.synthesis embedded."
+        )
+    peak, seconds = plan.bytes_by_offload[offload] / GIB, plan.seconds_by_offload[offload]
+    return offload, (
+        f"Offloading '{offload.value}': the fastest way that fits into {memory / GIB:.1f} GiB of device memory "
+        f"(expected peak {peak:.1f} GiB, about {seconds:.0f} s a window; sv4d plan compares the ways)."
+    )
+
+
+def apply_offload(pipeline: "StableVideo4D2Pipeline", offload: "Offload", device: str) -> None:
+    """Let a pipeline run on `device` with only what `offload` says there at a time."""
+    from sv4d_ns.diffusion.plan import Offload
+
+    if offload is Offload.MODEL:
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload is Offload.GROUP:
+        pipeline.enable_group_offload(
+            torch.device(device), offload_type="block_level", num_blocks_per_group=1, use_stream=True
+        )
+    elif offload is Offload.SEQUENTIAL:
+        pipeline.enable_sequential_cpu_offload(device=device)
+
+
 SynthesisChoice = Literal["auto", "embedded", "official"]
 
 
@@ -277,9 +315,15 @@ def load_synthesizer(
     reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
     if official:
         from sv4d_ns.diffusion.official import load_official_pipeline
+        from sv4d_ns.diffusion.plan import Offload, plan_memory, this_device
 
+        _, card = this_device("cuda")
+        offload, memory = fitting_offload(plan_memory("official8", card), card.memory)
+        print(memory)
         # the 8-view model: its views close the ring around the object in one call, so they agree with each other
-        pipeline, name = load_official_pipeline(device, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
+        place = device if offload is Offload.NONE else "cpu"
+        pipeline, name = load_official_pipeline(place, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
+        apply_offload(pipeline, offload, device)
         plan, size, refine_steps, references = ViewPlan.OFFICIAL_8, 576, None, ViewReferences.ANCHORED
     else:
         from sv4d_ns.diffusion.embedded import load_embedded_pipeline
