@@ -116,7 +116,7 @@ def write_tensors(
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             if tensor.dtype != dtype or tensor.shape != torch.Size(shape):
                 raise ValueError(f"expected {dtype} {tuple(shape)}, got {tensor.dtype} {tuple(tensor.shape)}")
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
