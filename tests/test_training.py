@@ -454,8 +454,9 @@ def test_a_batch_must_divide_over_the_processes(config):
         check(config, 3)
 
 
-@pytest.mark.parametrize("start", ["nothing-here", "official:missing.safetensors", "svd:nothing-here"])
-def test_starts_that_cannot_be_used_say_so(config, start):
+@pytest.mark.parametrize("start", ["nothing-here", "official:missing.safetensors", "svd:{empty}"])
+def test_starts_that_cannot_be_used_say_so(config, start, tmp_path):
+    start = start.format(empty=tmp_path)
     with pytest.raises(InputError) as caught:
         prepare(dataclasses.replace(config, start=start))
     assert "\n" not in str(caught.value)

@@ -94,7 +94,8 @@ class LatentCache:
             vectors = [parts.embed(part[None])[0] for part in images.split(ENCODED_AT_ONCE)]
             embeddings.append(torch.cat(vectors).half().cpu())
         with disk_errors(path), atomic_path(path) as temporary:
-            save_file({"latents": torch.stack(latents), "embeddings": torch.stack(embeddings)}, temporary)
+            tensors = {"latents": torch.stack(latents), "embeddings": torch.stack(embeddings)}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def _models_key(pipeline: StableVideo4D2Pipeline) -> str:

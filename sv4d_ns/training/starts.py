@@ -135,7 +135,9 @@ def network_from_svd(svd: UNetSpatioTemporalConditionModel, seed: int) -> MultiV
       goes into a bias, the angles start without weight.
     - The camera attention is new: its branch starts as the identity, whatever the blend.
 
-    So at step 0 every view is what SVD, without the image embedding in its temporal blocks, makes of the video.
+    So at step 0 the network makes of one view what SVD, without the image embedding in its temporal blocks, makes of a
+    video, whatever the cameras and references. (With several views, the residual blocks' convolution along the
+    flattened (frame, view) axis has other neighbours than in SVD: that is the released design.)
     """
     config = svd.config
     heads = config["num_attention_heads"]
