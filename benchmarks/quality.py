@@ -199,6 +199,7 @@ def budget_clock(kind: Literal["wall", "cpu"]) -> float:
 def fit(folder: Path, place: Path, settings: Quality) -> dict[str, Any]:
     """`ns-train sv4d` on a case, ended when the budget is spent; returns where the run is and what it cost."""
     started, spent_before = time.monotonic(), budget_clock(settings.clock)
+    import torch
     from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
     from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
     from nerfstudio.scripts.train import _set_random_seed
@@ -247,14 +248,9 @@ def fit(folder: Path, place: Path, settings: Quality) -> dict[str, Any]:
         "cpu_s": time.process_time(),
         "cut_by_budget": done["steps"] < trainer.total_steps,
         "peak_mb": peak_mb(),
-        "threads": _threads(),
+        "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
+        "threads": torch.get_num_threads(),
     }
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 # ------------------------------------------------------------------------------------------------------------- judging

@@ -429,8 +429,9 @@ def test_i3d_is_opened_only_when_its_hash_is_trusted(tmp_path: Path) -> None:
         backbones.load_i3d(path)
     with pytest.raises(InputError, match="not opened"):
         backbones.load_i3d(path, "0" * 64)
-    with pytest.raises(backbones.BackboneMissing, match=r"nowhere\.pt does not exist"):
+    with pytest.raises(InputError, match=r"nowhere\.pt does not exist") as caught:
         backbones.load_i3d(tmp_path / "nowhere.pt")
+    assert not isinstance(caught.value, backbones.BackboneMissing), "a path that was given is not silently left out"
     network = backbones.load_i3d(path, digest.upper())
     video = torch.rand(2, 10, 3, 32, 32)
     features = network.features(video)

@@ -216,13 +216,13 @@ def load_i3d(path: Path | None = None, trusted_sha256: str | None = None, fetch:
         trusted_sha256: accept this file instead of the pinned one. It is a program: say so only of one you trust.
 
     Raises:
-        BackboneMissing: there is no file.
-        InputError: the file is not the trusted one.
+        BackboneMissing: no path was given and the cache has no file.
+        InputError: the file does not exist or is not the trusted one.
     """
     if path is None:
         path = _cached_i3d(fetch)
-    if not path.is_file():
-        raise BackboneMissing(f"--i3d {path} does not exist: download {I3D_URL} and give its path.")
+    elif not path.is_file():
+        raise InputError(f"--i3d {path} does not exist: download {I3D_URL} and give its path.")
     digest, wanted = sha256(path), (trusted_sha256 or I3D_SHA256).lower()
     if digest != wanted:
         raise InputError(

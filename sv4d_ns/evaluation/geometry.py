@@ -83,7 +83,10 @@ def sample_surface(
 
 
 class _FieldAtTime:
-    """A moving field frozen at one time, so that the export's surface extraction reads it like a canonical one."""
+    """A moving field frozen at one time, so that the export's surface extraction reads it like a canonical one.
+
+    Only points the renderer would look at are evaluated: most of the box is empty.
+    """
 
     def __init__(self, field: AnimatedField, occupancy: Any, time: float):
         self.field, self.occupancy, self.time = field, occupancy, time
