@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns.errors import InputError
+from sv4d_ns.four_diffusion.losses import ssim
 
 if TYPE_CHECKING:
     from sv4d_ns.views import ViewGrid
@@ -61,10 +62,10 @@ def choose_anchor(grid: "ViewGrid", override: int | None = None) -> int:
 
 
 def nearest_view(frames: UInt8[np.ndarray, "t h w 4"], views: UInt8[np.ndarray, "t v s s 4"]) -> int:
-    """Which of the views looks most like the input frames, in outline and colour, whatever its size and place."""
+    """Which of the views looks most like the input frames, in structure and outline, whatever its size and place."""
     mine = _normalised(frames)
-    differences = [(mine - _normalised(views[:, view])).square().mean() for view in range(views.shape[1])]
-    return int(torch.stack(differences).argmin())
+    likeness = [ssim(mine, _normalised(views[:, view])) for view in range(views.shape[1])]
+    return int(torch.stack(likeness).argmax())
 
 
 def _normalised(rgba: UInt8[np.ndarray, "t h w 4"]) -> Float[Tensor, "t 4 s s"]:
