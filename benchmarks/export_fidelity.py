@@ -1,21 +1,26 @@
-"""Does the exported GLB show the input video? Renders every frame of the file at the input camera and compares.
+"""Is the exported GLB what the run fitted? Reads the file on its own and compares pictures and shape, frame by frame.
 
     python benchmarks/export_fidelity.py --glb OUT/mesh.glb --config RUN/config.yml --out sheet.png
+    python benchmarks/export_fidelity.py --glb OUT/mesh.glb --config RUN/config.yml --case CASE
 
-The file is read with pygltflib and numpy and drawn by a small z-buffer rasteriser; nothing of the exporter is used.
-Pictures are compared on white: PSNR over all pixels (peak 1, sRGB), and intersection over union of the silhouettes
-(coverage above a half).
+Pictures: every frame of the file drawn at the input camera, on white, against the input video (PSNR, peak 1, sRGB;
+intersection over union of the silhouettes). Shape, with --config: distance of the file's surface to the field's own
+at that time (marching cubes of its density) and back, as a share of the box's diagonal. With --case, a benchmark case
+with truth: the same pictures at its elevated views, which no fit uses, and the Chamfer distance to the true surface of
+the file and of the field's own surface. The file is read with struct, json and numpy (`tests/export_reader.py`) and
+drawn by a z-buffer rasteriser of this script; nothing of the exporter is used for either.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
-import pygltflib
 import tyro
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from sv4d_ns.errors import InputError, one_sentence_errors
@@ -23,11 +28,13 @@ from sv4d_ns.files import atomic_path
 from sv4d_ns.runs import newest_views
 from sv4d_ns.views import ViewGrid
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+import export_reader
+
 SUPERSAMPLES = 3
 """Samples along each side of a pixel."""
-
-COMPONENTS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4}
-DTYPES = {pygltflib.UNSIGNED_SHORT: np.uint16, pygltflib.UNSIGNED_INT: np.uint32, pygltflib.FLOAT: np.float32}
+SURFACE_SAMPLES = 20_000
+"""Points on each surface when distances are measured."""
 
 
 @dataclass(frozen=True)
@@ -38,52 +45,43 @@ class PlayedGlb:
     positions: Float[np.ndarray, "t n 3"]
     """glTF axes: y up, front +z."""
     faces: Int[np.ndarray, "f 3"]
-    linear_colors: Float[np.ndarray, "n 3"]
+    linear_colors: Float[np.ndarray, "n 3"] | None
+    uv: Float[np.ndarray, "n 2"] | None = None
+    image: UInt8[np.ndarray, "s s 3"] | None = None
+    """sRGB."""
 
 
 def read_glb(path: Path) -> PlayedGlb:
-    """Apply the morph weights of the first animation at each of its key times."""
+    """Apply the first animation at each of its key times: morph targets or a skin, and the node's own motion."""
     if not path.is_file():
         raise InputError(f"--glb {path} does not exist: give the file that 'ns-export mesh' wrote.")
-    gltf = pygltflib.GLTF2.load_binary(str(path))
-    blob = gltf.binary_blob()
-
-    def accessor(index: int) -> np.ndarray:
-        entry = gltf.accessors[index]
-        offset = (gltf.bufferViews[entry.bufferView].byteOffset or 0) + (entry.byteOffset or 0)
-        width = COMPONENTS[entry.type]
-        flat = np.frombuffer(blob, DTYPES[entry.componentType], entry.count * width, offset)
-        return flat.reshape(-1, width)
-
-    primitive = gltf.meshes[0].primitives[0]
-    sampler = gltf.animations[0].samplers[0]
-    seconds = accessor(sampler.input)[:, 0]
-    weights = accessor(sampler.output).reshape(len(seconds), -1)
-    targets = np.stack([accessor(target["POSITION"]) for target in primitive.targets])
-    return PlayedGlb(
-        seconds,
-        accessor(primitive.attributes.POSITION) + np.einsum("tk,kni->tni", weights, targets),
-        accessor(primitive.indices).reshape(-1, 3).astype(np.int64),
-        accessor(primitive.attributes.COLOR_0)[:, :3] / 65535,
-    )
+    glb = export_reader.read_glb(path)
+    if glb.json.get("skins"):
+        seconds, positions = glb.skinned()
+    else:
+        seconds, positions = glb.posed("POSITION")
+        channels = glb.channels()
+        if (0, "translation") in channels:
+            positions = positions + channels[0, "translation"][1][:, None]
+    faces = glb.accessor(glb.primitive["indices"]).reshape(-1, 3).astype(np.int64)
+    if "COLOR_0" in glb.primitive["attributes"]:
+        return PlayedGlb(seconds, positions, faces, glb.attribute("COLOR_0")[:, :3] / 65535)
+    return PlayedGlb(seconds, positions, faces, None, glb.attribute("TEXCOORD_0"), glb.image())
 
 
 def render(
-    points: Float[np.ndarray, "n 3"],
-    faces: Int[np.ndarray, "f 3"],
-    linear_colors: Float[np.ndarray, "n 3"],
-    c2w: Float[np.ndarray, "4 4"],
-    focal: float,
-    size: int,
+    glb: PlayedGlb, frame: int, c2w: Float[np.ndarray, "4 4"], focal: float, size: int
 ) -> tuple[Float[np.ndarray, "size size 3"], Float[np.ndarray, "size size"]]:
-    """sRGB picture on white and coverage, both in [0, 1]; world points, OpenGL camera, both sides of faces drawn."""
-    view = (points - c2w[:3, 3]) @ c2w[:3, :3]
+    """sRGB picture on white and coverage, both in [0, 1]; OpenGL camera of the world, both sides of faces drawn."""
+    world = glb.positions[frame][:, [2, 0, 1]]  # glTF (y, z, x) back to the world's (x, y, z)
+    view = (world - c2w[:3, 3]) @ c2w[:3, :3]
     fine = size * SUPERSAMPLES
     depth = -view[:, 2]
     pixels = 0.5 * fine + focal * SUPERSAMPLES * np.stack([view[:, 0], -view[:, 1]], axis=-1) / depth[:, None]
-    linear, covered = _rasterise(pixels, depth, faces, linear_colors, fine)
-    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
-    on_white = np.where(covered[..., None], srgb, 1.0)
+    shown, weights = _rasterise(pixels, depth, glb.faces, fine)
+    covered = shown >= 0
+    on_white = np.ones((fine, fine, 3))
+    on_white[covered] = _colors(glb, glb.faces[shown[covered]], weights[covered])
 
     def reduced(picture: np.ndarray) -> np.ndarray:
         return picture.reshape(size, SUPERSAMPLES, size, SUPERSAMPLES, -1).mean(axis=(1, 3))
@@ -91,13 +89,35 @@ def render(
     return reduced(on_white), reduced(covered.astype(np.float64))[..., 0]
 
 
+def _colors(
+    glb: PlayedGlb, corners: Int[np.ndarray, "k 3"], weights: Float[np.ndarray, "k 3"]
+) -> Float[np.ndarray, "k 3"]:
+    """sRGB in [0, 1] of points on faces."""
+    if glb.linear_colors is not None:
+        linear = np.einsum("kj,kjc->kc", weights, glb.linear_colors[corners])
+        return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
+    assert glb.uv is not None and glb.image is not None
+    side = len(glb.image)
+    texel = np.einsum("kj,kjc->kc", weights, glb.uv[corners]) * side - 0.5
+    low = np.floor(texel).astype(int)
+    share = texel - low
+    result = np.zeros((len(corners), 3))
+    for dx in (0, 1):
+        for dy in (0, 1):
+            x, y = np.clip(low[:, 0] + dx, 0, side - 1), np.clip(low[:, 1] + dy, 0, side - 1)
+            part = np.abs(1 - dx - share[:, 0]) * np.abs(1 - dy - share[:, 1])
+            result += part[:, None] * glb.image[y, x] / 255
+    return result
+
+
 @numba.njit(cache=True)
-def _rasterise(pixels, depth, faces, colors, size):  # type: ignore[no-untyped-def]
-    """Nearest triangle at each sample centre; attributes are interpolated with perspective."""
+def _rasterise(pixels, depth, faces, size):  # type: ignore[no-untyped-def]
+    """Nearest triangle at each sample centre and its perspective-correct weights."""
     nearest = np.full((size, size), np.inf)
-    picture = np.zeros((size, size, 3))
-    for face in faces:
-        a, b, c = face
+    shown = np.full((size, size), -1, np.int64)
+    weights = np.zeros((size, size, 3))
+    for index in range(faces.shape[0]):
+        a, b, c = faces[index]
         x0, y0, x1, y1, x2, y2 = (
             pixels[a, 0], pixels[a, 1], pixels[b, 0], pixels[b, 1], pixels[c, 0], pixels[c, 1],
         )  # fmt: skip
@@ -118,14 +138,14 @@ def _rasterise(pixels, depth, faces, colors, size):  # type: ignore[no-untyped-d
                 total = u + v + w
                 if total > 0.0 and 1.0 / total < nearest[row, column]:
                     nearest[row, column] = 1.0 / total
-                    for i in range(3):
-                        picture[row, column, i] = (u * colors[a, i] + v * colors[b, i] + w * colors[c, i]) / total
-    return picture, nearest < np.inf
+                    shown[row, column] = index
+                    weights[row, column] = u / total, v / total, w / total
+    return shown, weights
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Renders of the file beside the input frames, and how close they are."""
+    """Renders of the file beside true pictures, and how close they are."""
 
     renders: Float[np.ndarray, "t s s 3"]
     truths: Float[np.ndarray, "t s s 3"]
@@ -142,11 +162,16 @@ def compare(glb: PlayedGlb, grid: ViewGrid) -> Comparison:
     if len(glb.seconds) != grid.num_frames:
         raise InputError(f"The GLB has {len(glb.seconds)} frames but the grid {grid.num_frames}: they are not one run.")
     size = grid.input_frames.shape[1]
-    c2w, focal = grid.plan.c2w()[0], grid.plan.focal_px(size)
+    return compare_at(glb, grid.input_frames, grid.plan.c2w()[0], grid.plan.focal_px(size))
+
+
+def compare_at(
+    glb: PlayedGlb, frames: UInt8[np.ndarray, "t s s 4"], c2w: Float[np.ndarray, "4 4"], focal: float
+) -> Comparison:
+    """Frame i of the file against frame i of a camera's RGBA video."""
     renders, truths, psnr, iou = [], [], [], []
-    for positions, rgba in zip(glb.positions, grid.input_frames / 255, strict=True):
-        world = positions[:, [2, 0, 1]]  # glTF (y, z, x) back to the world's (x, y, z)
-        picture, coverage = render(world, glb.faces, glb.linear_colors, c2w, focal, size)
+    for index, rgba in enumerate(frames / 255):
+        picture, coverage = render(glb, index, c2w, focal, frames.shape[1])
         truth = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
         inside, expected = coverage > 0.5, rgba[..., 3] > 0.5
         renders.append(picture)
@@ -157,34 +182,110 @@ def compare(glb: PlayedGlb, grid: ViewGrid) -> Comparison:
 
 
 def contact_sheet(comparison: Comparison, columns: int = 6) -> Int[np.ndarray, "H W 3"]:
-    """uint8: input frames, renders of the file, and their absolute difference (dark is equal), some frames."""
+    """uint8: true pictures, renders of the file, and their absolute difference (dark is equal), some frames."""
     chosen = np.linspace(0, len(comparison.psnr) - 1, min(columns, len(comparison.psnr))).round().astype(int)
     truths, renders = comparison.truths[chosen], comparison.renders[chosen]
     rows = [np.concatenate(list(row), axis=1) for row in (truths, renders, np.abs(truths - renders))]
     return np.round(np.concatenate(rows) * 255).clip(0, 255).astype(np.uint8)
 
 
-def main(glb: Path, config: Path | None = None, grid: Path | None = None, out: Path | None = None) -> None:
-    """Compare an exported GLB with the input video of its run.
+# --------------------------------------------------------------------------------------------------------- the shape
+
+
+def shape(glb: PlayedGlb, config: Path, case: Path | None, frames: list[int] | None = None) -> dict[str, Any]:
+    """Distances between the file's surface, the field's own, and the true one where a case has it."""
+    from scipy.spatial import cKDTree
+
+    from sv4d_ns.evaluation.cases import Case
+    from sv4d_ns.evaluation.geometry import sample_surface, surface_at
+    from sv4d_ns.export.run import load_run
+
+    run = load_run(config)
+    low, high = run.field.aabb.cpu().numpy()
+    diagonal = float(np.linalg.norm(high - low))
+    truth = Case.load(case).geometry() if case is not None else None
+    known = list(truth.frame_indices) if truth is not None else []
+    rows: dict[str, list[float]] = {"to_field": [], "from_field": [], "chamfer": [], "chamfer_field": []}
+    for frame in range(len(glb.seconds)) if frames is None else frames:
+        mesh = sample_surface(glb.positions[frame][:, [2, 0, 1]], glb.faces, SURFACE_SAMPLES).points
+        own = surface_at(run.field, run.occupancy, float(run.views.times[frame])).points
+        own = own[:: max(len(own) // SURFACE_SAMPLES, 1)]
+        to_own, to_mesh = cKDTree(own).query(mesh)[0].mean(), cKDTree(mesh).query(own)[0].mean()
+        rows["to_field"].append(to_own / diagonal)
+        rows["from_field"].append(to_mesh / diagonal)
+        line = f"frame {frame:3d}   to the field's surface {to_own / diagonal:.3%}   from it {to_mesh / diagonal:.3%}"
+        if truth is not None and frame in known:
+            points = truth.points[known.index(frame)]
+            for name, made in (("chamfer", mesh), ("chamfer_field", own)):
+                there, back = cKDTree(points).query(made)[0].mean(), cKDTree(made).query(points)[0].mean()
+                rows[name].append(0.5 * (there + back))
+            line += f"   Chamfer {rows['chamfer'][-1]:.5f}, the field's {rows['chamfer_field'][-1]:.5f}"
+        print(line, flush=True)
+    result = {f"{name}_mean": float(np.mean(values)) for name, values in rows.items() if values}
+    result["to_field_worst_frame"] = float(np.max(rows["to_field"] + rows["from_field"]))
+    if rows["chamfer"]:
+        result["chamfer_ratio"] = result["chamfer_mean"] / result["chamfer_field_mean"]
+    return result
+
+
+def unused_views(glb: PlayedGlb, case: Path) -> dict[str, float]:
+    """PSNR and overlap at the case's elevated views."""
+    from sv4d_ns.evaluation.cases import Case
+
+    known = Case.load(case)
+    compared = [
+        compare_at(glb, known.frames(view, known.size), view.c2w, known.focal_px)
+        for view in known.views
+        if "elev" in view.roles
+    ]
+    return {
+        "unused_psnr": float(np.mean([comparison.psnr for comparison in compared])),
+        "unused_iou": float(np.mean([comparison.iou for comparison in compared])),
+    }
+
+
+def main(
+    glb: Path,
+    config: Path | None = None,
+    grid: Path | None = None,
+    case: Path | None = None,
+    out: Path | None = None,
+    frames: Path | None = None,
+) -> None:
+    """Compare an exported GLB with its run.
 
     Args:
         glb: the file that `ns-export mesh` wrote.
-        config: the run's config.yml; its newest view grid is used.
+        config: the run's config.yml; its newest view grid and its field are used.
         grid: a folder with a view grid, instead of a run.
+        case: a benchmark case with truth, for a run on its input camera.
         out: picture to write: input, render and difference.
+        frames: folder for this script's renders, one picture per frame.
     """
     if (config is None) == (grid is None):
         raise InputError("Give either --config (a run) or --grid (a folder with a view grid).")
     folder = grid if config is None else newest_views(config.parent)
     if folder is None:
         raise InputError(f"{config} belongs to a run without views: let ns-train make them, or give --grid.")
-    comparison = compare(read_glb(glb), ViewGrid.load(folder))
+    played = read_glb(glb)
+    comparison = compare(played, ViewGrid.load(folder))
     for index, (psnr, iou) in enumerate(zip(comparison.psnr, comparison.iou, strict=True)):
         print(f"frame {index:3d}   PSNR {psnr:6.2f} dB   silhouette IoU {iou:.3f}")
     if out is not None:
         with atomic_path(out) as temporary:
             Image.fromarray(contact_sheet(comparison)).save(temporary)
-    print(json.dumps({"psnr": round(float(comparison.psnr.mean()), 3), "iou": round(float(comparison.iou.mean()), 4)}))
+    if frames is not None:
+        frames.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(comparison.renders):
+            Image.fromarray(np.round(picture * 255).clip(0, 255).astype(np.uint8)).save(
+                frames / f"frame_{index:04d}.png"
+            )
+    result: dict[str, Any] = {"psnr": float(comparison.psnr.mean()), "iou": float(comparison.iou.mean())}
+    if case is not None:
+        result |= unused_views(played, case)
+    if config is not None:
+        result |= shape(played, config, case)
+    print(json.dumps({name: round(value, 5) for name, value in result.items()}))
 
 
 if __name__ == "__main__":

@@ -77,13 +77,12 @@ def exported(field: SwingingLimb, times: np.ndarray, fps: float, resolution: int
     return animated_mesh(tracks.positions, surface.faces, np.round(colors * 255).astype(np.uint8), sure, fps)
 
 
-def drawn(field: SwingingLimb, plan: ViewPlan, camera: int, time: float, size: int) -> np.ndarray:
+def drawn(field: SwingingLimb, plan: ViewPlan, camera: int, time: float, size: int, steps: int = 400) -> np.ndarray:
     """uint8 RGBA [size, size, 4] of the field at a camera of the plan, by plain quadrature along each ray."""
     c2w = torch.from_numpy(plan.c2w()[camera]).float()
     grid = (torch.arange(size) + 0.5 - size / 2) / plan.focal_px(size)
     y, x = torch.meshgrid(-grid, grid, indexing="ij")
     directions = torch.stack([x, y, -torch.ones_like(x)], -1).reshape(-1, 3) @ c2w[:3, :3].T
-    steps = 400
     depths, step = torch.linspace(1.3, 2.7, steps), 1.4 / (steps - 1)
     rgb, transmitted = torch.zeros(size**2, 3), torch.ones(size**2, 1)
     for depth in depths:
@@ -99,7 +98,7 @@ def drawn(field: SwingingLimb, plan: ViewPlan, camera: int, time: float, size: i
 def pictures(field: SwingingLimb, plan: ViewPlan, cameras: list[int], times: np.ndarray, size: int) -> list[Picture]:
     """The field drawn at cameras of a plan, frame by frame."""
     return [
-        Picture(drawn(field, plan, camera, float(time), size), plan.c2w()[camera], plan.focal_px(1), frame)
+        Picture(drawn(field, plan, camera, float(time), size, 150), plan.c2w()[camera], plan.focal_px(1), frame)
         for frame, time in enumerate(times)
         for camera in cameras
     ]

@@ -54,12 +54,16 @@ def test_help_is_quick_and_imports_nothing_heavy(word):
 
 
 def test_help_of_mesh_explains_every_flag_without_torch():
+    flags = (
+        "--load-config --output-dir --overwrite --resolution --max-faces --faces --texture --texture-size --fps "
+        "--root-motion --mode --animation --max-bones --watertight --usd --sequence"
+    )
     done = run_python(
         "import sys; sys.argv = ['ns-export', 'mesh', '--help']\nfrom sv4d_ns.export.cli import entrypoint\n"
         "try:\n    entrypoint()\nfinally:\n    assert 'torch' not in sys.modules"
     )
     assert done.returncode == 0, done.stderr
-    for flag in ("--load-config", "--output-dir", "--resolution", "--max-faces", "--sequence", "--fps"):
+    for flag in flags.split():
         assert flag in done.stdout
 
 
@@ -76,9 +80,33 @@ def test_missing_config_and_bad_folder_stop_before_anything_is_loaded(capsys, tm
     for folder in (tmp_path / "file" / "below", Path("/proc/sv4d")):
         sentence = refused(capsys, ["mesh", "--load-config", str(tmp_path / "config.yml"), "--output-dir", str(folder)])
         assert re.search("--output-dir .* cannot be written to", sentence)
-    bad_speed = ["mesh", "--load-config", str(tmp_path / "config.yml"), "--output-dir", str(tmp_path), "--fps", "0"]
-    assert "--fps 0" in refused(capsys, bad_speed)
+    new = ["--load-config", str(tmp_path / "config.yml"), "--output-dir", str(tmp_path / "new")]
+    for command, flag, value in (
+        ("mesh", "--fps", "0"),
+        ("mesh", "--max-faces", "99"),
+        ("mesh", "--faces", "0"),
+        ("mesh", "--resolution", "4"),
+        ("mesh", "--texture-size", "3"),
+        ("mesh", "--max-bones", "0"),
+        ("point-cloud-sequence", "--num-points", "0"),
+        ("splats", "--num-splats", "-5"),
+    ):
+        said = "--max-faces" if flag == "--faces" else flag
+        assert f"{said} {value} " in refused(capsys, [command, *new, flag, value])
     assert {path.name for path in tmp_path.iterdir()} == {"config.yml", "file"}
+
+
+def test_a_folder_with_files_is_not_written_to_unasked(capsys, tmp_path):
+    (tmp_path / "config.yml").write_text("just: text")
+    (tmp_path / "mine.txt").touch()
+    arguments = ["mesh", "--load-config", str(tmp_path / "config.yml"), "--output-dir", str(tmp_path)]
+    sentence = refused(capsys, arguments)
+    assert f"--output-dir {tmp_path} exists and has files in it" in sentence and "--overwrite" in sentence
+    assert "is not a nerfstudio config" in refused(capsys, [*arguments, "--overwrite"])  # one step further
+    (tmp_path / "empty").mkdir()
+    arguments[-1] = str(tmp_path / "empty")
+    assert "is not a nerfstudio config" in refused(capsys, arguments)
+    assert (tmp_path / "empty").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -112,13 +140,16 @@ def test_every_command_of_nerfstudio_keeps_its_name_and_flags(monkeypatch):
         "cameras": (exporter.ExportCameraPoses, []),
         "gaussian-splat": (exporter.ExportGaussianSplat, []),
         "mesh": (cli.ExportMesh, ["--max-faces", "None"]),
+        "point-cloud-sequence": (cli.ExportPointCloudSequence, ["--num-points", "7"]),
+        "splats": (cli.ExportSplats, ["--refine", "never"]),
+        "web": (cli.ExportWeb, ["--texture", "views"]),
     }
     for name, (kind, flags) in cases.items():
         arguments = [name, "--load-config", "c.yml", "--output-dir", "o", *flags]
         command = tyro.cli(union, args=arguments, config=(tyro.conf.FlagConversionOff,))
         assert type(command) is kind
     theirs = {re.search(r"name='([^']+)'", str(member)).group(1) for member in members_of(exporter.Commands)}
-    assert theirs | {"mesh"} == set(cases), "nerfstudio has commands this test does not know"
+    assert theirs | set(cli.COMMANDS) == set(cases), "nerfstudio has commands this test does not know"
     called = []
     monkeypatch.setattr(exporter.ExportCameraPoses, "main", lambda self: called.append(self.output_dir))
     assert main(["export", "cameras", "--load-config", "c.yml", "--output-dir", "o"]) == 0
@@ -134,7 +165,7 @@ def members_of(commands) -> tuple:
 def test_missing_exporters_of_nerfstudio_are_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nerfstudio.scripts.exporter", None)
     monkeypatch.delattr("nerfstudio.scripts.exporter", raising=False)
-    assert "'mesh' sub-command works without" in refused(capsys, ["cameras", "--help"])
+    assert "mesh, point-cloud-sequence, splats, web work without" in refused(capsys, ["cameras", "--help"])
 
 
 # --------------------------------------------------------------------------------------------------- a run on disk
@@ -164,7 +195,11 @@ def finished_run(tmp_path_factory) -> Path:
 
     run = tmp_path_factory.mktemp("outputs") / "ball" / "sv4d" / "now"
     pictures = np.full((FRAMES, 16, 16, 4), 255, np.uint8)
-    grid = ViewGrid(pictures, pictures[:, None], ViewPlan.ring((90.0,)), FPS, provenance={"source": "ball.mp4"})
+    square = {"side": 300.0, "source_width": 640, "source_height": 360, "size": 16}
+    framing = {"center_x": [200.0, 220.0, 240.0, 260.0], "center_y": [180.0] * FRAMES, **square}
+    provenance = {"source": "ball.mp4", "model": "sv4d_ns embedded"}
+    framing["side"] = [300.0] * FRAMES
+    grid = ViewGrid(pictures, pictures[:, None], ViewPlan.ring((90.0,)), FPS, framing=framing, provenance=provenance)
     grid.save(run / "views")
     config = copy.deepcopy(all_methods["sv4d"])  # tests share it
     config.output_dir, config.experiment_name, config.timestamp = run.parents[2], "ball", "now"
@@ -178,10 +213,13 @@ def finished_run(tmp_path_factory) -> Path:
     return run / "config.yml"
 
 
+QUICK = ["--resolution", "48", "--max-faces", "1500", "--texture-size", "128"]
+
+
 def test_a_run_becomes_a_playing_file(finished_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [
         "ns-export", "mesh", "--load-config", str(finished_run), "--output-dir", str(tmp_path / "asset"),
-        "--resolution", "48", "--max-faces", "2000", "--sequence", "ply",
+        *QUICK, "--sequence", "ply",
     ])  # fmt: skip
     cli.entrypoint()
     glb = tmp_path / "asset" / "mesh.glb"
@@ -193,27 +231,71 @@ def test_a_run_becomes_a_playing_file(finished_run, tmp_path, capsys, monkeypatc
     np.testing.assert_allclose(extent, 2 * RADIUS, atol=0.06)
     moved = (positions[-1] - positions[0]).mean(axis=0)
     np.testing.assert_allclose(moved, [SHIFT, 0, 0], atol=0.02)
-    assert len(raw.json["accessors"]) and raw.json["asset"]["extras"]["sv4d"]["provenance"] == {"source": "ball.mp4"}
+    extras = raw.json["asset"]["extras"]["sv4d"]
+    assert extras["provenance"]["source"] == "ball.mp4"
+    assert extras["licences"]["novel views"] == "sv4d_ns embedded, Apache-2.0"
+    assert extras["confidence"] == {"1": "seen by the input camera", "0.5": "by generated views only", "0": "by none"}
+    np.testing.assert_allclose(np.median(raw.image().reshape(-1, 3), axis=0), [204, 51, 26], atol=20)
     color = np.median(trimesh.load(tmp_path / "asset" / "frames_ply" / "frame_0000.ply").visual.vertex_colors, axis=0)
     np.testing.assert_allclose(color[:3], [204, 51, 26], atol=20)
     assert len(list((tmp_path / "asset" / "frames_ply").iterdir())) == FRAMES
     said = capsys.readouterr().out
-    assert "residual of the inverse deformation: mean" in said
+    assert "residual of the inverse deformation: mean" in said and "observed" in said
     assert str(glb) in said and "frames_ply" in said and "Blender" in said
+    # the input camera stands on +x: what faces it is observed, what only the camera at 90 degrees sees is generated
+    front, side = raw.attribute("NORMAL")[:, 2] > 0.7, raw.attribute("NORMAL")[:, 0] > 0.9
+    sure = raw.attribute("_CONFIDENCE")[:, 0]
+    assert np.median(sure[front]) == 1 and np.median(sure[side]) == 0.5
+    assert np.median(sure[raw.attribute("NORMAL")[:, 0] < -0.9]) == 0
 
 
-def test_fps_flag_and_a_run_opened_from_elsewhere(finished_run, tmp_path, monkeypatch, capsys):
+def test_flags_and_a_run_opened_from_elsewhere(finished_run, tmp_path, monkeypatch, capsys):
     import shutil
 
     moved = tmp_path / "brought"
     shutil.copytree(finished_run.parent, moved)
     text = (moved / "config.yml").read_text().replace(str(finished_run.parents[3].name), "gone")
     (moved / "config.yml").write_text(text)
-    arguments = ["mesh", "--load-config", str(moved / "config.yml"), "--output-dir", str(tmp_path / "asset")]
-    assert main(["export", *arguments, "--resolution", "32", "--fps", "5"]) == 0
-    seconds, _ = read_glb(tmp_path / "asset" / "mesh.glb").posed("POSITION")
+    arguments = ["mesh", "--load-config", str(moved / "config.yml"), "--output-dir", str(tmp_path / "asset"), *QUICK]
+    flags = ["--fps", "5", "--texture", "none", "--animation", "skin", "--root-motion", "restore", "--usd", "usdz"]
+    assert main(["export", *arguments, *flags, "--watertight"]) == 0
+    raw = read_glb(tmp_path / "asset" / "mesh.glb")
+    seconds, positions = raw.skinned()
     np.testing.assert_allclose(seconds, np.arange(FRAMES) / 5, atol=1e-6)
-    assert not (tmp_path / "asset" / "frames_obj").exists()
+    assert "COLOR_0" in raw.primitive["attributes"]
+    # the crop went 60 source pixels to the right, at a focal length of 300 pixels' worth of field of view
+    way = 60 / ViewPlan.ring((90.0,)).focal_px(300) * 2.0
+    np.testing.assert_allclose((positions[-1] - positions[0]).mean(axis=0), [SHIFT + way, 0, 0], atol=0.02)
+    assert trimesh.Trimesh(positions[0], raw.accessor(raw.primitive["indices"]).reshape(-1, 3)).is_watertight
+    assert {path.name for path in (tmp_path / "asset").iterdir()} == {"mesh.glb", "mesh.usdz"}
+    said = capsys.readouterr().out
+    assert "bones" in said and "root mean square error" in said
+    assert main(["export", "web", *arguments[1:], "--overwrite"]) == 0
+    assert (tmp_path / "asset" / "index.html").stat().st_size > 50_000
+
+
+def test_other_forms_of_the_run(finished_run, tmp_path, capsys):
+    def export(name: str, *flags: str) -> Path:
+        out = tmp_path / name / "-".join(flags).strip("-")
+        run = ["--load-config", str(finished_run), "--output-dir", str(out), *QUICK, "--texture", "none"]
+        assert main(["export", name, *run, *flags]) == 0
+        return out
+
+    frames = sorted((export("mesh", "--mode", "sequence") / "frames_ply").iterdir())
+    centres = [trimesh.load(frame).vertices.mean(axis=0) for frame in frames]
+    np.testing.assert_allclose(centres[-1] - centres[0], [SHIFT, 0, 0], atol=0.03)
+    clouds = sorted((export("point-cloud-sequence", "--num-points", "300") / "points").iterdir())
+    assert len(clouds) == FRAMES and len(trimesh.load(clouds[2]).vertices) == 300
+    splats = sorted((export("splats", "--num-splats", "300") / "splats").iterdir())
+    assert len(splats) == FRAMES and b"property float f_dc_0" in splats[0].read_bytes()
+    assert "need" in capsys.readouterr().out  # refinement asks for a CUDA device
+
+
+def test_a_config_without_its_run_is_said(finished_run, tmp_path, capsys):
+    alone = tmp_path / "config.yml"
+    alone.write_text(finished_run.read_text().replace(str(finished_run.parents[3].name), "gone"))
+    sentence = refused(capsys, ["mesh", "--load-config", str(alone), "--output-dir", str(tmp_path / "new")])
+    assert "was moved without its run" in sentence and "gone" in sentence and "views/" in sentence
 
 
 def other_config(name: str, path: Path) -> Path:
@@ -236,6 +318,7 @@ def test_other_runs_are_refused_by_name_and_leave_nothing(finished_run, tmp_path
     unfinished = tmp_path / "unfinished" / "config.yml"
     unfinished.parent.mkdir()
     unfinished.write_text(finished_run.read_text().replace("timestamp: now", "timestamp: never"))
+    (unfinished.parent / "nerfstudio_models").mkdir()
     assert "unfinished run" in refused(capsys, ["mesh", "--load-config", str(unfinished), *out])
     assert not (tmp_path / "new").exists()
 

@@ -217,15 +217,17 @@ def test_holes_and_pinches_are_repaired():
     fin = np.array([[faces[0, 0], faces[0, 1], faces[50, 2]]])  # a third face on an edge
     broken = np.concatenate([faces[7:], fin])
     assert not is_watertight(broken)
-    repaired = _with_holes_closed(np.asarray(box.vertices), _without_pinches(broken))
+    vertices, repaired = _with_holes_closed(np.asarray(box.vertices), _without_pinches(broken))
     assert is_watertight(repaired)
+    solid = trimesh.Trimesh(vertices, repaired, process=False)
+    assert solid.is_watertight and solid.volume == pytest.approx(box.volume, rel=0.1)
 
 
 class Unsolvable(SwingingLimb):
     """At the last frame the limb stands elsewhere, and the deformation says nothing of how it got there."""
 
     def deformation(self, x, t):
-        return torch.where(t > 0.9, torch.full_like(x, 0.3), super().deformation(x, t))
+        return torch.where(t > 0.9, 0.3 - x, super().deformation(x, t))
 
     def density(self, x, t):
         return torch.where(

@@ -25,6 +25,8 @@ SHARPNESS = 4.0
 """Power of that cosine in a picture's weight: high, so that the best-seen pictures decide and edges stay sharp."""
 SILHOUETTE = 1.5
 """Pixels along a picture's silhouette that are not trusted: they hold background, or another limb a frame late."""
+RIM = 1e-3
+"""What such pixels count all the same: a limb thinner than they are wide is seen by nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +80,8 @@ def gather(
     """Mean sRGB colour in [0, 1] of each point over the pictures that see it, and the sum of their weights.
 
     A picture's weight at a point is trust * confidence * cos^SHARPNESS(angle between normal and line of sight), 0 where
-    something hides the point, where it looks away and along the picture's silhouette. Points nobody sees have weight 0
-    and no colour. `advance` is called once per picture.
+    something hides the point or it looks away, and next to nothing along the picture's silhouette. Points nobody sees
+    have weight 0 and no colour. `advance` is called once per picture.
     """
     color, weight = np.zeros((len(points.face), 3)), np.zeros(len(points.face))
     for picture in pictures:
@@ -108,7 +110,7 @@ def _premultiplied(picture: Picture) -> Float[np.ndarray, "s s 4"]:
     inside = picture.rgba[..., 3] >= 128
     # pixels to the nearest one that is not object, beyond the picture included
     depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
-    weight = np.clip(depth - SILHOUETTE, 0, 1) * picture.trust
+    weight = inside * np.clip(depth - SILHOUETTE, RIM, 1) * picture.trust
     if picture.confidence is not None:
         weight = weight * (picture.confidence / 255.0)
     rgb = picture.rgba[..., :3] / 255.0
@@ -120,43 +122,49 @@ def _accumulate(  # type: ignore[no-untyped-def]
     face, barycentric, faces, positions, normals, depth, pixels, c2w, focal, color, weight
 ):
     size, fine = pixels.shape[0], depth.shape[0]
+    # scalars throughout: a small array in this loop costs more than all its arithmetic
+    right_x, right_y, right_z = c2w[0, 0], c2w[1, 0], c2w[2, 0]
+    up_x, up_y, up_z = c2w[0, 1], c2w[1, 1], c2w[2, 1]
+    back_x, back_y, back_z = c2w[0, 2], c2w[1, 2], c2w[2, 2]
     for k in range(face.shape[0]):
-        corner = faces[face[k]]
-        point, normal = np.zeros(3), np.zeros(3)
-        for j in range(3):
-            for i in range(3):
-                point[i] += barycentric[k, j] * positions[corner[j], i]
-                normal[i] += barycentric[k, j] * normals[corner[j], i]
-        sight = c2w[:3, 3] - point
-        length = np.sqrt((normal * normal).sum() * (sight * sight).sum())
-        facing = (normal * sight).sum() / max(length, 1e-12)
+        a, b, c = faces[face[k], 0], faces[face[k], 1], faces[face[k], 2]
+        wa, wb, wc = barycentric[k, 0], barycentric[k, 1], barycentric[k, 2]
+        # from the point to the camera
+        x = c2w[0, 3] - (wa * positions[a, 0] + wb * positions[b, 0] + wc * positions[c, 0])
+        y = c2w[1, 3] - (wa * positions[a, 1] + wb * positions[b, 1] + wc * positions[c, 1])
+        z = c2w[2, 3] - (wa * positions[a, 2] + wb * positions[b, 2] + wc * positions[c, 2])
+        nx = wa * normals[a, 0] + wb * normals[b, 0] + wc * normals[c, 0]
+        ny = wa * normals[a, 1] + wb * normals[b, 1] + wc * normals[c, 1]
+        nz = wa * normals[a, 2] + wb * normals[b, 2] + wc * normals[c, 2]
+        lengths = (x * x + y * y + z * z) * (nx * nx + ny * ny + nz * nz)
+        facing = (x * nx + y * ny + z * nz) / max(np.sqrt(lengths), 1e-12)
         if facing < LEAST_FACING:
             continue
-        z = (c2w[:3, 2] * sight).sum()
-        if z <= 0.0:
+        away = back_x * x + back_y * y + back_z * z
+        if away <= 0.0:
             continue
-        u = 0.5 - focal * (c2w[:3, 0] * sight).sum() / z
-        v = 0.5 + focal * (c2w[:3, 1] * sight).sum() / z
+        u = 0.5 - focal * (right_x * x + right_y * y + right_z * z) / away
+        v = 0.5 + focal * (up_x * x + up_y * y + up_z * z) / away
         column, row = int(np.floor(u * fine)), int(np.floor(v * fine))
         if column < 0 or row < 0 or column >= fine or row >= fine:
             continue
-        slope = z / (focal * fine) * np.sqrt(1.0 - min(facing * facing, 1.0)) / facing
-        if z > depth[row, column] + DEPTH_TOLERANCE + slope:
+        slope = away / (focal * fine) * np.sqrt(1.0 - min(facing * facing, 1.0)) / facing
+        if away > depth[row, column] + DEPTH_TOLERANCE + slope:
             continue
-        x, y = u * size - 0.5, v * size - 0.5
-        left, top = int(np.floor(x)), int(np.floor(y))
+        px, py = u * size - 0.5, v * size - 0.5
+        left, top = int(np.floor(px)), int(np.floor(py))
         if left < 0 or top < 0 or left + 1 >= size or top + 1 >= size:
             continue
-        x, y = x - left, y - top
+        px, py = px - left, py - top
         share = facing**SHARPNESS
         for i in range(4):
-            value = (1.0 - y) * ((1.0 - x) * pixels[top, left, i] + x * pixels[top, left + 1, i]) + y * (
-                (1.0 - x) * pixels[top + 1, left, i] + x * pixels[top + 1, left + 1, i]
-            )
+            upper = (1.0 - px) * pixels[top, left, i] + px * pixels[top, left + 1, i]
+            lower = (1.0 - px) * pixels[top + 1, left, i] + px * pixels[top + 1, left + 1, i]
+            value = share * ((1.0 - py) * upper + py * lower)
             if i < 3:
-                color[k, i] += share * value
+                color[k, i] += value
             else:
-                weight[k] += share * value
+                weight[k] += value
 
 
 def filled(

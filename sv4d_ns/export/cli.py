@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union, get_args
 
@@ -64,6 +64,11 @@ class _Export:
 
     def check(self) -> None:
         """Refuse flags before anything is loaded."""
+        from sv4d_ns.export.limits import check_face_budget, check_resolution, check_texture_size
+
+        check_resolution(self.resolution)
+        check_face_budget(self.max_faces)
+        check_texture_size(self.texture_size)
         if self.fps is not None and not self.fps > 0:
             raise InputError(f"--fps {self.fps:g} is not a speed: give a number above 0, or leave it out.")
 
@@ -78,7 +83,6 @@ class _Export:
         return Options(
             resolution=self.resolution,
             max_faces=self.max_faces,
-            watertight=getattr(self, "watertight", False),
             texture=self.texture,
             texture_size=self.texture_size,
             fps=self.fps,
@@ -113,6 +117,9 @@ class ExportMesh(_Export):
             from sv4d_ns.export.usd import require_usd
 
             require_usd()
+
+    def options(self) -> Any:
+        return replace(super().options(), watertight=self.watertight)
 
     def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
         from sv4d_ns.export import files
@@ -208,7 +215,7 @@ def commands() -> Any:
     except ImportError as error:
         raise InputError(
             f"nerfstudio's own exporters cannot be loaded here ({error}): install what is missing; "
-            f"the sub-commands {', '.join(COMMANDS)} work without them."
+            f"{', '.join(COMMANDS)} work without them."
         ) from error
     union, *_ = get_args(exporter.Commands)
     ours = (Annotated[kind, tyro.conf.subcommand(name=name)] for name, kind in COMMANDS.items())

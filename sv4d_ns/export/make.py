@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sv4d_ns.cameras import ViewPlan, look_at_cameras
-from sv4d_ns.export.asset import AnimatedMesh, animated_mesh, with_texture
+from sv4d_ns.export.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
 from sv4d_ns.export.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
 from sv4d_ns.export.mesh import (
     AnimatedField,
@@ -59,14 +59,20 @@ class Options:
 
 def make_asset(run: FinishedRun, options: Options, terminal: "Terminal") -> AnimatedMesh:
     """The run's object as one mesh of fixed topology, coloured or textured, over all frames."""
-    root = root_motion(run.views.framing, run.views.plan, run.views.num_frames) if options.restore_root_motion else None
-    if options.restore_root_motion and root is None:
-        terminal.say(
-            "The crop stood still over the clip: all motion is in the mesh, there is no root motion to restore."
-        )
+    root = _restored_motion(run, options, terminal)
     surface, tracks = moving_surface(run, options, terminal)
     mesh = colored(run, surface, tracks, options, terminal)
     return replace(mesh, root=root)
+
+
+def _restored_motion(run: FinishedRun, options: Options, terminal: "Terminal") -> RootMotion | None:
+    """The root motion to put back, if that is asked for and there is any."""
+    if not options.restore_root_motion:
+        return None
+    root = root_motion(run.views.framing, run.views.plan, run.views.num_frames)
+    if root is None:
+        terminal.say("The crop stood still: all motion is in the mesh, there is no root motion to restore.")
+    return root
 
 
 def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> tuple[CanonicalMesh, Tracks]:
@@ -197,10 +203,12 @@ def field_pictures(run: FinishedRun, frame: int, advance: Callable[[], None] | N
 def make_frames(run: FinishedRun, options: Options, terminal: "Terminal") -> list[Still]:
     """The field's own surface at every frame, coloured by the pictures of that frame (or of the field at it)."""
     frames = []
+    root = _restored_motion(run, options, terminal)
     with terminal.bar("cutting frames", run.views.num_frames) as advance:
         for frame in range(run.views.num_frames):
             vertices, faces = surface_at(run, frame, options.resolution, options.max_faces, options.watertight)
-            frames.append(_colored_still(run, frame, vertices, faces, options.texture == "views"))
+            still = _colored_still(run, frame, vertices, faces, options.texture == "views")
+            frames.append(still if root is None else replace(still, positions=vertices + root.translation[frame]))
             advance()
     terminal.say(f"{sum(len(frame.faces) for frame in frames)} faces in {len(frames)} frames")
     return frames

@@ -8,6 +8,7 @@ field's box) and knows nothing of nerfstudio or of file formats.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import fast_simplification
@@ -21,6 +22,7 @@ from skimage.measure import marching_cubes
 from torch import Tensor
 
 from sv4d_ns.errors import InputError
+from sv4d_ns.export.limits import check_face_budget, check_resolution
 
 OPACITY_STEP = 1 / 32
 """Length over which opacity is judged, as a part of the box's side. Own design decision."""
@@ -36,8 +38,6 @@ TEAR = 0.02
 """Edges longer than this share of the box's diagonal (and four times their rest length) count as torn."""
 CONVERGED = 1e-4
 """Iteration stops at this share of the box's diagonal."""
-LEAST_FACES = 100
-"""The smallest face budget: below it a body and its limbs cannot be told apart."""
 CHUNK = 1 << 17
 """Points per field evaluation."""
 
@@ -166,10 +166,9 @@ def opacity_grid(
         advance: called once per plane of nodes.
 
     Raises:
-        InputError: the resolution is below 16.
+        InputError: the resolution is too small.
     """
-    if resolution < 16:
-        raise InputError(f"--resolution {resolution} is too coarse for any shape: give 16 or more.")
+    check_resolution(resolution)
     low, high = _box(field)
     axes = [np.linspace(low[i], high[i], resolution, dtype=np.float32) for i in range(3)]
     step = OPACITY_STEP * float((high - low).max())
@@ -195,8 +194,7 @@ def canonical_mesh(grid: OpacityGrid, max_faces: int | None = None, watertight: 
         watertight: every edge belongs to exactly two faces.
 
     Raises:
-        InputError: nothing in the box is opaque enough, the budget is below `LEAST_FACES` or too small to be
-            watertight.
+        InputError: nothing in the box is opaque enough, the budget is too small, or too small to be watertight.
     """
     check_face_budget(max_faces)
     solid = ndimage.gaussian_filter(grid.values, GRID_BLUR, mode="constant")
@@ -209,14 +207,6 @@ def canonical_mesh(grid: OpacityGrid, max_faces: int | None = None, watertight: 
     elif watertight and not is_watertight(faces):
         vertices, faces = _decimated_watertight(vertices, faces, len(faces))
     return CanonicalMesh(vertices.astype(np.float32), _wound_outward(vertices, faces).astype(np.int32), dropped)
-
-
-def check_face_budget(max_faces: int | None) -> None:
-    """Raises `InputError` for a budget below `LEAST_FACES`."""
-    if max_faces is not None and max_faces < LEAST_FACES:
-        raise InputError(
-            f"--max-faces {max_faces} is too small for any shape: give {LEAST_FACES} or more, or None for all faces."
-        )
 
 
 def surface_level(grid: OpacityGrid, solid: Float[np.ndarray, "r r r"]) -> float:
@@ -308,7 +298,7 @@ def _decimated_watertight(vertices: np.ndarray, faces: np.ndarray, max_faces: in
         fewer, corners = _decimated(vertices, faces, max_faces, aggressiveness)
         for _ in range(4):
             corners = _without_pinches(corners)
-            fewer, corners = _compacted(fewer, _with_holes_closed(fewer, corners))
+            fewer, corners = _compacted(*_with_holes_closed(fewer, corners))
             if is_watertight(corners) and len(corners) <= max_faces:
                 return fewer, corners
     raise InputError(
@@ -327,31 +317,41 @@ def _without_pinches(faces: np.ndarray) -> np.ndarray:
     return faces[(shared[which.reshape(-1, 3)] <= 2).all(axis=1)]
 
 
-def _with_holes_closed(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Every simple boundary loop closed by a fan from its first vertex, wound like the faces around it."""
-    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    present = {(int(a), int(b)) for a, b in edges}
-    # a hole's own faces run along its edges the other way
+def _with_holes_closed(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every boundary loop closed, wound like the faces around it: three edges by a face, more by a fan around a new
+    vertex in their middle (a fan between old vertices could use an edge that exists already)."""
+    new, caps, count = [], [], len(vertices)
+    for loop in _boundary_loops(faces):
+        if len(loop) == 3:
+            caps.append(loop)
+            continue
+        new.append(vertices[loop].mean(axis=0))
+        caps += [[count, a, b] for a, b in pairwise([*loop, loop[0]])]
+        count += 1
+    if not caps:
+        return vertices, faces
+    return np.concatenate([vertices, *(row[None] for row in new)]), np.concatenate([faces, np.array(caps, faces.dtype)])
+
+
+def _boundary_loops(faces: np.ndarray) -> list[list[int]]:
+    """Simple loops of vertices around holes, in the order a face that fills the hole has them."""
+    present = {(int(a), int(b)) for a, b in np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])}
     after: dict[int, list[int]] = {}
-    for a, b in present:
+    for a, b in sorted(present):
         if (b, a) not in present:
             after.setdefault(b, []).append(a)
-    caps = []
-    while after:
-        start = next(iter(after))
-        loop, at = [start], start
-        while at in after:
-            following = after[at].pop()
-            if not after[at]:
-                del after[at]
-            if following in loop:
-                # the part walked before a vertex met twice belongs to another loop
-                loop = loop[loop.index(following) :]
-                break
-            loop.append(following)
-            at = following
-        caps += [(loop[0], loop[i], loop[i + 1]) for i in range(1, len(loop) - 1)]
-    return np.concatenate([faces, np.array(caps, dtype=faces.dtype).reshape(-1, 3)])
+    loops = []
+    for start in list(after):
+        path = [start]
+        while after.get(path[-1]):
+            following = after[path[-1]].pop()
+            if following in path:  # holes that touch in a vertex are holes of their own
+                at = path.index(following)
+                loops.append(path[at:])
+                path = path[: at + 1]
+            else:
+                path.append(following)
+    return loops
 
 
 def _wound_outward(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

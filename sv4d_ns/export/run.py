@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sv4d_ns.configs import check_config
 from sv4d_ns.errors import InputError
 from sv4d_ns.runs import checkpoint_steps, newest_views
 
@@ -46,6 +47,7 @@ def load_run(load_config: Path) -> FinishedRun:
             no checkpoint yet.
     """
     check_config_path(load_config)
+    check_config(load_config)
     import yaml
     from nerfstudio.utils.eval_utils import eval_setup
 
@@ -79,13 +81,14 @@ def _checked(config: Any, load_config: Path) -> Any:
     if not any(base.__module__.partition(".")[0] == "sv4d_ns" for base in target.__mro__):
         raise InputError(
             f"{load_config} is a run of {config.method_name}, which has no deformable field to animate: "
-            "'mesh' exports runs of sv4d; nerfstudio's own sub-commands export the others."
+            "this exports runs of sv4d; nerfstudio's own sub-commands export the others."
         )
     run_dir = load_config.absolute().parent
     if not config.get_checkpoint_dir().is_dir():
         # the run was moved, or its relative path is meant from another folder: everything lies beside config.yml
         beside = run_dir / config.relative_model_dir
-        if not beside.is_dir() and newest_views(run_dir) is None:
+        elsewhere = config.get_base_dir().absolute() != run_dir
+        if elsewhere and not beside.is_dir() and newest_views(run_dir) is None:
             raise InputError(
                 f"{load_config} was moved without its run: the folder it names, {config.get_base_dir()}, is not on "
                 f"this machine; bring the whole folder, with {config.relative_model_dir}/ and views/ beside config.yml."
@@ -102,14 +105,14 @@ def _checked(config: Any, load_config: Path) -> Any:
 
 def provenance_extras(provenance: dict[str, Any], method: str, step: int) -> dict[str, Any]:
     """Where an asset comes from and under which licences it was made, for `asset.extras` (JSON values)."""
-    return {
-        "sv4d": {
-            "method": method,
-            "step": step,
-            "licences": licences(provenance.get("model")),
-            "provenance": provenance,
-        }
+    described = {
+        "method": method,
+        "step": step,
+        "licences": licences(provenance.get("model")),
+        "confidence": {"1": "seen by the input camera", "0.5": "by generated views only", "0": "by none"},
+        "provenance": provenance,
     }
+    return {"sv4d": described}
 
 
 def licences(model: str | None) -> dict[str, str]:

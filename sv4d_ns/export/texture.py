@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage, sparse
 
-from sv4d_ns.errors import InputError
 from sv4d_ns.export.baking import SurfacePoints
+from sv4d_ns.export.limits import check_texture_size
 from sv4d_ns.export.mesh import vertex_graph
 from sv4d_ns.export.raster import rasterise
 
@@ -18,8 +18,6 @@ SMOOTHING = 10
 """Rounds of smoothing of the copy that charts are found on."""
 FILL = 0.6
 """Share of the square that charts are expected to fill."""
-SMALLEST, LARGEST = 64, 8192
-"""Sides of an atlas that are accepted, texels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +46,7 @@ def unwrap(vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], si
     """
     import xatlas
 
-    if not SMALLEST <= size <= LARGEST:
-        raise InputError(f"--texture-size {size} cannot be made: give {SMALLEST} to {LARGEST}.")
+    check_texture_size(size)
     smooth = smoothed(vertices, faces, SMOOTHING)
     corner = smooth[faces]
     area = 0.5 * np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=-1).sum()
