@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Write files from a finished run: 'sv4d export mesh' and all of nerfstudio's ns-export.",
         "sv4d_ns.export.cli:run",
     ),
+    "plan": (
+        "Expected memory and time of the diffusion model on a device, before any weight is loaded.",
+        "sv4d_ns.diffusion.plan_cli:command",
+    ),
     "train": (
         "Train a multi-view video diffusion model, from scratch or from existing weights.",
         "sv4d_ns.training.train:command",
