@@ -9,10 +9,12 @@ import torch
 
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.diffusion.grid import GridOptions
+from sv4d_ns.diffusion.plan import GIB, Offload, Plan
 from sv4d_ns.diffusion.windows import ViewReferences, WindowStride
 from sv4d_ns.errors import InputError
 from sv4d_ns.synthesis import (
     DiffusionSynthesizer,
+    fitting_offload,
     from_model_space,
     load_synthesizer,
     refine_sigma,
@@ -100,3 +102,18 @@ def test_a_long_video_tells_how_far_its_windows_drift(tmp_path: Path) -> None:
     assert views.images.shape == (9, 2, 64, 64, 4)
     (boundary,) = views.drift
     assert boundary.frame == 1 and boundary.frames == 7 and boundary.psnr > 10
+
+
+def test_the_way_of_offloading_is_chosen_by_the_memory_and_said() -> None:
+    ways = (Offload.NONE, Offload.MODEL, Offload.GROUP, Offload.SEQUENTIAL)
+    peaks, seconds = (20.0, 12.0, 6.0, 4.0), (9.0, 10.0, 30.0, 60.0)
+    plan = Plan(
+        (),
+        {way: peak * GIB for way, peak in zip(ways, peaks, strict=True)},
+        dict(zip(ways, seconds, strict=True)),
+    )
+    for memory, way in ((80, "none"), (16, "model"), (8, "group"), (5, "sequential")):
+        offload, sentence = fitting_offload(plan, memory * GIB)
+        assert offload.value == way and f"'{way}'" in sentence and f"{memory}.0 GiB" in sentence
+    with pytest.raises(InputError, match=r"needs 4\.0 GiB"):
+        fitting_offload(plan, 2 * GIB)
