@@ -25,6 +25,8 @@ def test_a_case_is_fitted_within_its_budget_and_judged(
     monkeypatch.setattr(quality, "in_own_process", lambda function, *arguments: function(*arguments))
     # the clock says 40 s for each look at it: the budget of 2 minutes ends the fit after a few steps
     seconds = iter(range(0, 10**6, 40))
+    monkeypatch.setattr("sv4d_ns.renders.SHEET_SIZE", 8)  # the sheet at the end of a run is not judged
+    monkeypatch.setattr("sv4d_ns.evaluation.geometry.SURFACE_RESOLUTION", 24)
     monkeypatch.setattr(quality, "budget_clock", lambda kind: float(next(seconds)))
     settings = quality.Quality(
         cases=tmp_path / "cases", out=tmp_path / "out", minutes=2.0, size=32, train_args=TINY, align=True

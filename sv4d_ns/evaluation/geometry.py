@@ -187,7 +187,7 @@ def evaluate_geometry(
     truth: Geometry,
     frame_times: Float[np.ndarray, " t"],
     to_source: Similarity,
-    resolution: int = SURFACE_RESOLUTION,
+    resolution: int | None = None,
     align: bool = False,
 ) -> dict[str, Any]:
     """Everything geometric, per frame and on average, in the case's world units.
@@ -195,12 +195,12 @@ def evaluate_geometry(
     Args:
         frame_times: all times of the run's clip, [0, 1]; tracks are followed through them.
         to_source: from the field's world to the case's.
-        resolution: nodes of the marching-cubes grid along the box's side.
+        resolution: nodes of the marching-cubes grid along the box's side; `SURFACE_RESOLUTION` by default.
         align: also give every figure after `fitted_similarity`, as `aligned_...`, unless a surface is empty.
     """
     made = []
     for time in truth.times:
-        surface = surface_at(field, occupancy, float(time), resolution)
+        surface = surface_at(field, occupancy, float(time), resolution or SURFACE_RESOLUTION)
         made.append(Surface(to_source.points(surface.points), to_source.directions(surface.normals)))
     true = [Surface(points, normals) for points, normals in zip(truth.points, truth.normals, strict=True)]
     dense = np.union1d(np.round(frame_times, 9), np.round(truth.times, 9))
