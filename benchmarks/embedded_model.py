@@ -2,8 +2,8 @@
 
     python benchmarks/embedded_model.py ../shared/benchmark/fox_run ../shared/benchmark/frog_jump --sheet sheet.png
 
-For each case: PSNR, silhouette IoU and sharpness of the `nv8` views, of copying the input frame and of the model, and
-the time of sampling. The cases are rendered game assets, nothing the model was trained on.
+For each case: the scores of `sv4d_ns.training.evaluate` for the `nv8` views, of copying the input frame and of the
+model, and the time of sampling. The cases are rendered game assets, nothing the model was trained on.
 """
 
 import json
@@ -18,6 +18,7 @@ import tyro
 from jaxtyping import UInt8
 from PIL import Image
 
+from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 from sv4d_ns.diffusion.grid import generate_grid
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
@@ -80,8 +81,10 @@ def main(config: BenchmarkConfig) -> None:
         sampled = made.permute(0, 1, 3, 4, 2).double().numpy()
         truth = as_floats(grid[:, 1:])
         print(f"\n{folder.name}: {seconds:.1f} s for {len(video)} frames x {len(azimuths)} views")
-        copied = score("copy of the input frame", [as_floats(grid[:, :1])], [truth])
-        print(table([copied, score("model", [sampled], [truth], seconds / (len(video) * len(azimuths)))]))
+        plans = [ViewPlan.ring(tuple(azimuths))]
+        copied = score("copy of the input frame", [as_floats(grid[:, :1])], [truth], plans)
+        model = score("model", [sampled], [truth], plans, seconds / (len(video) * len(azimuths)))
+        print(table([copied, model]))
         for frame in SHEET_FRAMES:
             pictures = [as_floats(grid[frame, 0]), *truth[frame, ::2], *sampled[frame, ::2]]
             rows.append(np.concatenate([picture[..., :3] for picture in pictures], axis=1))

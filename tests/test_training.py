@@ -22,11 +22,12 @@ from sv4d_ns.training.config import TrainConfig, check
 from sv4d_ns.training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, BatchShape, draw_cameras, make_batch, to_model_images
 from sv4d_ns.training.evaluate import (
     EvaluateConfig,
+    as_floats,
     evaluate,
     held_out_clip,
     mean_views,
-    psnr,
-    silhouette_iou,
+    motion_error,
+    score,
 )
 from sv4d_ns.training.model import ModelConfig, bypassed, camera_vectors_of, fit_autoencoder
 from sv4d_ns.training.train import Trainer, prepare, train
@@ -490,11 +491,16 @@ def test_a_model_of_the_released_kind_trains(config, tmp_path, monkeypatch):
 
 
 def test_scores_of_known_pictures():
-    truth = np.zeros((2, 4, 4, 3))
-    assert psnr(truth + 0.1, truth) == pytest.approx([20.0, 20.0])
-    mask = np.zeros((3, 4, 4), dtype=bool)
-    mask[0, :2], mask[1, :1] = True, True
-    np.testing.assert_allclose(silhouette_iou(mask, np.stack([mask[0], mask[0], mask[2]])), [1.0, 0.5, 1.0])
+    clip = held_out_clip(0, 2, 32)
+    truth = as_floats(clip.views)
+    right = score("right", [truth], [truth], [clip.plan])
+    assert right.psnr > 90 and right.ssim > 0.999 and right.iou == 1 and right.motion == 0 and right.hull > 0.99
+    assert right.sharpness == pytest.approx(1.0)
+    darker = np.concatenate([truth[..., :3] - 0.1, truth[..., 3:]], axis=-1)
+    assert score("darker", [darker], [truth], [clip.plan]).psnr == pytest.approx(20.0, abs=0.01)
+    assert motion_error(np.broadcast_to(truth[:1], truth.shape), truth) == pytest.approx(1.0)
+    other = score("turned", [truth[:, ::-1]], [truth], [clip.plan])
+    assert other.iou < 0.9 and other.ssim < right.ssim
 
 
 def test_evaluation_clips_are_held_out_and_the_mean_view_is_a_picture():

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 import tyro
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from sv4d_ns.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.diffusion.embedded import embedded_folder
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.errors import InputError, one_sentence_errors
+from sv4d_ns.evaluation.consistency import hull_agreement
+from sv4d_ns.evaluation.images import psnr, silhouette_iou, ssim
 from sv4d_ns.files import atomic_path
 from sv4d_ns.procedural import creature, render
 from sv4d_ns.training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, VIDEO_FRAMES
@@ -60,15 +63,20 @@ class EvaluateConfig:
 class Scores:
     """Means over all views of all frames of all objects.
 
-    psnr: of RGB on white over the whole picture, dB. iou: of the silhouettes alpha >= 0.5. sharpness: mean absolute
-    difference of neighbouring pixels divided by the truth's (1 is as sharp as the truth). seconds: of sampling, for
-    each picture.
+    psnr: of RGB on white over the whole picture, dB. ssim: likewise. iou: of the silhouettes alpha >= 0.5. sharpness:
+    mean absolute difference of neighbouring pixels divided by the truth's (1 is as sharp as the truth). motion: error
+    of the difference of neighbouring frames divided by the true difference (temporal consistency: 0 is right, 1 is a
+    still picture, above is flicker or wrong motion). hull: share of the silhouettes that one solid object can explain
+    (cross-view consistency, 1 is best; `evaluation.consistency`). seconds: of sampling, for each picture.
     """
 
     name: str
     psnr: float
+    ssim: float
     iou: float
     sharpness: float
+    motion: float
+    hull: float
     seconds: float = 0.0
 
 
@@ -78,6 +86,7 @@ class Clip:
 
     inputs: UInt8[np.ndarray, "t h w 4"]
     views: UInt8[np.ndarray, "t v h w 4"]
+    plan: ViewPlan
 
 
 def held_out_clip(index: int, frames: int, size: int, plan: ViewPlan = ViewPlan.EMBEDDED) -> Clip:
@@ -87,7 +96,7 @@ def held_out_clip(index: int, frames: int, size: int, plan: ViewPlan = ViewPlan.
     cameras = look_at_cameras(np.array((0.0, *plan.azimuths_deg)), np.full(plan.num_views + 1, elevation))
     times = rng.uniform(0.0, 1.0 - (frames - 1) / (VIDEO_FRAMES - 1)) + np.arange(frames) / (VIDEO_FRAMES - 1)
     pictures = render(creature(FIRST_EVALUATED + index), times, cameras, size)
-    return Clip(pictures[:, 0], pictures[:, 1:])
+    return Clip(pictures[:, 0], pictures[:, 1:], ViewPlan.ring(plan.azimuths_deg, elevation))
 
 
 def as_floats(pictures: UInt8[np.ndarray, "... h w 4"]) -> Float[np.ndarray, "... h w 4"]:
@@ -107,32 +116,49 @@ def mean_views(size: int, objects: int, plan: ViewPlan = ViewPlan.EMBEDDED) -> n
     return total / objects
 
 
-def psnr(made: Float[np.ndarray, "... h w c"], truth: Float[np.ndarray, "... h w c"]) -> Float[np.ndarray, "..."]:
-    """Peak signal-to-noise ratio of each picture, dB."""
-    return -10 * np.log10(np.maximum(((made - truth) ** 2).mean(axis=(-3, -2, -1)), 1e-10))
-
-
-def silhouette_iou(made: Bool[np.ndarray, "... h w"], truth: Bool[np.ndarray, "... h w"]) -> Float[np.ndarray, "..."]:
-    """Intersection over union of each pair of masks; 1 where both are empty."""
-    union = (made | truth).sum(axis=(-2, -1))
-    return np.where(union > 0, (made & truth).sum(axis=(-2, -1)) / np.maximum(union, 1), 1.0)
-
-
 def roughness(pictures: Float[np.ndarray, "... h w c"]) -> float:
     """Mean absolute difference of neighbouring pixels."""
     return float(np.abs(np.diff(pictures, axis=-2)).mean() + np.abs(np.diff(pictures, axis=-3)).mean())
 
 
-def score(name: str, made: list[np.ndarray], truth: list[np.ndarray], seconds: float = 0.0) -> Scores:
-    """Scores of pictures [t, v, h, w, 4] in [0, 1], one array an object."""
+def score(
+    name: str, made: list[np.ndarray], truth: list[np.ndarray], plans: list[ViewPlan], seconds: float = 0.0
+) -> Scores:
+    """Scores of pictures [t, v, h, w, 4] in [0, 1] (RGB on white, alpha), one array and one view plan an object."""
     pairs = [(np.broadcast_to(m, t.shape), t) for m, t in zip(made, truth, strict=True)]
     return Scores(
         name,
-        float(np.mean([psnr(m[..., :3], t[..., :3]).mean() for m, t in pairs])),
-        float(np.mean([silhouette_iou(m[..., 3] >= 0.5, t[..., 3] >= 0.5).mean() for m, t in pairs])),
+        float(np.mean([psnr(_colours(m), _colours(t)).mean() for m, t in pairs])),
+        float(np.mean([ssim(_colours(m), _colours(t)).mean() for m, t in pairs])),
+        float(np.mean([silhouette_iou(_alpha(m), _alpha(t)).mean() for m, t in pairs])),
         float(np.mean([roughness(m[..., :3]) / roughness(t[..., :3]) for m, t in pairs])),
+        float(np.mean([motion_error(m, t) for m, t in pairs])),
+        float(np.mean([_hull(m, plan) for (m, _), plan in zip(pairs, plans, strict=True)])),
         seconds,
     )
+
+
+def _colours(pictures: Float[np.ndarray, "t v h w 4"]) -> Float[Tensor, "n 3 h w"]:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pictures[..., :3], -1, 2))).float().flatten(0, 1)
+
+
+def _alpha(pictures: Float[np.ndarray, "t v h w 4"]) -> UInt8[np.ndarray, "n h w"]:
+    return (pictures[..., 3] * 255).round().astype(np.uint8).reshape(-1, *pictures.shape[2:4])
+
+
+def motion_error(made: Float[np.ndarray, "t v h w 4"], truth: Float[np.ndarray, "t v h w 4"]) -> float:
+    """Mean error of the change from frame to frame, in units of the true change; 0 for a single frame."""
+    if len(truth) < 2:
+        return 0.0
+    change = np.diff(truth, axis=0)
+    return float(np.abs(np.diff(made, axis=0) - change).mean() / max(np.abs(change).mean(), 1e-6))
+
+
+def _hull(pictures: Float[np.ndarray, "t v h w 4"], plan: ViewPlan) -> float:
+    """Mean agreement of the first and the last moment's silhouettes with their hull."""
+    alpha = (pictures[[0, -1], ..., 3] * 255).round().astype(np.uint8)
+    focal = plan.focal_px(alpha.shape[-1])
+    return float(np.mean([hull_agreement(moment, plan.c2w()[1:], focal).mean() for moment in alpha]))
 
 
 def sample_clip(pipeline: StableVideo4D2Pipeline, clip: Clip, plan: ViewPlan, seed: int) -> np.ndarray:
@@ -161,11 +187,11 @@ def evaluate(config: EvaluateConfig) -> list[Scores]:
     size = pipeline.config.image_size
     clips = [held_out_clip(index, config.frames, size) for index in range(config.objects)]
     truth = [as_floats(clip.views) for clip in clips]
+    plans = [clip.plan for clip in clips]
+    mean = mean_views(size, config.mean_image_objects)[None]
     rows = [
-        score("copy of the input frame", [as_floats(clip.inputs)[:, None] for clip in clips], truth),
-        score(
-            "mean training picture of the view", [mean_views(size, config.mean_image_objects)[None]] * len(clips), truth
-        ),
+        score("copy of the input frame", [as_floats(clip.inputs)[:, None] for clip in clips], truth, plans),
+        score("mean training picture of the view", [mean] * len(clips), truth, plans),
     ]
     own = pipeline.scheduler.config
     sigma_min = own.sigma_min if config.sigma_min is None else config.sigma_min
@@ -177,17 +203,23 @@ def evaluate(config: EvaluateConfig) -> list[Scores]:
             began = time.monotonic()
             made = [sample_clip(pipeline, clip, ViewPlan.EMBEDDED, config.seed + i) for i, clip in enumerate(clips)]
             seconds = (time.monotonic() - began) / sum(clip.views.shape[0] * clip.views.shape[1] for clip in clips)
-            rows.append(score(f"model, {steps} steps, sigma {sigma_max:g} to {sigma_min:g}", made, truth, seconds))
+            rows.append(
+                score(f"model, {steps} steps, sigma {sigma_max:g} to {sigma_min:g}", made, truth, plans, seconds)
+            )
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
 
 def table(rows: list[Scores]) -> str:
     """A Markdown table."""
-    lines = ["| | PSNR, dB | silhouette IoU | sharpness | s a picture |", "|---|---|---|---|---|"]
+    lines = [
+        "| | PSNR, dB | SSIM | silhouette IoU | sharpness | motion error | hull | s a picture |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         cost = f"{row.seconds:.3f}" if row.seconds else "-"
-        lines.append(f"| {row.name} | {row.psnr:.2f} | {row.iou:.3f} | {row.sharpness:.2f} | {cost} |")
+        numbers = f"{row.psnr:.2f} | {row.ssim:.3f} | {row.iou:.3f} | {row.sharpness:.2f} | {row.motion:.2f}"
+        lines.append(f"| {row.name} | {numbers} | {row.hull:.3f} | {cost} |")
     return "\n".join(lines)
 
 

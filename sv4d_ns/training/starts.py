@@ -75,9 +75,7 @@ def from_svd(folder: Path, sampling: SamplingConfig, seed: int) -> StableVideo4D
     try:
         svd = UNetSpatioTemporalConditionModel.from_pretrained(folder, subfolder="unet")
         decoder = AutoencoderKLTemporalDecoder.from_pretrained(folder, subfolder="vae")
-        encoder = CLIPVisionModelWithProjection.from_pretrained(
-            folder, subfolder="image_encoder"
-        )
+        encoder = CLIPVisionModelWithProjection.from_pretrained(folder, subfolder="image_encoder")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"--start svd:{folder} is not Stable Video Diffusion in diffusers' layout (unet, vae, image_encoder): "
