@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from sv4d_ns.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
 from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 from sv4d_ns.diffusion.grid import GridOptions, generate_grid
 from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion.windows import ViewReferences
-from sv4d_ns.training.evaluate import FIRST_EVALUATED, Clip, as_floats, held_out_clip, psnr, silhouette_iou
+from sv4d_ns.evaluation.images import psnr, silhouette_iou
+from sv4d_ns.training.evaluate import FIRST_EVALUATED, Clip, as_floats, held_out_clip
 
 VOXELS = 72
 FRAMES = 8
@@ -53,7 +54,7 @@ def hull_iou(masks: Bool[np.ndarray, "t v h w"], plan: ViewPlan) -> float:
         hull = np.zeros_like(moment)
         for silhouette, (x, y) in zip(hull, pixels, strict=True):
             silhouette[y[inside], x[inside]] = True
-        scores.append(silhouette_iou(hull, moment).mean())
+        scores.append(silhouette_iou(levels(hull), levels(moment)).mean())
     return float(np.mean(scores))
 
 
@@ -80,10 +81,20 @@ def figures(made: Float[np.ndarray, "t v h w 4"], truth: Float[np.ndarray, "t v 
     """PSNR of RGB on white (dB), silhouette IoU, hull IoU."""
     masks = made[..., 3] >= 0.5
     return [
-        float(psnr(made[..., :3], truth[..., :3]).mean()),
-        float(silhouette_iou(masks, truth[..., 3] >= 0.5).mean()),
+        float(psnr(colours(made), colours(truth)).mean()),
+        float(silhouette_iou(levels(masks), levels(truth[..., 3] >= 0.5)).mean()),
         hull_iou(masks[::3], plan),
     ]
+
+
+def colours(pictures: Float[np.ndarray, "t v h w 4"]) -> Float[torch.Tensor, "n 3 h w"]:
+    """RGB as the metrics take it."""
+    return torch.from_numpy(pictures[..., :3]).float().flatten(0, 1).movedim(-1, 1)
+
+
+def levels(masks: Bool[np.ndarray, "*n h w"]) -> UInt8[np.ndarray, "m h w"]:
+    """Masks as 8-bit alpha, one axis of pictures."""
+    return (masks.reshape(-1, *masks.shape[-2:]) * 255).astype(np.uint8)
 
 
 def main(config: ViewCallsConfig) -> None:
