@@ -21,6 +21,8 @@ method = MethodSpecification(
         optimizers={
             "encoding": {"optimizer": FusedAdamWConfig(lr=1e-2), "scheduler": None},
             "heads": {"optimizer": FusedAdamWConfig(lr=1e-3), "scheduler": None},
+            # beside the field, for meshes: ours
+            "motion": {"optimizer": FusedAdamWConfig(lr=2e-3), "scheduler": None},
         },
         viewer=ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=True),
         logging=LoggingConfig(profiler="none", local_writer=LocalWriterConfig(enable=False)),

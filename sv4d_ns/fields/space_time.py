@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sv4d_ns.errors import InputError
-from sv4d_ns.fields.deformable import FieldSample
+from sv4d_ns.fields.deformable import FieldSample, frequency_encoding
 from sv4d_ns.fields.hash_grid import HashGrid
+
+SPACE_OCTAVES, TIME_OCTAVES = 3, 3
+"""Octaves of the motion network's inputs: limbs, not texture."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class SpaceTimeFieldConfig:
     """Density logit the untrained field has in its centre, per unit of length."""
     blob_radius: float = 0.5
     """Distance from the centre at which that logit has fallen to zero."""
+    canonical_time: float = 0.0
+    """The time whose shape the motion refers to."""
+    motion_width: int = 64
+    """Width of the motion's two hidden layers."""
+    gate_width: float = 0.05
+    """The motion is multiplied by tanh(|t - canonical_time| / gate_width)."""
     encoding_backend: Literal["numba", "torch"] = "numba"
 
     def scaled(self, factor: float) -> SpaceTimeFieldConfig:
@@ -48,8 +57,9 @@ class SpaceTimeFieldConfig:
 class SpaceTimeField(nn.Module):
     """Features of two hash grids, one over (x, y, z) and one over (x, y, z, t), are summed and decoded.
 
-    It has the methods of `DeformableField` that rendering and pictures need, so that both share them; nothing is
-    deformed, so it has no canonical shape and its motion is not known point by point.
+    It has the methods of `DeformableField` that rendering, pictures and export need, so that both share them. Pictures
+    need no deformation; `deformation` is a network beside the field that learns from it where its matter goes
+    (`four_diffusion.motion`), because a mesh of fixed topology has to know.
 
     Raises:
         InputError: a size in the config that makes no field.
@@ -77,15 +87,33 @@ class SpaceTimeField(nn.Module):
         self.space, self.space_time = grid(3), grid(4)
         self.density_net = _decoder(self.space.out_dim, config.hidden_width, 1)
         self.color_net = _decoder(self.space.out_dim, config.hidden_width, 3)
+        self.motion_net = _motion(config.motion_width)
         e = config.half_extent
         self.register_buffer("aabb", torch.tensor([[-e, -e, -e], [e, e, e]]))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Groups with their own learning rates: "encoding" and "heads"."""
+        """Groups with their own learning rates: "encoding", "heads" and "motion" (which no picture depends on)."""
         return {
             "encoding": [self.space.table, self.space_time.table],
             "heads": [*self.density_net.parameters(), *self.color_net.parameters()],
+            "motion": list(self.motion_net.parameters()),
         }
+
+    def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
+        """Offset from points at times to where their matter is at `canonical_time`, world units."""
+        c = self.config
+        place = frequency_encoding(x / c.half_extent, SPACE_OCTAVES, SPACE_OCTAVES)
+        moment = frequency_encoding(t, TIME_OCTAVES, TIME_OCTAVES)
+        gate = torch.tanh((t - c.canonical_time).abs() / c.gate_width)
+        return gate * c.half_extent * self.motion_net(torch.cat([place, moment], -1))
+
+    def canonical_density(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
+        """Density at `canonical_time`."""
+        return self.density(x, torch.full_like(x[:, :1], self.config.canonical_time))
+
+    def canonical_color(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+        """Colour at `canonical_time`."""
+        return self.color_from_geometry(self.features(x, torch.full_like(x[:, :1], self.config.canonical_time)))
 
     def features(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n f"]:
         """The sum of both grids' features at points of the box and times in [0, 1]."""
@@ -145,6 +173,15 @@ class SpaceTimeField(nn.Module):
     def _bias_gradient(self, x: Tensor) -> Tensor:
         c = self.config
         return -c.blob_density / c.blob_radius * functional.normalize(x, dim=-1)
+
+
+def _motion(width: int) -> nn.Sequential:
+    inputs = 3 * (1 + 2 * SPACE_OCTAVES) + 1 + 2 * TIME_OCTAVES
+    layers = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)]
+    # at rest until it has learned otherwise
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers)
 
 
 def _decoder(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

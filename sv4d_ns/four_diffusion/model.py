@@ -50,6 +50,8 @@ class FourDiffusionModel(SV4DModel):
 
     def populate_modules(self) -> None:
         """Make the field and its empty-space grid."""
+        from dataclasses import replace
+
         from sv4d_ns.cameras import OBJECT_BOX
         from sv4d_ns.fields.space_time import SpaceTimeField
         from sv4d_ns.four_diffusion.occupancy import SharedOccupancyGrid
@@ -62,7 +64,8 @@ class FourDiffusionModel(SV4DModel):
         small = self.config.field_size == "small" or (
             self.config.field_size == "auto" and not str(self.kwargs.get("device", "cpu")).startswith("cuda")
         )
-        self.field = SpaceTimeField(field_config(small))
+        canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
+        self.field = SpaceTimeField(replace(field_config(small), canonical_time=canonical_time))
         self.occupancy = (
             OccupancyGrid(self.num_frames)
             if self.config.occupancy == "per_frame"

@@ -156,7 +156,7 @@ class Objective:
         target = anchor.targets[frame].movedim(-1, 0)[None]
         error = (picture.detach() - target).square().mean().clamp(min=1e-10)
         self.anchor_psnr = float(-10 * error.log10())
-        terms = {"ssim": 1 - losses.ssim(picture, target)}
+        terms = {"ssim": 1 - losses.ssim(picture, target), "pixels": (picture - target).square().mean()}
         if self.lpips is not None:
             terms["lpips"] = self.lpips(picture, target)
         return terms

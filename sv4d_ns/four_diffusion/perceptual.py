@@ -13,7 +13,8 @@ from torch import Tensor
 
 VGG_FILE = "vgg16-397923af.pth"
 MISSING = (
-    "LPIPS is left out of the anchor loss: VGG16's weights are not at hand. To have them: "
+    "LPIPS is left out of the anchor loss, the squared error of pixels takes its place: VGG16's weights are not at "
+    "hand. To have them: "
     "python -c \"import torchvision; torchvision.models.vgg16(weights='IMAGENET1K_V1')\""
 )
 

@@ -42,9 +42,12 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """Pixels along the side of the anchor's renders; None takes 256, and twice the model's size where that is less."""
     frames_per_step: int | None = None
     """Consecutive frames of a step; None takes the model's window, and half of it on a CPU."""
-    warm_up: float = 0.0
+    warm_up: float | None = None
     """Share of the steps in which the field is first fitted to the grid's views pixel by pixel; distillation then
-    starts at the noise level the reference has after its first tenth. Not in the reference."""
+    starts at the noise level the reference has after its first tenth. None takes 0 with 4DM, as the reference, and
+    half with an SV4D model."""
+    keep_views: bool | None = None
+    """Go on fitting the grid's views while distilling. None does so with an SV4D model; the reference does not."""
 
 
 class FourDiffusionPipeline(SV4DPipeline):
@@ -102,27 +105,46 @@ class FourDiffusionPipeline(SV4DPipeline):
     def _terms(self, step: int) -> dict[str, Tensor]:
         import torch
 
+        from sv4d_ns.four_diffusion.motion import motion_loss
+
         assert self._objective is not None
-        if step < self._warm_up_steps:
+        terms: dict[str, Tensor] = {}
+        psnr = 0.0
+        if step < self._warm_up_steps or self._keeps_views:
             from sv4d_ns.four_diffusion.warm_up import view_terms
 
             batch = self.datamanager.batch_sampler.draw(step, self.space_model.frame_window(step), 0)
             terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
-        else:
-            terms = self._objective.terms(step - self._warm_up_steps)
+        if step >= self._warm_up_steps:
+            terms |= self._objective.terms(step - self._warm_up_steps)
             psnr = self._objective.anchor_psnr
+            field, occupancy = self.space_model.field, self.space_model.occupancy
+            seed = self.datamanager.config.seed
+            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, seed, step)
         self._objective_psnr = torch.tensor(psnr)
         return terms
 
     @property
     def _warm_up_steps(self) -> int:
-        return int(self.config.warm_up * self._total_steps)
+        share = self.config.warm_up
+        if share is None:
+            share = 0.0 if self._is_fourdm else 0.5
+        return int(share * self._total_steps)
+
+    @property
+    def _keeps_views(self) -> bool:
+        return not self._is_fourdm if self.config.keep_views is None else self.config.keep_views
+
+    @property
+    def _is_fourdm(self) -> bool:
+        return self.datamanager.config.synthesis == "fourdm"
 
     def _make_objective(self) -> "Objective":
         from sv4d_ns.four_diffusion.anchor import choose_anchor
         from sv4d_ns.four_diffusion.objective import Objective, ObjectiveConfig, make_anchor
         from sv4d_ns.four_diffusion.perceptual import MISSING, load_lpips
         from sv4d_ns.four_diffusion.rendering import RenderSettings
+        from sv4d_ns.four_diffusion.schedules import own_weights
 
         grid, model = self.datamanager.grid, self.space_model
         prior = self._make_prior()
@@ -149,6 +171,7 @@ class FourDiffusionPipeline(SV4DPipeline):
                 first_step=WARM_START if self._warm_up_steps else 0,
                 frames_per_step=frames,
                 seed=self.datamanager.config.seed,
+                weights=own_weights(alpha_known=prior.channels == 4, perceptual=lpips is not None),
                 render=settings,
             ),
             lpips,

@@ -4,7 +4,7 @@ Source: aejion/4Diffusion @ 627d0cd (threestudio's scheduled values) and the pap
 the reference's 35,000-step run; a shorter run passes the same schedule faster (`reference_step`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 REFERENCE_STEPS = 35_000
 NOISE_STEPS = 1000
@@ -45,10 +45,27 @@ class LossRamps:
     opaque: Ramp = field(default_factory=lambda: Ramp(10_000, 0.0, 100.0, 10_001))
     z_variance: Ramp = field(default_factory=lambda: Ramp.constant(0.0))
     """HiFA's variance of depth along a ray; off in the reference."""
+    pixels: Ramp = field(default_factory=lambda: Ramp.constant(0.0))
+    """Mean squared error at the anchor, which the reference does not have."""
 
     def at(self, step: float) -> dict[str, float]:
         """Every weight at a step of the reference's run."""
         return {name: ramp.at(step) for name, ramp in vars(self).items()}
+
+
+def own_weights(alpha_known: bool, perceptual: bool) -> LossRamps:
+    """The reference's weights, changed where its premises do not hold.
+
+    Args:
+        alpha_known: the model has an alpha channel, so it says itself where nothing is, and the push towards less
+            matter is a tenth.
+        perceptual: LPIPS is at hand; without it structure alone would leave colours free, so the squared error of
+            pixels takes its place (1000; 20 dB then weigh as much as an SSIM of 0.9).
+    """
+    weights = LossRamps()
+    if alpha_known:
+        weights = replace(weights, sparsity=Ramp.constant(10.0))
+    return weights if perceptual else replace(weights, pixels=Ramp.constant(1000.0))
 
 
 LOWEST_NOISE = Ramp(0, 0.98, 0.02, 5000)

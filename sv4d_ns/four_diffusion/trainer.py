@@ -7,6 +7,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import InputError, one_sentence_errors
+from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.trainer import SV4DTrainer, SV4DTrainerConfig
 
 CPU_STEPS = 500
@@ -34,8 +35,13 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         assert isinstance(datamanager, SV4DDataManagerConfig)
         if datamanager.synthesis == "auto" and datamanager.fourdm_checkpoint is not None:
             datamanager.synthesis = "fourdm"
+        fourdm = datamanager.synthesis == "fourdm"
         if self.max_num_iterations == 0:
-            self.max_num_iterations = FOURDM_STEPS if datamanager.synthesis == "fourdm" else CPU_STEPS
+            self.max_num_iterations = FOURDM_STEPS if fourdm else CPU_STEPS
+        if not fourdm:
+            # a run of hundreds of steps has to settle; the reference's of 35,000 goes on at full rate
+            for group in self.optimizers.values():
+                group["scheduler"] = DecaySchedulerConfig(warmup_steps=0, max_steps=self.max_num_iterations)
         if datamanager.data is None and self.load_config is None and self.source_run() is None:
             with one_sentence_errors():
                 datamanager.data = self._make_video()

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sv4d_ns.cameras import look_at_cameras
 from sv4d_ns.diffusion.fourdm.conditioning import (
@@ -149,15 +150,24 @@ class FourDMPipeline(DiffusionPipeline):
         """Scaled latents of images in [0, 1] of any size, float32, with gradient.
 
         Args:
-            generator: of the posterior sample; None takes the mean.
+            generator: of the posterior sample, on the CPU; None takes the mean.
         """
         size = self.config.image_size
         resized = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
         chunks = []
         for chunk in resized.split(ENCODE_CHUNK):
-            posterior = self.vae.encode((chunk * 2 - 1).to(self.vae.dtype)).latent_dist
-            chunks.append((posterior.mode() if generator is None else posterior.sample(generator)).float())
+            # rendered a second time when the gradient arrives: the autoencoder's features of all images at once are
+            # larger than everything else together
+            moments = checkpoint(self._moments, chunk, use_reentrant=False) if chunk.requires_grad else None
+            mean, deviation = self._moments(chunk) if moments is None else moments
+            noise = torch.zeros(()) if generator is None else torch.randn(mean.shape, generator=generator)
+            chunks.append(mean + deviation * noise.to(mean.device))
         return torch.cat(chunks) * self.vae.config.scaling_factor
+
+    def _moments(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the autoencoder's posterior, float32."""
+        posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
 
     @torch.no_grad()
     def decode_latents(self, latents: Float[Tensor, "n c i j"]) -> Float[Tensor, "n 3 h w"]:
