@@ -25,20 +25,14 @@ import av
 import numpy as np
 import tyro
 
-FLAGS = [
-    "--max-num-iterations",
-    "40",
-    "--steps-per-save",
-    "8",
-    "--vis",
-    "tensorboard",
-    "--pipeline.refine-steps",
-    "24",
-    "--pipeline.datamanager.input-size",
-    "64",
-    "--pipeline.datamanager.train-num-rays-per-batch",
-    "256",
-]
+FLAGS = {
+    "--max-num-iterations": "40",
+    "--steps-per-save": "8",
+    "--vis": "tensorboard",
+    "--pipeline.refine-steps": "24",
+    "--pipeline.datamanager.input-size": "64",
+    "--pipeline.datamanager.train-num-rays-per-batch": "256",
+}
 NS_TRAIN = Path(sys.executable).parent / "ns-train"
 MOST_RUNS = 6
 """Runs of the same command after a fault; more means that it does not recover."""
@@ -63,7 +57,8 @@ class Job:
 
     def start(self) -> subprocess.Popen[str]:
         """Start it; both its outputs come through one pipe."""
-        command = [str(NS_TRAIN), "sv4d", "--data", str(self.video), "--output-dir", str(self.output), *FLAGS]
+        flags = {"--data": str(self.video), "--output-dir": str(self.output), **FLAGS}
+        command = [str(NS_TRAIN), "sv4d", *(word for pair in flags.items() for word in pair)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             command,
