@@ -7,6 +7,8 @@ time of a forward pass (median). Memory is the growth of the peak resident size 
 loaded, after one small pass that loads the libraries' own tables. Bars: time 0.60, memory 0.75.
 """
 
+import ctypes
+import gc
 import json
 import resource
 import subprocess
@@ -91,6 +93,8 @@ def measure(config: NvvsConfig) -> dict[str, float]:
     network, given = networks(config.joint, str(config.only)), inputs(config.batch)
     with torch.no_grad():
         network(*inputs(1, latent=4))
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what loading freed must not serve the measured passes
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         before = _resident()
         times = []

@@ -1,5 +1,7 @@
 """The pipeline: diffusers conventions, guidance, partial denoising, saved and loaded, offloaded."""
 
+import doctest
+import inspect
 import math
 import sys
 
@@ -9,6 +11,7 @@ import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from diffusion_fixture import CAMERA_DIMS, FRAMES, SIZE, VIEWS, tiny_pipeline, tiny_unet, tiny_video
 
+from sv4d_ns.diffusion import lora
 from sv4d_ns.diffusion.conditioning import CLIP_MEAN, CLIP_STD, camera_angles, clip_pixels
 from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
 from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
@@ -204,16 +207,99 @@ def test_components_of_this_package_saved_and_loaded(tmp_path, monkeypatch):
     assert torch.equal(run(loaded, video=video), frames)
 
 
-def test_offloaded_runs_are_the_same():
-    pipeline = tiny_pipeline()
-    expected = run(pipeline)
-    pipeline.enable_model_cpu_offload(device="cpu")
-    assert torch.equal(run(pipeline), expected)
-    assert torch.equal(run(pipeline), expected)
-    for kind in ("block_level", "leaf_level"):
-        pipeline = tiny_pipeline()
+def test_pictures(pipeline):
+    array = run(pipeline, output_type="np")
+    pictures = run(pipeline, output_type="pil")
+    assert len(pictures) == FRAMES and len(pictures[0]) == VIEWS and pictures[0][0].size == (SIZE, SIZE)
+    assert np.abs(np.asarray(pictures[1][0]) / 255 - array[1, 0]).max() <= 0.51 / 255
+
+
+def test_one_generator_an_image(pipeline):
+    def generators(seeds):
+        return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    n = FRAMES * VIEWS
+    made = pipeline(tiny_video(), AZIMUTHS, ELEVATIONS, generator=generators(range(n)), output_type="latent").frames
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generators(range(n))])
+    given = noise.unflatten(0, (FRAMES, VIEWS))
+    again = pipeline(tiny_video(), AZIMUTHS, ELEVATIONS, latents=given, output_type="latent").frames
+    assert torch.equal(made, again)
+    with pytest.raises(InputError, match="generator has 2"):
+        pipeline(tiny_video(), AZIMUTHS, ELEVATIONS, generator=generators(range(2)))
+
+
+def test_interrupted_by_the_callback(pipeline):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, list(tensors)))
+        pipe.interrupt = True
+
+    frames = run(pipeline, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[])
+    assert seen == [(0, [])] and pipeline.num_timesteps == 3
+    assert frames.shape == (FRAMES, VIEWS, 3, SIZE, SIZE)
+    assert run(pipeline).shape == frames.shape and len(seen) == 1
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["official components", "own components"])
+@pytest.mark.parametrize("kind", ["model", "block_level", "leaf_level"])
+def test_offloaded_runs_are_the_same(kind, own):
+    """Without a GPU the hooks move weights from the CPU to the CPU; accelerate's sequential ones refuse to."""
+    pipeline, video = (embedded_pipeline(), tiny_video(channels=4)) if own else (tiny_pipeline(), tiny_video())
+    expected = run(pipeline, video=video)
+    if kind == "model":
+        pipeline.enable_model_cpu_offload(device="cpu")
+    else:
         pipeline.unet.enable_group_offload(torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
-        assert torch.equal(run(pipeline), expected)
+    for _ in range(2):
+        torch.testing.assert_close(run(pipeline, video=video), expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def adapter_folder(tmp_path):
+    """A LoRA on attention, feed-forward and convolution layers, as PEFT and diffusers write it."""
+    peft = pytest.importorskip("peft")
+    unet = tiny_unet()
+    names = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "spatial_res_block.conv1"]
+    torch.manual_seed(3)
+    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, target_modules=names))
+    StableVideo4D2Pipeline.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(unet))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    return tmp_path
+
+
+def test_adapters_are_loaded_fused_and_unloaded(adapter_folder):
+    pipeline = tiny_pipeline()
+    plain = run(pipeline, output_type="latent")
+    pipeline.load_lora_weights(adapter_folder, adapter_name="style")
+    assert pipeline.get_active_adapters() == ["style"]
+    adapted = run(pipeline, output_type="latent")
+    assert (adapted - plain).abs().max() > 1e-2
+    pipeline.set_adapters("style", 0.0)
+    torch.testing.assert_close(run(pipeline, output_type="latent"), plain, atol=1e-4, rtol=1e-4)
+    pipeline.set_adapters("style", 1.0)
+    pipeline.fuse_lora()
+    torch.testing.assert_close(run(pipeline, output_type="latent"), adapted, atol=1e-2, rtol=1e-3)
+    pipeline.unfuse_lora()
+    torch.testing.assert_close(run(pipeline, output_type="latent"), adapted, atol=1e-2, rtol=1e-3)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(run(pipeline, output_type="latent"), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_that_cannot_be_used(adapter_folder, monkeypatch):
+    pipeline = tiny_pipeline()
+    with pytest.raises(InputError, match=r"start with 'unet\."):
+        pipeline.load_lora_weights({"transformer.x.lora_A.weight": torch.zeros(2, 2)})
+    monkeypatch.setattr(lora, "is_peft_available", lambda: False)
+    with pytest.raises(InputError, match=r"pip install 'sv4d-ns\[lora\]'"):
+        pipeline.load_lora_weights(adapter_folder)
+
+
+def test_example_of_the_docstring():
+    parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
+    text = inspect.cleandoc(StableVideo4D2Pipeline.__doc__).replace("```py", "").replace("```", "")
+    example = parser.get_doctest(text, {}, "StableVideo4D2Pipeline", None, 0)
+    assert runner.run(example) == (0, len(example.examples)) and len(example.examples) >= 8
 
 
 def test_low_precision_is_close(pipeline):
