@@ -25,7 +25,7 @@ class LoraLoader(LoraBaseMixin):  # type: ignore[misc]
     _lora_loadable_modules: Any = (PREFIX,)
     unet: Any
 
-    def load_lora_weights(
+    def load_lora_weights(  # type: ignore[override]
         self,
         pretrained_model_name_or_path_or_dict: str | PathLike[str] | dict[str, Tensor],
         adapter_name: str | None = None,
@@ -54,7 +54,7 @@ class LoraLoader(LoraBaseMixin):  # type: ignore[misc]
             )
 
     @classmethod
-    def save_lora_weights(
+    def save_lora_weights(  # type: ignore[override]
         cls, save_directory: str | PathLike[str], unet_lora_layers: Mapping[str, Tensor], **kwargs: Any
     ) -> None:
         """Write adapter tensors (of `peft.get_peft_model_state_dict(pipeline.unet)`) as a safetensors file."""
@@ -62,7 +62,7 @@ class LoraLoader(LoraBaseMixin):  # type: ignore[misc]
             save_directory=save_directory, lora_layers={PREFIX: dict(unet_lora_layers)}, lora_metadata={}, **kwargs
         )
 
-    def fuse_lora(
+    def fuse_lora(  # type: ignore[override]
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Add the adapters to the weights themselves; `unfuse_lora` undoes it."""
@@ -70,6 +70,6 @@ class LoraLoader(LoraBaseMixin):  # type: ignore[misc]
             components=[PREFIX], lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names, **kwargs
         )
 
-    def unfuse_lora(self, **kwargs: Any) -> None:
+    def unfuse_lora(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Undo `fuse_lora`."""
         super().unfuse_lora(components=[PREFIX], **kwargs)
