@@ -3,6 +3,7 @@
 Only configuration is imported at the top; nerfstudio imports this file for every ns-* command.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 if TYPE_CHECKING:
+    from sv4d_ns.channels import GridWitnesses
     from sv4d_ns.rendering import RenderOutput
     from sv4d_ns.sampling import Window
     from sv4d_ns.views import ViewGrid
@@ -51,6 +53,10 @@ class SV4DModel(Model):
     config: SV4DModelConfig
     clip_duration: float = 1.0
     """Seconds the clip lasts; set by the pipeline, used to play cameras that have no time."""
+    views: "GridWitnesses | None" = None
+    """What the field was fitted to, for the pictures that compare with it; set by the pipeline."""
+    shown_channels: Callable[[], set[str]] | None = None
+    """Channels a picture is to be made with at once, set by the viewer; others are made when they are asked for."""
 
     def populate_modules(self) -> None:
         """Make the field and the occupancy grid (one bin for every frame of the clip)."""
@@ -155,17 +161,25 @@ class SV4DModel(Model):
         )
 
     @torch.no_grad()
-    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
-        """One picture. Cameras without a time are played: each is one 24th of a second after the last, in a loop.
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> Any:
+        """One picture, its channels by name (`channels.camera_channels`).
 
-        nerfstudio's `ns-render interpolate` and camera paths saved without `render_time` make such cameras.
+        Cameras without a time are played: each is one 24th of a second after the last, in a loop. nerfstudio's
+        `ns-render interpolate` and camera paths saved without `render_time` make such cameras.
         """
+        from sv4d_ns.channels import camera_channels
+
         if camera.times is None:
             elapsed = self._pictures_without_time / DYNAMIC_VIDEO_FPS
             self._pictures_without_time += 1
             time = elapsed % self.clip_duration / self.clip_duration
             camera.times = torch.full_like(camera.fx[..., :1], time)
-        return super().get_outputs_for_camera(camera, obb_box)
+        rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
+        outputs = camera_channels(self, rays.to(self.device))
+        for name in self.shown_channels() if self.shown_channels is not None else ():
+            if name in outputs:
+                outputs[name]
+        return outputs
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
         """Straight-alpha RGBA of a rendered picture (nerfstudio's own assumes a black background)."""

@@ -70,7 +70,10 @@ class SV4DPipeline(VanillaPipeline):
             ensure_ffmpeg_on_path()
         with one_sentence_errors():
             super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        from sv4d_ns.channels import GridWitnesses
+
         self.start_camera = StartCamera()
+        self.sv4d_model.views = GridWitnesses(lambda: self.datamanager.grid)
         self.datamanager.frame_window = self.sv4d_model.frame_window
         self.datamanager.canonical_frame = self.sv4d_model.canonical_frame
         self.sv4d_model.clip_duration = self.datamanager.grid.num_frames / self.datamanager.grid.fps
