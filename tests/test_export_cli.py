@@ -171,6 +171,13 @@ def test_missing_exporters_of_nerfstudio_are_one_sentence(monkeypatch, capsys):
 # --------------------------------------------------------------------------------------------------- a run on disk
 
 
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    from sv4d_ns.export import make
+
+    monkeypatch.setattr(make, "FIELD_PICTURE_SIZE", 64)
+
+
 def fit_moving_ball(field) -> None:
     """Teach the field a red ball at rest that is displaced by SHIFT along +y at the last frame's time."""
     torch.manual_seed(0)
@@ -207,6 +214,9 @@ def finished_run(tmp_path_factory) -> Path:
     (run / "config.yml").write_text(yaml.dump(config))
     pipeline = config.pipeline.setup(device="cpu", test_mode="inference")
     fit_moving_ball(pipeline.model.field)
+    pipeline.model.occupancy.density.zero_()
+    for moment in range(FRAMES):  # what a trained run knows: where it is empty
+        pipeline.model.occupancy.update(pipeline.model.field, moment)
     checkpoints = run / "nerfstudio_models"
     checkpoints.mkdir()
     torch.save({"step": 7, "pipeline": pipeline.state_dict()}, checkpoints / "step-000000007.ckpt")

@@ -11,7 +11,6 @@ from sv4d_ns.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.export.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
 from sv4d_ns.export.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
 from sv4d_ns.export.mesh import (
-    AnimatedField,
     CanonicalMesh,
     Tracks,
     canonical_mesh,
@@ -21,7 +20,7 @@ from sv4d_ns.export.mesh import (
     vertex_normals,
 )
 from sv4d_ns.export.motion import root_motion
-from sv4d_ns.export.registration import refitted
+from sv4d_ns.export.registration import refitted, registered, without_strays
 from sv4d_ns.export.run import FinishedRun
 from sv4d_ns.export.sequence import Still
 from sv4d_ns.export.texture import bake, unwrap
@@ -77,20 +76,42 @@ def _restored_motion(run: FinishedRun, options: Options, terminal: "Terminal") -
 
 def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> tuple[CanonicalMesh, Tracks]:
     """The canonical mesh and where its vertices are at every frame."""
+    first, frames = run.canonical_frame, run.views.num_frames
+    # the canonical shape has a time of its own, which need not be a frame's to the last digit
+    still = run.field if run.deforms else frozen(run.field, run.time(first))
     with terminal.bar("sampling the field", options.resolution) as advance:
-        grid = opacity_grid(run.field, options.resolution, run.possible(run.canonical_time), advance)
+        grid = opacity_grid(still, options.resolution, run.possible(run.time(first)), advance)
     surface = canonical_mesh(grid, options.max_faces, options.watertight)
     terminal.say(
-        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {frames} frames; "
         f"{surface.dropped_parts} floating parts dropped"
     )
-    with terminal.bar("following the vertices", run.views.num_frames) as advance:
+    diagonal = float(np.linalg.norm(grid.high - grid.low))
+
+    def own_surface(frame: int) -> tuple[np.ndarray, np.ndarray]:
+        return surface_at(run, frame, options.resolution)
+
+    if not run.deforms:
+        with terminal.bar("fitting the frames", frames) as advance:
+            tracks = registered(surface, first, frames, own_surface, diagonal, advance)
+        terminal.say(
+            "this run's field has no deformation: its mesh is fitted to each frame's own surface, to "
+            f"{tracks.residuals.mean():.3%} of the box's diagonal on average; --mode sequence writes those surfaces"
+        )
+        return surface, tracks
+    with terminal.bar("following the vertices", frames) as advance:
         tracks = follow_vertices(run.field, surface, run.views.times, advance)
     terminal.say(tracks.summary())
-    diagonal = float(np.linalg.norm(grid.high - grid.low))
-    tracks, lines = refitted(tracks, surface, lambda frame: surface_at(run, frame, options.resolution), diagonal)
+    tracks, lines = refitted(tracks, surface, own_surface, diagonal)
     for line in lines:
         terminal.say(line)
+    with terminal.bar("comparing with the field", frames) as advance:
+        tracks, strays = without_strays(tracks, surface, own_surface, diagonal, advance)
+    if strays:
+        terminal.say(
+            f"{strays:.2%} of the vertex positions would stand where the field shows nothing at their frame; "
+            "they were drawn below its surface"
+        )
     return surface, tracks
 
 
@@ -98,9 +119,8 @@ def surface_at(
     run: FinishedRun, frame: int, resolution: int, max_faces: int | None = None, watertight: bool = False
 ) -> tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "f 3"]]:
     """The field's own surface at a frame, cut and cleaned like the canonical one."""
-    time = float(run.views.times[frame])
-    field: AnimatedField = frozen(run.field, time)
-    mesh = canonical_mesh(opacity_grid(field, resolution, run.possible(time)), max_faces, watertight)
+    time = run.time(frame)
+    mesh = canonical_mesh(opacity_grid(frozen(run.field, time), resolution, run.possible(time)), max_faces, watertight)
     return mesh.vertices, mesh.faces
 
 
@@ -119,7 +139,7 @@ def colored(
     pictures = [*observed, *generated]
     if options.texture != "views":
         with terminal.bar("drawing the field", len(field_cameras(run.views.plan))) as advance:
-            pictures = field_pictures(run, canonical_frame(run), advance)
+            pictures = field_pictures(run, run.canonical_frame, advance)
 
     def gathered(
         pictures: Sequence[Picture], points: SurfacePoints, advance: Callable[[], None] | None = None
@@ -167,11 +187,6 @@ def generated_pictures(views: ViewGrid) -> list[Picture]:
     ]
 
 
-def canonical_frame(run: FinishedRun) -> int:
-    """The frame whose shape is the canonical one."""
-    return int(np.abs(run.views.times - run.canonical_time).argmin())
-
-
 def field_cameras(plan: ViewPlan) -> Float[np.ndarray, "v 4 4"]:
     """Cameras on three rings around the object."""
     azimuths = np.arange(FIELD_AZIMUTHS) * 360.0 / FIELD_AZIMUTHS
@@ -187,7 +202,7 @@ def field_pictures(run: FinishedRun, frame: int, advance: Callable[[], None] | N
     """
     from sv4d_ns.renders import render_rgba
 
-    plan, size, time = run.views.plan, FIELD_PICTURE_SIZE, float(run.views.times[frame])
+    plan, size, time = run.views.plan, FIELD_PICTURE_SIZE, run.time(frame)
     pictures = []
     for camera in field_cameras(plan):
         rgba = render_rgba(run.field, run.occupancy, camera, plan.focal_px(size), size, time)

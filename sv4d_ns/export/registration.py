@@ -1,4 +1,5 @@
-"""Frames whose inverse deformation fails: the mesh is fitted to the field's own surface there instead.
+"""The mesh fitted to the field's own surface, where no deformation says how it moves: at frames whose inverse fails,
+and in fields that have none.
 
 Non-rigid closest points (as Amberg et al. 2007, with a membrane energy on the increments instead of affine maps).
 """
@@ -11,7 +12,7 @@ from scipy import sparse
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.mesh import CanonicalMesh, Tracks, vertex_graph, vertex_normals
+from sv4d_ns.export.mesh import CanonicalMesh, Tracks, smooth_fill, vertex_graph, vertex_normals
 
 RESIDUAL_BOUND = 5e-3
 """Mean residual of a frame, as a share of the box's diagonal, from which its solution is not used."""
@@ -19,6 +20,11 @@ STIFFNESS = (100.0, 30.0, 10.0, 3.0, 1.0)
 """Weights of the membrane energy against one vertex's pull, from stiff to soft."""
 ITERATIONS = 4
 """Closest-point searches at each stiffness."""
+STRAY = 1e-2
+"""Distance of a vertex from the field's own surface at its frame, as a share of the box's diagonal, from which it
+counts as standing where the field shows nothing."""
+INSET = 4e-3
+"""Depth below that surface, as a share of the diagonal, at which such vertices are put out of sight."""
 
 
 def refitted(
@@ -53,6 +59,68 @@ def refitted(
             f"{distance / diagonal:.2%}); where the shape really comes apart, use --mode sequence"
         )
     return Tracks(positions, tracks.residuals, guessed), lines
+
+
+def without_strays(
+    tracks: Tracks,
+    mesh: CanonicalMesh,
+    surface_at: Callable[[int], tuple[Float[np.ndarray, "m 3"], Int[np.ndarray, "g 3"]]],
+    diagonal: float,
+    advance: Callable[[], None] | None = None,
+) -> tuple[Tracks, float]:
+    """Tracks that show nothing where the field shows nothing, and the share of positions that were changed.
+
+    The deformation says where canonical matter would be at a time; whether the field has it there is another question:
+    the renderer skips what lies outside that moment's silhouettes, and training never corrected it there. Such vertices
+    are drawn to the field's surface, a little below it, so that a part that is gone at a frame is out of sight.
+    `advance` is called once per frame.
+    """
+    positions, guessed = tracks.positions.copy(), tracks.guessed.copy()
+    graph = vertex_graph(mesh.faces, len(mesh.vertices))
+    changed = 0.0
+    for frame, x in enumerate(tracks.positions):
+        vertices, faces = surface_at(frame)
+        tree, normals = cKDTree(vertices), vertex_normals(vertices, faces)
+        distance, nearest = tree.query(x)
+        stray = distance > STRAY * diagonal
+        if stray.any():
+            hidden = vertices - INSET * diagonal * normals
+            # the skin between stays whole: first where the neighbours' motion leads, then to the surface from there
+            led = x.astype(np.float64) + smooth_fill(np.zeros_like(x, np.float64), ~stray, graph, hidden[nearest] - x)
+            positions[frame, stray] = hidden[tree.query(led[stray])[1]]
+            guessed[frame] |= stray
+            changed += stray.mean() / len(positions)
+        if advance is not None:
+            advance()
+    return Tracks(positions, tracks.residuals, guessed), changed
+
+
+def registered(
+    mesh: CanonicalMesh,
+    first: int,
+    num_frames: int,
+    surface_at: Callable[[int], tuple[Float[np.ndarray, "m 3"], Int[np.ndarray, "g 3"]]],
+    diagonal: float,
+    advance: Callable[[], None] | None = None,
+) -> Tracks:
+    """Tracks for a field without a deformation: from the frame `mesh` was cut at outwards in time, each frame is fitted
+    to its own surface from its neighbour.
+
+    `residuals` are then distances to that surface and `guessed` is true but at the first frame: nothing says that a
+    vertex stays on the same place of the object. `advance` is called once per frame.
+    """
+    positions = np.tile(mesh.vertices, (num_frames, 1, 1))
+    residuals = np.zeros((num_frames, len(mesh.vertices)), np.float32)
+    guessed = np.ones((num_frames, len(mesh.vertices)), dtype=bool)
+    guessed[first] = False
+    order = [(frame, frame - 1) for frame in range(first + 1, num_frames)]
+    order += [(frame, frame + 1) for frame in range(first - 1, -1, -1)]
+    for frame, neighbour in order:
+        positions[frame], distance = fit_to_surface(positions[neighbour], mesh.faces, *surface_at(frame))
+        residuals[frame] = distance / diagonal
+        if advance is not None:
+            advance()
+    return Tracks(positions, residuals, guessed)
 
 
 def fit_to_surface(

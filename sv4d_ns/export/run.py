@@ -20,7 +20,7 @@ class FinishedRun:
     """What an export needs of a finished run."""
 
     field: Any
-    """A `sv4d_ns.export.mesh.AnimatedField`."""
+    """A `sv4d_ns.export.mesh.AnimatedField`; 4Diffusion's has `density` and `aabb` alone."""
     occupancy: Any
     """The renderer's empty-space grid; `renders.render_rgba` takes it beside the field."""
     views: "ViewGrid"
@@ -30,9 +30,22 @@ class FinishedRun:
     """Licence and provenance for the file's `asset.extras`."""
 
     @property
-    def canonical_time(self) -> float:
-        """The time, in [0, 1], whose shape is the canonical one."""
-        return float(self.field.config.canonical_time)
+    def deforms(self) -> bool:
+        """Whether the field says where matter moves; else it is a density that varies with time."""
+        return hasattr(self.field, "deformation")
+
+    @property
+    def canonical_frame(self) -> int:
+        """The frame whose shape is the canonical one; where the field has none, the frame that shows most."""
+        if not self.deforms:
+            from sv4d_ns.fitting import largest_silhouette
+
+            return largest_silhouette(self.views)
+        return int(abs(self.views.times - float(self.field.config.canonical_time)).argmin())
+
+    def time(self, frame: int) -> float:
+        """Of a frame, in [0, 1]."""
+        return float(self.views.times[frame])
 
     def possible(self, time: float) -> "Callable[[torch.Tensor], torch.Tensor]":
         """Whether points [n, 3] may hold the object at a time, as the run's renderer sees it (bool [n])."""
