@@ -15,8 +15,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sv4d_ns.renders import render_rgba, surface_normals
 from sv4d_ns.rendering import pixel_rays, render_rays_chunked
+from sv4d_ns.renders import render_rgba, surface_normals
 from sv4d_ns.views import ViewGrid, over_white
 from sv4d_ns.visibility import VisibilityConfig, soft_visibility, unoccluded
 

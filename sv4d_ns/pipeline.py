@@ -23,7 +23,7 @@ from sv4d_ns.devices import ensure_ffmpeg_on_path
 from sv4d_ns.errors import NotFiniteError, one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
 from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, windows_folder
-from sv4d_ns.viewing import StartCamera
+from sv4d_ns.viewing import Playback, StartCamera
 
 if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
@@ -73,6 +73,7 @@ class SV4DPipeline(VanillaPipeline):
         from sv4d_ns.channels import GridWitnesses
 
         self.start_camera = StartCamera()
+        self.playback = Playback(self.sv4d_model, lambda: self.datamanager.grid)
         self.sv4d_model.views = GridWitnesses(lambda: self.datamanager.grid)
         self.datamanager.frame_window = self.sv4d_model.frame_window
         self.datamanager.canonical_frame = self.sv4d_model.canonical_frame

@@ -21,6 +21,7 @@ from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.files import check_zip
 from sv4d_ns.progress import TrainingBar
 from sv4d_ns.runs import VIEW_FOLDERS, checkpoint_steps, claim_run, fingerprint, record_run
+from sv4d_ns.viewing import local_unless_asked
 
 
 @dataclass
@@ -30,6 +31,12 @@ class SV4DTrainerConfig(TrainerConfig):
     _target: type = field(default_factory=lambda: SV4DTrainer)
     device: DeviceChoice = "auto"
     """Where to run: auto takes CUDA when there is one. The choice is printed."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`ns-viewer` puts its own viewer settings in the place of the run's; it too is to be local unless asked."""
+        if name == "viewer" and "viewer" in vars(self):
+            value = local_unless_asked(value)
+        super().__setattr__(name, value)
 
     def set_experiment_name(self) -> None:
         """Name the experiment after the video (nerfstudio would take the folder it lies in)."""
