@@ -47,7 +47,7 @@ def union_box(alpha: UInt8[np.ndarray, "n h w"], margin: int = 4) -> tuple[slice
 
     Whole pictures where nothing is opaque. At least 11 pixels wide, so that SSIM's window fits where pictures allow.
     """
-    union = (alpha >= OPAQUE).any(0)
+    union: np.ndarray = np.any(alpha >= OPAQUE, axis=0)
     if not union.any():
         return slice(0, alpha.shape[1]), slice(0, alpha.shape[2])
     box = []

@@ -79,7 +79,8 @@ class Backbones:
     @property
     def identities(self) -> list[Identity]:
         """What was looked through."""
-        networks = [*self.lpips.values(), *([self.clip] if self.clip else []), *self.videos]
+        networks: list[Lpips | Clip | VideoFeatures] = [*self.lpips.values(), *self.videos]
+        networks += [self.clip] if self.clip else []
         return [network.identity for network in networks]
 
 
