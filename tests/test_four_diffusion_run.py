@@ -78,7 +78,8 @@ def test_a_finished_run_can_be_rendered_and_exported(finished):
     plan = loaded.views.plan
     picture = render_rgba(loaded.field, loaded.occupancy, plan.c2w()[2], plan.focal_px(24), 24, 0.5)
     assert picture[..., 3].max() > 100
-    grid = opacity_grid(loaded.field, 24, loaded.possible(loaded.canonical_time))
+    rest = loaded.field.config.canonical_time
+    grid = opacity_grid(loaded.field, 24, lambda x: loaded.occupancy.is_occupied(x, torch.full_like(x[:, :1], rest)))
     surface = canonical_mesh(grid, 500)
     tracks = follow_vertices(loaded.field, surface, loaded.views.times)
     assert tracks.positions.shape == (FRAMES, len(surface.vertices), 3) and np.isfinite(tracks.positions).all()

@@ -87,7 +87,12 @@ def _entry(x, y, z, w, dense, entries):  # type: ignore[no-untyped-def]
     return number if number < entries else number % entries
 
 
-_JIT = {"nogil": True, "cache": True, "fastmath": {"nnan", "ninf", "nsz", "arcp", "contract"}, "error_model": "numpy"}
+_JIT: Any = {
+    "nogil": True,
+    "cache": True,
+    "fastmath": {"nnan", "ninf", "nsz", "arcp", "contract"},
+    "error_model": "numpy",
+}
 
 
 @numba.njit(**_JIT)

@@ -177,11 +177,11 @@ class SpaceTimeField(nn.Module):
 
 def _motion(width: int) -> nn.Sequential:
     inputs = 3 * (1 + 2 * SPACE_OCTAVES) + 1 + 2 * TIME_OCTAVES
-    layers = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)]
+    last = nn.Linear(width, 3)
     # at rest until it has learned otherwise
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), last)
 
 
 def _decoder(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -5,7 +5,7 @@ looks most like the input is taken for the input's direction, and the grid's azi
 view stays 4DM's front, so that later calls know where that is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,10 @@ class FourDMSynthesizer:
     name: str
     prompt: str = ""
     num_inference_steps: int = 100
+    image_size: int = field(init=False)
 
-    @property
-    def image_size(self) -> int:
-        """Pixels along the side of the square frames it reads and makes."""
-        return self.pipeline.config.image_size
+    def __post_init__(self) -> None:
+        self.image_size = self.pipeline.config.image_size
 
     def default_plan(self) -> ViewPlan:
         """Views a quarter turn apart, as if the input camera saw the front; `generate` says what it found."""
