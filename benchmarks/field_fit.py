@@ -24,9 +24,10 @@ from torch.nn import functional
 
 from sv4d_ns import losses, sampling
 from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fitting import BatchConfig, BatchSampler, TrainView, hull_views, loss_terms
+from sv4d_ns.fitting import BatchConfig, BatchSampler, TrainView, advance, hull_views, loss_terms
 from sv4d_ns.occupancy import OccupancyGrid
 from sv4d_ns.rendering import pixel_rays, render_rays, render_rays_chunked
+from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 
 FOV_TAN = float(np.tan(np.radians(33.9) / 2))
 
@@ -95,9 +96,11 @@ class FitConfig:
     seconds: float = 1e9
     steps: int = 1500
     n_samples: int = 128
-    lr_encoding: float = 2e-2
-    lr_heads: float = 1e-2
-    lr_deformation: float = 3e-3
+    lr_encoding: float = LEARNING_RATES["encoding"]
+    lr_heads: float = LEARNING_RATES["heads"]
+    lr_deformation: float = LEARNING_RATES["deformation"]
+    lr_appearance: float = LEARNING_RATES["appearance"]
+    lr_density_residual: float = LEARNING_RATES["density_residual"]
     occupancy_every: int = 2
     hull_margin: float | None = None
     occupancy_threshold: float = 0.05
@@ -127,23 +130,23 @@ def fit(
 ) -> tuple[DeformableField, OccupancyGrid, dict]:
     torch.manual_seed(config.seed)
     n_frames = views[0].rgb.shape[0]
-    canonical = round(field_config.canonical_time * (n_frames - 1))
+    canonical = int(views[0].alpha.sum((1, 2)).argmax())
+    field_config = replace(field_config, canonical_time=canonical / (n_frames - 1), keyframes=n_frames)
     field = DeformableField(field_config)
     occupancy = OccupancyGrid(n_frames, threshold=config.occupancy_threshold, decay=config.occupancy_decay)
     start = time.perf_counter()
     train = []
     for v in views:
         ones = torch.ones_like(v.alpha)
-        train.append(TrainView(v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, v.vote))
+        train.append(TrainView(v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, v.vote >= 1, v.vote))
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])
     log(f"carve {time.perf_counter() - start:.2f} s, hull share {occupancy.hull.float().mean():.4f}")
     groups = field.parameter_groups()
     optimizer = torch.optim.Adam(
         [
-            {"params": groups["encoding"], "lr": config.lr_encoding},
-            {"params": groups["heads"], "lr": config.lr_heads},
-            {"params": groups["deformation"], "lr": config.lr_deformation},
+            {"params": parameters, "lr": getattr(config, f"lr_{name}")}
+            for name, parameters in groups.items()
         ],
         betas=(0.9, 0.99),
         eps=1e-15,
@@ -158,13 +161,9 @@ def fit(
             log(f"time is over at step {step}")
             break
         profile.mark = time.perf_counter()
-        field.set_progress(sampling.frequency_progress(fraction, schedule))
         for group, lr in zip(optimizer.param_groups, base_lr, strict=True):
-            group["lr"] = lr * min(1, (step + 1) / 30) * (0.1 ** max(0.0, (fraction - 0.4) / 0.6))
-        window = sampling.frame_window(fraction, n_frames, canonical, schedule)
-        if step % config.occupancy_every == 0:
-            bins = range(window.first, window.last + 1)
-            occupancy.update(field, bins[(step // config.occupancy_every) % len(bins)])
+            group["lr"] = lr * decay_factor(DecaySchedulerConfig(max_steps=config.steps), step)
+        window = advance(field, occupancy, schedule, step, config.steps, config.occupancy_every)
         profile.lap("occupancy")
 
         batch = sampler.draw(step, window, canonical)
@@ -173,7 +172,7 @@ def fit(
                           background=batch.background, jitter=batch.jitter)  # fmt: skip
         n_evaluated += len(out.weights)
         profile.lap("render")
-        parts = loss_terms(field, out, batch, weights, config.seed, step)
+        parts = loss_terms(field, occupancy, out, batch, weights, config.seed, step)
         profile.lap("losses")
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(parts.values())).sum().backward()
@@ -236,7 +235,19 @@ def evaluate(field, occupancy, held_out: list[View], input_view: View, case: Pat
         result[f"{label}_psnr"], result[f"{label}_iou"] = float(np.mean(p)), float(np.mean(iou))
         result[f"{label}_psnr_per_frame"] = np.round(np.reshape(p, (len(views), -1)).mean(0), 2).tolist()
     Image.fromarray((torch.cat(sheet).clamp(0, 1) * 255).byte().numpy()).save(out / "sheet.png")
-    result |= geometry(field, case, out)
+    from sv4d_ns.evaluation.alignment import Similarity
+    from sv4d_ns.evaluation.cases import Case
+    from sv4d_ns.evaluation.geometry import evaluate_geometry
+
+    identity = Similarity(scale=1.0, rotation=np.eye(3), translation=np.zeros(3))
+    g = evaluate_geometry(field, occupancy, Case.load(case).geometry(), np.linspace(0, 1, 21), identity)
+    result |= {"chamfer_mean": g["chamfer"], "chamfer": [round(f["chamfer"], 4) for f in g["per_frame"]], "floor": g["chamfer_floor"]}
+    result |= {"track_mean": g["track"], "track": np.round(g["track_per_frame"], 3).tolist(), "track_if_static": g["track_if_static"]}
+    try:
+        m = geometry(field, case, out)
+        result["mesh_chamfer"] = m["chamfer"]
+    except Exception as e:
+        result["mesh_chamfer"] = repr(e)
     return result
 
 

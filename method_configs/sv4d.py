@@ -4,15 +4,14 @@ from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, Vie
 from nerfstudio.plugins.types import MethodSpecification
 
 from sv4d_ns.pipeline import SV4DPipelineConfig
-from sv4d_ns.schedulers import DecaySchedulerConfig, FusedAdamConfig
+from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, FusedAdamConfig
 from sv4d_ns.trainer import SV4DTrainerConfig
-
-STEPS = 3600
 
 method = MethodSpecification(
     config=SV4DTrainerConfig(
         method_name="sv4d",
-        max_num_iterations=STEPS,
+        # every schedule (frames, rates, residual, stage 2) is in shares of this
+        max_num_iterations=3600,
         steps_per_save=200,
         # pseudo ground truth is all there is; ns-eval measures it when asked
         steps_per_eval_batch=0,
@@ -20,20 +19,9 @@ method = MethodSpecification(
         steps_per_eval_all_images=0,
         mixed_precision=False,
         pipeline=SV4DPipelineConfig(),
-        # rates measured with benchmarks/field_fit.py (SV4D used 0.01 for all)
         optimizers={
-            "encoding": {
-                "optimizer": FusedAdamConfig(lr=2e-2),
-                "scheduler": DecaySchedulerConfig(max_steps=STEPS),
-            },
-            "heads": {
-                "optimizer": FusedAdamConfig(lr=1e-2),
-                "scheduler": DecaySchedulerConfig(max_steps=STEPS),
-            },
-            "deformation": {
-                "optimizer": FusedAdamConfig(lr=3e-3),
-                "scheduler": DecaySchedulerConfig(max_steps=STEPS),
-            },
+            name: {"optimizer": FusedAdamConfig(lr=rate), "scheduler": DecaySchedulerConfig()}
+            for name, rate in LEARNING_RATES.items()
         },
         # the viewer is up during training, on this machine only, and does not keep a finished run alive
         viewer=ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=True),

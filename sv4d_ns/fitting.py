@@ -4,6 +4,7 @@ The nerfstudio data manager and model are wired to this file, and so is `benchma
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch.nn import functional
 
 from sv4d_ns import losses, sampling
 from sv4d_ns.fields.deformable import DeformableField
+from sv4d_ns.fields.motion import KeyframeGrid
 from sv4d_ns.losses import LossWeights
-from sv4d_ns.occupancy import HullView, OccupancyGrid
+from sv4d_ns.occupancy import DISTANCE_REACH, HullView, OccupancyGrid
 from sv4d_ns.rendering import RenderOutput, pixel_rays
 from sv4d_ns.sampling import PixelSampler, ScheduleConfig, Window
 from sv4d_ns.views import ViewGrid
@@ -26,6 +28,10 @@ REGULARISED_POINTS = 384
 """Surface points a step's smoothness terms look at."""
 NEIGHBOUR_SCALE = 0.02
 """Standard deviation of the offsets of those terms, world units (about one cell of a 64^3 grid)."""
+BAND = 0.08
+"""How far from a hull's surface the deformation is registered and kept rigid, world units."""
+BAND_POINTS = 512
+"""Points of that band a step looks at in each of its frames."""
 TIME_STEP = 0.025
 """Half a frame of a 21-frame clip: the difference step of the temporal smoothness."""
 
@@ -37,11 +43,11 @@ class BatchConfig:
     rays: int = 2048
     """Single rays, in addition to the patches."""
     patches: int = 2
-    """Square patches for the structural loss; the first is of the input view."""
+    """Square patches for the structural loss; the first is of the input view while that alone is trusted."""
     patch_side: int = 16
     input_share: float = 0.5
-    """Share of the single rays that look through the input camera, the only view that is not generated."""
-    frames_per_step: int = 4
+    """Share of the single rays that look through the input camera, while it is the only view to be trusted."""
+    frames_per_step: int = 3
     """SV4D draws 4 frames of 4 views."""
 
 
@@ -59,6 +65,8 @@ class TrainView:
     """How far a pixel is believed, 0..1: 1 in the input view, else the grid's own confidence."""
     weight: Float[Tensor, "t h w"]
     """How much a pixel counts: confidence times visibility (by angle alone until the surface is known)."""
+    trusted: bool
+    """Believed like the input: in full weight, and its silhouette as it is."""
     vote: float
     """Share of the votes it takes to carve a point this view sees as empty (1 = its word alone suffices)."""
 
@@ -77,6 +85,9 @@ class Batch:
     background: Float[Tensor, " 3"]
     """A new colour in every step: on a fixed one, an object of that colour might as well be transparent."""
     jitter: Float[Tensor, " n"]
+    frames: tuple[int, ...]
+    """The frames drawn, of `n_frames`."""
+    n_frames: int
     rays: int
     patches: int
     patch_side: int
@@ -91,20 +102,48 @@ def largest_silhouette(grid: ViewGrid) -> int:
     return int(grid.input_frames[..., 3].astype(np.int64).sum((1, 2)).argmax())
 
 
+AGREEMENT = 0.98
+"""Share of every silhouette that the hull of the others must be able to show for views to count as true pictures:
+1.00 for rendered truth, 0.78 for the worst view of the embedded model's samples."""
+
+
+@lru_cache(maxsize=2)
+def views_agree(grid: ViewGrid) -> bool:
+    """Whether the views of a grid are pictures of one object, judged by their silhouettes alone.
+
+    Views whose generator itself doubts them (a grid with confidence) do not count as such. Our own decision: imported
+    true views deserve the trust of the input view, and nobody should have to say so.
+    """
+    if grid.confidence is not None or grid.num_views == 0:
+        return False
+    c2w = torch.from_numpy(grid.plan.c2w()).float()
+    pictures = [grid.input_frames, *grid.novel_views.swapaxes(0, 1)]
+    silhouettes = [
+        HullView(torch.from_numpy(rgba[..., 3] / np.float32(255)), camera, grid.plan.focal_px(rgba.shape[2]))
+        for rgba, camera in zip(pictures, c2w, strict=True)
+    ]
+    return bool(OccupancyGrid(grid.num_frames).agreement(silhouettes).min() >= AGREEMENT)
+
+
 def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
-    """The views of a grid, the input first and in full weight, with confidence (if known) in the weights."""
+    """The views of a grid, the input first and in full weight, with confidence (if known) in the weights.
+
+    Views that agree with each other (`views_agree`) are trusted like the input.
+    """
     c2w = torch.from_numpy(grid.plan.c2w()).float().to(device)
     azimuths = (0.0, *grid.plan.azimuths_deg)
+    agree = views_agree(grid)
     views = []
     for number in range(grid.num_views + 1):
         is_input = number == INPUT_VIEW
+        trusted = is_input or agree
         rgba = grid.input_frames if is_input else np.ascontiguousarray(grid.novel_views[:, number - 1])
         values = torch.from_numpy(rgba).to(device).float() / 255.0
         alpha = values[..., 3]
         confidence = torch.ones_like(alpha)
         if grid.confidence is not None and not is_input:
             confidence = torch.from_numpy(grid.confidence[:, number - 1]).to(device).float() / 255.0
-        trust = 1.0 if is_input else angular_weight(c2w[number, :3, 3], c2w[INPUT_VIEW, :3, 3])
+        trust = 1.0 if trusted else angular_weight(c2w[number, :3, 3], c2w[INPUT_VIEW, :3, 3])
         views.append(
             TrainView(
                 azimuth_deg=azimuths[number],
@@ -114,8 +153,9 @@ def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
                 alpha=alpha,
                 confidence=confidence,
                 weight=confidence * trust,
-                # generated silhouettes wander: it takes two of them to carve, the input alone may
-                vote=1.0 if is_input else 0.5,
+                trusted=trusted,
+                # generated silhouettes wander: it takes two of them to carve, a trusted one alone may
+                vote=1.0 if trusted else 0.5,
             )
         )
     return views
@@ -155,7 +195,7 @@ class BatchSampler:
         rng = sampling.generator(self.seed, step)
         frames = sampling.sample_frames(rng, config.frames_per_step, window, canonical, self.schedule)
         turn = sampling.orthogonal_views(self.azimuths, int(rng.integers(len(self.views))))
-        from_input = int(config.rays * config.input_share)
+        from_input = 0 if all(view.trusted for view in self.views) else int(config.rays * config.input_share)
         view = np.concatenate([np.full(from_input, INPUT_VIEW), np.resize(turn, config.rays - from_input)])
         frame = rng.choice(frames, config.rays)
         row, column = np.empty(config.rays, np.int64), np.empty(config.rays, np.int64)
@@ -166,14 +206,16 @@ class BatchSampler:
         view, frame, row, column = (
             np.concatenate([single, patch]) for single, patch in zip((view, frame, row, column), patches, strict=True)
         )
-        return self._gather(step, view, frame, row, column)
+        return self._gather(step, view, frame, row, column, tuple(sorted(set(frames.tolist()))))
 
     def update_visibility(self, field: DeformableField, occupancy: OccupancyGrid, frame: int) -> None:
         """Weight the generated pixels of a frame by what the field's surface says of their visibility.
 
         Done for one frame now and then, not for every ray: the surface moves slowly.
         """
-        generated = self.views[INPUT_VIEW + 1 :]
+        generated = [view for view in self.views if not view.trusted]
+        if not generated:
+            return
         size, time = generated[0].rgb.shape[2], frame / max(generated[0].rgb.shape[0] - 1, 1)
         cameras = torch.stack([view.c2w for view in generated])
         half_width = size / 2 / generated[0].focal
@@ -186,7 +228,8 @@ class BatchSampler:
         self, rng: np.random.Generator, frames: Int[np.ndarray, " f"], turn: list[int]
     ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
         count, side = self.config.patches, self.config.patch_side
-        views = np.concatenate([[INPUT_VIEW], rng.choice(turn, max(count - 1, 0))])[:count].astype(np.int64)
+        first = rng.choice(turn, 1) if self.views[-1].trusted else [INPUT_VIEW]
+        views = np.concatenate([first, rng.choice(turn, max(count - 1, 0))])[:count].astype(np.int64)
         chosen = rng.choice(frames, count)
         pairs = zip(views, chosen, strict=True)
         drawn = [self.pixels[view].draw_patches(rng, np.array([frame]), side) for view, frame in pairs]
@@ -201,6 +244,7 @@ class BatchSampler:
         frame: Int[np.ndarray, " n"],
         row: Int[np.ndarray, " n"],
         column: Int[np.ndarray, " n"],
+        frames: tuple[int, ...],
     ) -> Batch:
         count, first = len(view), self.views[0]
         device = first.rgb.device
@@ -228,14 +272,123 @@ class BatchSampler:
             weight=weight,
             background=background,
             jitter=sampling.uniform(self.seed, step, (count,), stream=1).to(device),
+            frames=frames,
+            n_frames=first.rgb.shape[0],
             rays=self.config.rays,
             patches=self.config.patches,
             patch_side=self.config.patch_side,
         )
 
 
+def advance(
+    field: DeformableField,
+    occupancy: OccupancyGrid,
+    schedule: ScheduleConfig,
+    step: int,
+    total_steps: int,
+    occupancy_every: int,
+) -> Window:
+    """Bring field and occupancy grid to `step` of `total_steps` and return the frames in use there.
+
+    Frames new to the window start from their neighbour's motion, time frequencies open, and every `occupancy_every`
+    steps the occupancy grid looks at one of the window's moments. Follows from the step alone, so a resumed run
+    continues as it would have.
+    """
+    frames = occupancy.bins
+    canonical = occupancy.nearest_bin(field.config.canonical_time)
+    fraction = min(step / total_steps, 1.0)
+    window = sampling.frame_window(fraction, frames, canonical, schedule)
+    if step > 0:
+        before = sampling.frame_window(min((step - 1) / total_steps, 1.0), frames, canonical, schedule)
+        for admitted in sampling.admissions(before, window, canonical):
+            admit(field, occupancy, admitted, step)
+    if fraction >= schedule.residual_from and field.density_residual is not None:
+        field.open_residual()
+    field.set_progress(sampling.frequency_progress(fraction, schedule))
+    if step % occupancy_every == 0:
+        occupancy.update(field, window.first + step // occupancy_every % len(window))
+    return window
+
+
+REGISTRATION_STEPS = 60
+"""Steps of a new frame's motion toward its hull before its pixels are asked."""
+REGISTRATION_RIGIDITY = 30.0
+"""Weight of rigidity in those steps."""
+REGISTRATION_RATE = 0.02
+"""Adam's rate of those steps, in grid cells."""
+
+
+def admit(field: DeformableField, occupancy: OccupancyGrid, frame: sampling.Admission, seed: int) -> None:
+    """Start a new frame's motion: its neighbour's, moved as the hulls' middles did, then registered to its own hull.
+
+    Costs a fraction of a second, once per frame. Pixels could not do this: they pull on what already overlaps them.
+    """
+    shift = occupancy.centroid(frame.new) - occupancy.centroid(frame.known)
+    trained = isinstance(field.motion, KeyframeGrid) and bool(field.motion.keyframes[frame.new].any())
+    field.admit(frame.new, frame.known, shift)
+    if not isinstance(field.motion, KeyframeGrid) or trained or not field.motion.keyframes[frame.new].requires_grad:
+        return
+    parameter = field.motion.keyframes[frame.new]
+    optimizer = torch.optim.Adam([parameter], lr=REGISTRATION_RATE, betas=(0.9, 0.99), eps=1e-15)
+    for number in range(REGISTRATION_STEPS):
+        band = _draw_band(occupancy, [frame.new], sampling.generator(seed, number, 5))
+        if band is None:
+            return
+        optimizer.param_groups[0]["lr"] = REGISTRATION_RATE * (1 - number / REGISTRATION_STEPS)
+        landing, rigidity = _band_losses(field, occupancy, band)
+        gradient = torch.autograd.grad(landing + REGISTRATION_RIGIDITY * rigidity, parameter)[0]
+        parameter.grad = gradient
+        optimizer.step()
+    parameter.grad = None
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Points around the hulls of some moments."""
+
+    x: Tensor
+    t: Tensor
+    distance: Tensor
+    offset: Tensor
+
+
+def _draw_band(occupancy: OccupancyGrid, bins: list[int], rng: np.random.Generator) -> _Band | None:
+    points, times, distances = [], [], []
+    for k in bins:
+        cells = occupancy.band(k, BAND)
+        if not len(cells):
+            continue
+        pick = torch.from_numpy(rng.integers(0, len(cells), BAND_POINTS)).to(cells.device)
+        jitter = torch.from_numpy(rng.random((BAND_POINTS, 3), dtype=np.float32)).to(cells.device)
+        x = (cells[pick] + jitter) * occupancy.cell_size - occupancy.half_extent
+        points.append(x)
+        times.append(torch.full_like(x[:, :1], k / max(occupancy.bins - 1, 1)))
+        distances.append(occupancy.distance_at(x, k))
+    if not points:
+        return None
+    x = torch.cat(points)
+    offset = torch.from_numpy(2 * NEIGHBOUR_SCALE * rng.normal(size=x.shape)).to(x)
+    return _Band(x, torch.cat(times), torch.cat(distances), offset)
+
+
+def _band_losses(field: DeformableField, occupancy: OccupancyGrid, band: _Band) -> tuple[Tensor, Tensor]:
+    """Registration and rigidity of the deformation at a band's points."""
+    canonical = occupancy.nearest_bin(field.config.canonical_time)
+    moved = field.deformation(torch.cat([band.x, band.x + band.offset]), torch.cat([band.t, band.t]))
+    here, neighbour = moved.chunk(2)
+    landed = occupancy.distance_at(band.x + here, canonical)
+    landing = losses.registration(landed, band.distance, occupancy.cell_size, DISTANCE_REACH)
+    return landing, losses.deformation_rigidity(here, neighbour, band.offset)
+
+
 def loss_terms(
-    field: DeformableField, rendered: RenderOutput, batch: Batch, weights: LossWeights, seed: int, step: int
+    field: DeformableField,
+    occupancy: OccupancyGrid,
+    rendered: RenderOutput,
+    batch: Batch,
+    weights: LossWeights,
+    seed: int,
+    step: int,
 ) -> dict[str, Tensor]:
     """Every loss that is switched on, times its weight; their sum is what a step minimises."""
     terms = {
@@ -251,7 +404,10 @@ def loss_terms(
         terms["opacity"] = losses.opacity_entropy(rendered.alpha)
     if weights.distortion:
         terms["distortion"] = losses.distortion(rendered.weights, rendered.samples)
+    if weights.density_residual and rendered.residual is not None:
+        terms["density_residual"] = losses.density_residual(rendered.residual)
     terms.update(_surface_terms(field, rendered, batch, weights, seed, step))
+    terms.update(_band_terms(field, occupancy, batch, weights, seed, step))
     return {name: getattr(weights, name) * value for name, value in terms.items()}
 
 
@@ -274,6 +430,8 @@ def _surface_terms(
         return terms
     if weights.deformation:
         terms["deformation"] = losses.deformation_magnitude(rendered.deformation, rendered.weights)
+    if not (weights.deformation_rigidity or weights.deformation_time):
+        return terms
     before_time, after_time = t - TIME_STEP, t + TIME_STEP
     neighbours = field.deformation(torch.cat([x + 2 * offset, x, x]), torch.cat([t, before_time, after_time]))
     neighbour, before, after = neighbours.chunk(3)
@@ -283,3 +441,19 @@ def _surface_terms(
         inside = ((before_time >= 0) & (after_time <= 1)).float()
         terms["deformation_time"] = losses.deformation_time(before * inside, moved * inside, after * inside, TIME_STEP)
     return terms
+
+
+def _band_terms(
+    field: DeformableField, occupancy: OccupancyGrid, batch: Batch, weights: LossWeights, seed: int, step: int
+) -> dict[str, Tensor]:
+    """What the deformation owes around the hulls of the batch's frames, rendered or not."""
+    canonical = occupancy.nearest_bin(field.config.canonical_time)
+    bins = {frame: occupancy.nearest_bin(frame / max(batch.n_frames - 1, 1)) for frame in batch.frames}
+    moving = [frame for frame, k in bins.items() if k != canonical]
+    if not weights.registration or not moving:
+        return {}
+    band = _draw_band(occupancy, [bins[frame] for frame in moving], sampling.generator(seed, step, 3))
+    if band is None:
+        return {}
+    landing, rigidity = _band_losses(field, occupancy, band)
+    return {"registration": landing, "band_rigidity": rigidity}

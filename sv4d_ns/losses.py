@@ -31,8 +31,13 @@ class LossWeights:
     distortion: float = 0.03
     normal_smoothness: float = 0.002
     """Of canonical normals at surface points."""
+    registration: float = 0.02
+    """Of each frame's visual hull to the canonical one, through the deformation."""
+    density_residual: float = 0.0005
+    """Keeps what motion can explain out of the density residual."""
     deformation: float = 0.001
     deformation_rigidity: float = 0.02
+    band_rigidity: float = 0.02
     deformation_time: float = 0.01
 
 
@@ -131,3 +136,23 @@ def deformation_time(
 ) -> Tensor:
     """Mean squared second difference in time divided by the interval squared (acceleration times the interval)."""
     return ((before - 2 * here + after) / interval).square().sum(-1).mean()
+
+
+def registration(
+    canonical_distance: Float[Tensor, " n"], distance: Float[Tensor, " n"], tolerance: float, reach: float
+) -> Tensor:
+    """Squared difference of signed distances to the canonical and to this moment's visual hull, of points and of where
+    the deformation says they came from (unitless: in tolerances).
+
+    A rendered limb that does not overlap its picture gives no gradient toward it, distances do from anywhere within
+    `reach` (they are cut off there). Within `tolerance`, about the hull's own cells, nothing is asked: pixels decide.
+    Our own design.
+    """
+    gap = canonical_distance.clamp(-reach, reach) - distance.clamp(-reach, reach)
+    return (functional.relu(gap.abs() / tolerance - 1)).square().mean()
+
+
+def density_residual(residual: Float[Tensor, " m"]) -> Tensor:
+    """Mean square of what moments add to the density's logit, over all samples: the canonical shape and its motion come
+    first."""
+    return residual.square().mean()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import tyro
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
@@ -35,8 +36,9 @@ class SV4DModelConfig(ModelConfig):
     """Rays are cut at the object's box, so nerfstudio's near and far planes are not used."""
     eval_num_rays_per_chunk: int = 16384
     """Rays rendered at once outside training."""
-    schedule_steps: int = 3600
-    """Length of the schedule (static phase, growing frame window, opening frequencies) in training steps."""
+    schedule_steps: tyro.conf.Suppress[int] = 0
+    """Length of the schedule (static phase, growing frame window) in training steps. Filled in: the run's
+    --max-num-iterations."""
     train_samples: int = 128
     """Steps along the box's diagonal in training; only those in occupied space are evaluated."""
     render_samples: int = 192
@@ -71,7 +73,7 @@ class SV4DModel(Model):
         self.num_frames: int = self.kwargs["metadata"]["num_frames"]
         self.canonical_frame: int = self.kwargs["metadata"]["canonical_frame"]
         canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
-        self.field = DeformableField(DeformableFieldConfig(canonical_time=canonical_time))
+        self.field = DeformableField(DeformableFieldConfig(keyframes=self.num_frames, canonical_time=canonical_time))
         self.occupancy = OccupancyGrid(self.num_frames)
         self.loss_weights = LossWeights()
         self.schedule = ScheduleConfig()
@@ -79,25 +81,18 @@ class SV4DModel(Model):
         self._pictures_without_time = 0
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """The grid, the two heads and the deformation, each with a learning rate of its own."""
+        """The field's parameters in groups, each with a learning rate of its own."""
         return self.field.parameter_groups()
 
     def fraction(self, step: int) -> float:
         """Where `step` is in the schedule, 0..1."""
-        return min(step / self.config.schedule_steps, 1.0)
+        return min(step / max(self.config.schedule_steps, 1), 1.0)
 
     def frame_window(self, step: int) -> "Window":
         """Frames in use at `step` (progressive frame sampling)."""
         from sv4d_ns.sampling import frame_window
 
         return frame_window(self.fraction(step), self.num_frames, self.canonical_frame, self.schedule)
-
-    def update_to_step(self, step: int) -> None:
-        """Open the deformation's frequencies as far as they are at `step`."""
-        from sv4d_ns.sampling import frequency_progress
-
-        self.step = step
-        self.field.set_progress(frequency_progress(self.fraction(step), self.schedule))
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
@@ -106,11 +101,11 @@ class SV4DModel(Model):
         return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step)]
 
     def _before_step(self, step: int) -> None:
-        self.update_to_step(step)
-        if step % self.config.occupancy_every == 0:
-            window = self.frame_window(step)
-            turn = step // self.config.occupancy_every % len(window)
-            self.occupancy.update(self.field, window.first + turn)
+        from sv4d_ns.fitting import advance
+
+        self.step = step
+        total, every = max(self.config.schedule_steps, 1), self.config.occupancy_every
+        advance(self.field, self.occupancy, self.schedule, step, total, every)
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the visual hull of a grid's silhouettes."""
@@ -194,7 +189,13 @@ class SV4DModel(Model):
         from sv4d_ns.fitting import loss_terms
 
         return loss_terms(
-            self.field, outputs["rendered"], batch["batch"], self.loss_weights, self.config.seed, self.step
+            self.field,
+            self.occupancy,
+            outputs["rendered"],
+            batch["batch"],
+            self.loss_weights,
+            self.config.seed,
+            self.step,
         )
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -12,13 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.fields.deformable import DeformableField
+
+DISTANCE_REACH = 0.15
+"""Distances to a hull are known up to this, world units."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class OccupancyGrid(nn.Module):
     hull: Tensor
     density: Tensor
     occupied: Tensor
+    distance: Tensor
 
     def __init__(
         self, bins: int, resolution: int = 64, half_extent: float = 0.57, threshold: float = 0.05, decay: float = 0.7
@@ -72,6 +78,7 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("hull", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("density", torch.full(shape, 50 * threshold))
         self.register_buffer("occupied", torch.ones(shape, dtype=torch.bool))
+        self.register_buffer("distance", torch.zeros(shape, dtype=torch.float16), persistent=False)
 
     @property
     def cell_size(self) -> float:
@@ -139,6 +146,32 @@ class OccupancyGrid(nn.Module):
             hull[k] = kept[max(nearest - 1, 0) : nearest + 2].any(0)
         self.hull.copy_(hull)
         self.occupied.copy_(hull)
+        for k in range(self.bins):
+            self.distance[k] = _signed_distance(hull[k].cpu().numpy(), self.cell_size).to(self.distance)
+
+    @torch.no_grad()
+    def agreement(self, views: Sequence[HullView]) -> Float[Tensor, " v"]:
+        """Per view, the share of its silhouette that the hull of all *other* views' silhouettes can show: 1 for true
+        pictures of one object, well below for pictures that contradict each other. Mean over frames.
+
+        Raises:
+            InputError: no views, or views with different numbers of frames.
+        """
+        centers = self.cell_centers()
+        if not views or len({view.alpha.shape[0] for view in views}) > 1:
+            raise InputError("the views of a grid must have the same number of frames; re-generate the grid.")
+        outside = [~self._in_mask(view, centers, None) for view in views]
+        total = torch.stack(outside).sum(0, dtype=torch.uint8) if len(views) < 256 else sum(o.long() for o in outside)
+        side = round(0.75 * self.resolution)
+        shares = []
+        for view, missed in zip(views, outside, strict=True):
+            possible = (total - missed.to(total)) == 0
+            shown = torch.zeros(len(possible), side * side, device=centers.device)
+            shown.index_add_(1, self._pixel(view, centers, side, side), possible.float())
+            mask = functional.adaptive_max_pool2d(view.alpha.to(centers)[:, None], side)[:, 0].flatten(1) > 0.5
+            covered = ((shown > 0) & mask).sum(1) / mask.sum(1).clamp(min=1)
+            shares.append(covered[mask.any(1)].mean() if bool(mask.any()) else covered.new_ones(()))
+        return torch.stack(shares)
 
     def _in_mask(self, view: HullView, centers: Tensor, margin: float | None) -> Tensor:
         """[t, cells]: whether cell centres fall into a view's dilated masks."""
@@ -196,6 +229,28 @@ class OccupancyGrid(nn.Module):
         # A moment without any matter would never be looked at again by a ray: keep all of its hull open instead.
         self.occupied[bin_index] = grown & self.hull[bin_index] if bool(grown.any()) else self.hull[bin_index]
 
+    def nearest_bin(self, time: float) -> int:
+        """The bin nearest to a time in [0, 1]."""
+        return round(time * (self.bins - 1))
+
+    def centroid(self, bin_index: int) -> Float[Tensor, " 3"]:
+        """Middle of a bin's hull, world units; the box's middle if there is none."""
+        cells = self.hull[bin_index].nonzero()
+        if not len(cells):
+            return cells.new_zeros(3).float()
+        return (cells.float().mean(0) + 0.5) * self.cell_size - self.half_extent
+
+    def band(self, bin_index: int, width: float) -> Int[Tensor, "m 3"]:
+        """Cells of a bin whose centre is within `width` of its hull's surface."""
+        return (self.distance[bin_index].abs() <= width).nonzero()
+
+    def distance_at(self, x: Float[Tensor, "n 3"], bin_index: int) -> Float[Tensor, " n"]:
+        """Signed distance to a bin's hull, world units, negative inside, trilinear and differentiable in x."""
+        # grid_sample wants (x, y, z) for the (last, middle, first) axis
+        grid = (x / self.half_extent).flip(-1).reshape(1, -1, 1, 1, 3)
+        volume = self.distance[bin_index].float()[None, None]
+        return functional.grid_sample(volume, grid, padding_mode="border", align_corners=False).flatten()
+
     def is_occupied(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Bool[Tensor, " n"]:
         """Whether points may hold the object at their times (false outside the box)."""
         cell = ((x + self.half_extent) / self.cell_size).floor().long()
@@ -203,3 +258,19 @@ class OccupancyGrid(nn.Module):
         i, j, k = cell.clamp(0, self.resolution - 1).unbind(-1)
         low, high = self.bins_around(t[:, 0])
         return (self.occupied[low, i, j, k] | self.occupied[high, i, j, k]) & inside
+
+
+def _signed_distance(inside: Bool[np.ndarray, "r r r"], cell: float) -> Float[Tensor, "r r r"]:
+    """World units, negative inside, cut off at `DISTANCE_REACH`."""
+    field = np.full(inside.shape, DISTANCE_REACH, np.float32)
+    if inside.any():
+        # only the object's own part of the box: the transform's cost is that of its cells
+        margin = math.ceil(DISTANCE_REACH / cell)
+        part = tuple(
+            slice(max(first - margin, 0), last + margin + 1)
+            for first, last in ((axis.min(), axis.max()) for axis in np.nonzero(inside))
+        )
+        outer, inner = distance_transform_edt(~inside[part]), distance_transform_edt(inside[part])
+        # the surface lies between the centres of the cells on either side
+        field[part] = np.where(inside[part], 0.5 - inner, outer - 0.5) * cell
+    return torch.from_numpy(field.clip(-DISTANCE_REACH, DISTANCE_REACH))

@@ -53,6 +53,8 @@ class RenderOutput:
     """Observed (world) positions of the samples."""
     deformation: Float[Tensor, "m 3"]
     density: Float[Tensor, " m"]
+    residual: Float[Tensor, " m"] | None
+    """What each moment adds to the density's logit, if anything."""
 
     @property
     def ray_indices(self) -> Int[Tensor, " m"]:
@@ -231,6 +233,7 @@ def render_rays(
         positions=positions,
         deformation=queried.deformation,
         density=queried.density,
+        residual=queried.residual,
     )
 
 

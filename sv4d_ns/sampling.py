@@ -27,13 +27,15 @@ class ScheduleConfig:
 
     static_fraction: float = 0.12
     """Only the canonical frame, deformation untouched (SV4D's phase A)."""
-    full_window_at: float = 0.6
+    full_window_at: float = 0.65
     """The frame window has grown to the whole clip (SV4D 2.0's progressive frame sampling)."""
     open_frequencies_at: float = 0.7
     """All frequencies of the deformation are open."""
+    residual_from: float = 0.65
+    """The density residual opens: once every frame has had its time to be explained by motion."""
     canonical_probability: float = 0.25
     """Chance that a step draws the canonical frame, so that the shape is not forgotten while the window grows."""
-    frontier_probability: float = 0.6
+    frontier_probability: float = 0.9
     """Chance that a step draws one of the frames newest to the window (the badly fitted ones)."""
 
 
@@ -62,6 +64,22 @@ def frame_window(fraction: float, n_frames: int, canonical: int, config: Schedul
     grown = (fraction - config.static_fraction) / span if span > 0 else float(fraction >= config.static_fraction)
     reach = 0 if grown < 0 else 1 + math.floor(grown * max(canonical, n_frames - 1 - canonical))
     return Window(max(canonical - reach, 0), min(canonical + reach, n_frames - 1))
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A frame that enters the window, and the neighbour it starts from."""
+
+    new: int
+    known: int
+
+
+def admissions(before: Window, now: Window, canonical: int) -> list[Admission]:
+    """Frames of `now` that `before` has not, nearest to the canonical frame first."""
+    outward = [(f, -1) for f in range(before.first - 1, now.first - 1, -1)]
+    outward += [(f, 1) for f in range(before.last + 1, now.last + 1)]
+    outward.sort(key=lambda pair: abs(pair[0] - canonical))
+    return [Admission(frame, frame - direction) for frame, direction in outward]
 
 
 def sample_frames(

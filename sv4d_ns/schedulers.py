@@ -12,6 +12,17 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
+LEARNING_RATES = {
+    "encoding": 2e-2,
+    "heads": 1e-2,
+    "deformation": 5e-3,
+    "appearance": 2e-2,
+    "density_residual": 3e-2,
+}
+"""Adam's rate for each parameter group of the field (SV4D: 0.01 for all), measured in docs/optimisation.md. That of the
+deformation is in grid cells a step."""
+
+
 @dataclass
 class FusedAdamConfig(OptimizerConfig):
     """Adam with the constants of hash grids (Instant-NGP), in one pass over the parameters."""
@@ -37,7 +48,7 @@ class DecaySchedulerConfig(SchedulerConfig):
     decay_from: float = 0.4
     """Share of `max_steps` at full rate."""
     max_steps: int = 3600
-    """Step at which the final rate is reached; it stays there."""
+    """Step at which the final rate is reached; it stays there. `ns-train sv4d` fills in its --max-num-iterations."""
     final_ratio: float = 0.1
     """Final learning rate over the optimizer's."""
 

@@ -19,9 +19,11 @@ from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
 from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.files import check_zip
+from sv4d_ns.model import SV4DModelConfig
 from sv4d_ns.progress import TrainingBar
 from sv4d_ns.runs import VIEW_FOLDERS, checkpoint_steps, claim_run, fingerprint, record_run
 from sv4d_ns.viewing import local_unless_asked
+from sv4d_ns.schedulers import DecaySchedulerConfig
 
 
 @dataclass
@@ -91,10 +93,20 @@ class SV4DTrainerConfig(TrainerConfig):
             assert isinstance(datamanager, SV4DDataManagerConfig)
             datamanager.run_dir = self.get_base_dir()
             datamanager.expected_steps = self.max_num_iterations
+            self._spread_schedules()
             if not self._has_views():
                 datamanager.check_data()
             self._make_folder(identity)
         super().save_config()
+
+    def _spread_schedules(self) -> None:
+        """Every schedule of the field is in shares of the run's length: tell them how long it is."""
+        if not isinstance(self.pipeline.model, SV4DModelConfig):
+            return
+        self.pipeline.model.schedule_steps = self.max_num_iterations
+        for group in self.optimizers.values():
+            if isinstance(group.get("scheduler"), DecaySchedulerConfig):
+                group["scheduler"].max_steps = self.max_num_iterations
 
     def _check_resume(self) -> None:
         if self.load_dir is not None and not checkpoint_steps(self.load_dir):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sv4d_ns.errors import InputError
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig, frequency_encoding
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.fields.encoding import HashEncoding
 
 
@@ -102,15 +102,18 @@ def test_impossible_encodings_are_refused(bad: dict) -> None:
         HashEncoding(**bad)
 
 
-def moving_field(canonical_time: float = 0.0) -> DeformableField:
+def moving_field(canonical_time: float = 0.0, motion: str = "keyframes") -> DeformableField:
     torch.manual_seed(0)
-    field = DeformableField(
-        DeformableFieldConfig(levels=4, log2_table_size=12, max_resolution=64, canonical_time=canonical_time)
-    )
+    config = DeformableFieldConfig(
+        levels=4, log2_table_size=12, max_resolution=64, canonical_time=canonical_time, keyframes=11, motion=motion,
+        motion_resolutions=(2, 5), appearance_resolutions=(3,), density_resolutions=(4,),
+    )  # fmt: skip
+    field = DeformableField(config)
     with torch.no_grad():
         field.encoding.table.normal_()
-        for p in field.deformation_net[-1].parameters():
-            p.normal_(0, 0.05)
+        for name, p in field.motion.named_parameters():
+            if p.requires_grad and (motion == "keyframes" or "net.6" in name):
+                p.normal_(0, 0.05)
     return field
 
 
@@ -124,9 +127,10 @@ def test_new_field_is_static_fog() -> None:
     assert ((color > 0) & (color < 1)).all()
 
 
+@pytest.mark.parametrize("motion", ["keyframes", "frequencies"])
 @pytest.mark.parametrize("canonical_time", [0.0, 0.5])
-def test_canonical_time_is_exactly_canonical(canonical_time: float) -> None:
-    field = moving_field(canonical_time)
+def test_canonical_time_is_exactly_canonical(canonical_time: float, motion: str) -> None:
+    field = moving_field(canonical_time, motion)
     x = torch.rand(64, 3) - 0.5
     at = torch.full((64, 1), canonical_time)
     assert torch.equal(field.deformation(x, at), torch.zeros(64, 3))
@@ -148,13 +152,53 @@ def test_density_is_canonical_density_at_the_deformed_point() -> None:
     assert (sample.density[~inside] == 0).all()
 
 
-def test_gradients_reach_every_parameter() -> None:
-    field = moving_field()
-    density, color = field.density_and_color(torch.rand(256, 3) - 0.5, torch.rand(256, 1))
+def test_gradients_reach_every_parameter_but_the_canonical_moment_s() -> None:
+    field = moving_field(0.5)
+    field.open_residual()
+    density, color = field.density_and_color(torch.rand(4000, 3) - 0.5, torch.rand(4000, 1))
     (density.sum() + color.sum()).backward()
     groups = field.parameter_groups()
     assert sum(len(g) for g in groups.values()) == len(list(field.parameters()))
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in field.parameters())
+    fixed = [name for name, p in field.named_parameters() if not p.requires_grad]
+    assert sorted(fixed) == [f"{grid}.keyframes.5" for grid in ("appearance", "density_residual", "motion")]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in field.parameters() if p.requires_grad)
+
+
+def test_moments_may_differ_from_the_canonical_object_in_light_and_once_opened_in_shape() -> None:
+    field = moving_field()
+    with torch.no_grad():
+        for grid in (field.motion, field.appearance, field.density_residual):
+            for k, p in enumerate(grid.keyframes):
+                p.fill_(0.0 if grid is field.motion or k == 0 else 3.0)
+    x = torch.rand(64, 3) - 0.5
+    still, later = torch.zeros(64, 1), torch.full((64, 1), 0.5)
+    assert torch.equal(field.density(x, later), field.density(x, still))
+    lit, unlit = field.density_and_color(x, later)[1], field.density_and_color(x, still)[1]
+    torch.testing.assert_close(torch.logit(lit), torch.logit(unlit) + 3, atol=1e-3, rtol=0)
+    torch.testing.assert_close(unlit, field.canonical_color(x))
+    field.open_residual()
+    before, after = field.canonical_density(x) / 200, field.density(x, later) / 200
+    torch.testing.assert_close(torch.logit(after), torch.logit(before) + 3, atol=1e-3, rtol=0)
+    assert torch.equal(field.density(x, still), field.canonical_density(x))
+    assert not field.canonical_logit(x).isnan().any() and field.sample(x, later).residual is not None
+
+
+def test_an_admitted_keyframe_starts_from_its_neighbour_and_a_trained_one_stays() -> None:
+    field = moving_field(0.0)
+    with torch.no_grad():
+        for k, p in enumerate(field.motion.keyframes):
+            p.fill_(0.1 * k if k < 3 else 0.0)
+    shift = torch.tensor([0.1, 0.0, -0.05])
+    field.admit(3, 2, shift)
+    x = torch.rand(50, 3) - 0.5
+    at = lambda k: torch.full((50, 1), k / 10)  # noqa: E731
+    # what is now at x was at x - shift, and both came from the same canonical point
+    torch.testing.assert_close(
+        x + field.deformation(x, at(3)), x - shift + field.deformation(x - shift, at(2)), atol=1e-5, rtol=0
+    )
+    before = field.deformation(x, at(3))
+    field.admit(3, 1, torch.zeros(3))
+    assert torch.equal(field.deformation(x, at(3)), before)
 
 
 def test_normals_of_a_sphere_point_outward() -> None:
@@ -166,21 +210,8 @@ def test_normals_of_a_sphere_point_outward() -> None:
     torch.testing.assert_close(field.normals(0.3 * x, torch.rand(100, 1)), x, atol=2.5e-2, rtol=0)
 
 
-def test_frequency_encoding_values_and_annealing() -> None:
-    x = torch.tensor([[0.3, -0.7]])
-    full = frequency_encoding(x, 3, 3.0)
-    assert full.shape == (1, 2 + 2 * 2 * 3)
-    for k in range(3):
-        expected = torch.cat([torch.sin(math.pi * 2**k * x), torch.cos(math.pi * 2**k * x)], -1)
-        torch.testing.assert_close(full[:, 2 + 4 * k : 6 + 4 * k], expected, atol=1e-5, rtol=0)
-    half = frequency_encoding(x, 3, 1.5)
-    torch.testing.assert_close(half[:, :6], full[:, :6])
-    torch.testing.assert_close(half[:, 6:10], 0.5 * full[:, 6:10])
-    assert (half[:, 10:] == 0).all()
-
-
 def test_progress_is_part_of_the_checkpoint() -> None:
-    field = moving_field()
+    field = moving_field(motion="frequencies")
     field.set_progress(0.25)
     other = DeformableField(field.config)
     other.load_state_dict(field.state_dict())
@@ -194,7 +225,11 @@ def test_impossible_fields_are_refused() -> None:
     with pytest.raises(InputError):
         DeformableField(DeformableFieldConfig(canonical_time=1.5))
     with pytest.raises(InputError):
-        DeformableField(DeformableFieldConfig(deformation_layers=0))
+        DeformableField(DeformableFieldConfig(deformation_layers=0, motion="frequencies"))
+    with pytest.raises(InputError, match="between two of 21 keyframes"):
+        DeformableField(DeformableFieldConfig(canonical_time=0.51))
+    with pytest.raises(InputError):
+        DeformableField(DeformableFieldConfig(motion_resolutions=()))
 
 
 def test_confined_field_has_no_density_outside_its_bounds_at_any_time() -> None:

@@ -5,7 +5,21 @@ import pytest
 import torch
 
 from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.fitting import BatchConfig, BatchSampler, closed, hull_views, largest_silhouette, train_views
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.fitting import (
+    BatchConfig,
+    BatchSampler,
+    advance,
+    closed,
+    hull_views,
+    largest_silhouette,
+    loss_terms,
+    train_views,
+    views_agree,
+)
+from sv4d_ns.losses import LossWeights
+from sv4d_ns.occupancy import OccupancyGrid
+from sv4d_ns.rendering import render_rays
 from sv4d_ns.sampling import ScheduleConfig, Window
 from sv4d_ns.views import ViewGrid
 
@@ -70,3 +84,70 @@ def test_closing_fills_a_seam_and_keeps_the_outline(row: int) -> None:
     assert torch.equal(closed(seam), alpha)
     generated = [view for view in hull_views(train_views(grid(), "cpu")) if view.vote < 1]
     assert len(generated) == 3
+
+
+def ball_grid(frames: int = 4, wrong_view: bool = False) -> ViewGrid:
+    """A true ball seen from all sides, moving up; `wrong_view` exchanges one view's picture by a bar."""
+    plan = ViewPlan.ring((60.0, 120.0, 180.0, 240.0, 300.0))
+    size, pictures = 48, np.zeros((frames, 6, 48, 48, 4), np.uint8)
+    axis = (np.arange(size) + 0.5 - size / 2) / plan.focal_px(size)
+    for frame in range(frames):
+        height = 0.1 * frame - 0.15
+        for view, c2w in enumerate(plan.c2w()):
+            d = np.stack(np.broadcast_arrays(axis[None, :], -axis[:, None], -1.0), -1) @ c2w[:3, :3].T
+            d /= np.linalg.norm(d, axis=-1, keepdims=True)
+            away = np.array([0.0, 0.0, height]) - c2w[:3, 3]
+            along = d @ away
+            hit = (away @ away - along**2) < 0.25**2
+            pictures[frame, view][hit] = [200, 30, 60, 255]
+    if wrong_view:
+        pictures[:, 2] = 0
+        pictures[:, 2, :, 20:24] = [10, 200, 10, 255]
+    return ViewGrid(pictures[:, 0], np.ascontiguousarray(pictures[:, 1:]), plan, fps=10.0)
+
+
+def test_views_of_one_object_are_trusted_and_contradicting_or_doubted_ones_are_not() -> None:
+    true = ball_grid()
+    assert views_agree(true)
+    assert all(view.trusted and view.vote == 1 and (view.weight == 1).all() for view in train_views(true, "cpu"))
+    assert not views_agree(ball_grid(wrong_view=True))
+    doubted = ViewGrid(
+        true.input_frames, true.novel_views, true.plan, fps=10.0, confidence=np.full((4, 5, 48, 48), 200, np.uint8)
+    )
+    views = train_views(doubted, "cpu")
+    assert views[0].trusted and not any(view.trusted for view in views[1:])
+    share = BatchSampler(train_views(true, "cpu"), BatchConfig(rays=600, patches=0), ScheduleConfig(), 0)
+    batch = share.draw(0, Window(0, 3), 0)
+    from_input = (batch.origins - views[0].c2w[:3, 3]).norm(dim=-1) < 1e-5
+    assert 0 < from_input.float().mean() < 0.5
+
+
+def test_a_short_fit_finds_the_moving_ball() -> None:
+    torch.manual_seed(0)
+    grid, total = ball_grid(), 30
+    views = train_views(grid, "cpu")
+    sizes = {"levels": 4, "max_resolution": 64, "motion_resolutions": (2, 4), "density_resolutions": (8,)}
+    field = DeformableField(DeformableFieldConfig(keyframes=4, **sizes))
+    occupancy = OccupancyGrid(4, resolution=32)
+    occupancy.carve(hull_views(views))
+    sampler = BatchSampler(views, BatchConfig(rays=128, patches=1), ScheduleConfig(), 0)
+    rates = {"encoding": 2e-2, "heads": 1e-2, "deformation": 2e-2, "appearance": 2e-2, "density_residual": 1e-2}
+    groups = [{"params": p, "lr": rates[name]} for name, p in field.parameter_groups().items()]
+    optimizer = torch.optim.Adam(groups, eps=1e-15)
+    names: set[str] = set()
+    for step in range(total):
+        window = advance(field, occupancy, ScheduleConfig(), step, total, 2)
+        batch = sampler.draw(step, window, 0)
+        out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
+        terms = loss_terms(field, occupancy, out, batch, LossWeights(), 0, step)
+        names |= set(terms)
+        optimizer.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        optimizer.step()
+    assert {"registration", "band_rigidity", "density_residual", "structure"} <= names
+    # at the last frame the ball's middle is at z = 0.15, and it came from z = -0.15
+    point = torch.tensor([[0.0, 0.0, 0.15]])
+    with torch.no_grad():
+        came_from = (point + field.deformation(point, torch.ones(1, 1)))[0, 2]
+    assert came_from < 0.0
+    assert field.residual_open

@@ -119,3 +119,19 @@ def test_deformation_magnitude_counts_visible_samples_and_leaves_weights_alone()
     assert value == 1
     value.backward()
     assert weights.grad is None and deformation.grad[1].abs().sum() == 0
+
+
+def test_registration_pulls_points_outside_onto_the_hull_and_leaves_what_fits() -> None:
+    distance = torch.tensor([0.0, 0.0, 0.0])
+    landed = torch.tensor([0.01, 0.05, -0.05], requires_grad=True)
+    value = losses.registration(landed, distance, 0.02, 0.1)
+    assert value.item() == pytest.approx(2 * 1.5**2 / 3)
+    gradient = torch.autograd.grad(value, landed)[0]
+    assert gradient[0] == 0 and gradient[1] > 0 and gradient[2] < 0
+    # beyond its reach a point has no say
+    far = torch.tensor([0.5], requires_grad=True)
+    assert torch.autograd.grad(losses.registration(far, torch.zeros(1), 0.02, 0.1), far)[0] == 0
+
+
+def test_density_residual_is_its_mean_square() -> None:
+    assert losses.density_residual(torch.tensor([1.0, -3.0])) == 5

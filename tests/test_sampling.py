@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.sampling import (
+    Admission,
     PixelSampler,
     ScheduleConfig,
     Window,
+    admissions,
     frame_window,
     frequency_progress,
     generator,
@@ -22,6 +24,13 @@ from sv4d_ns.sampling import (
 )
 
 CONFIG = ScheduleConfig()
+
+
+def test_admitted_frames_start_from_the_neighbour_nearer_to_the_canonical_frame() -> None:
+    admitted = admissions(Window(4, 6), Window(2, 7), 5)
+    assert admitted == [Admission(3, 4), Admission(7, 6), Admission(2, 3)]
+    assert admissions(Window(5, 5), Window(4, 6), 5) == [Admission(4, 5), Admission(6, 5)]
+    assert admissions(Window(0, 9), Window(0, 9), 5) == []
 
 
 @given(n=st.integers(1, 60), data=st.data())

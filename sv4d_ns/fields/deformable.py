@@ -1,16 +1,14 @@
 """The 4D field: one canonical hash-grid object and a deformation that says where each observed point came from.
 
-SV4D (Xie et al. 2024) section 4: canonical Instant-NGP grid with density and colour heads, a deformation MLP over
-(position, time embedding), the canonical field queried at x + dx, time frequencies opened from low to high. Sizes,
-activations and the canonical gate are not in the papers; they are our own decisions, measured in
-`benchmarks/field_fit.py`.
+SV4D (Xie et al. 2024) section 4: canonical Instant-NGP grid with density and colour heads, a deformation, the canonical
+field queried at x + dx. Its deformation MLP over (position, annealed time frequencies) is one of two motion models
+here; the default keeps the offsets of each frame in grids (`motion.py`). Sizes, activations and the appearance residual
+are not in the papers; they are our own decisions, measured in docs/optimisation.md.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -19,6 +17,10 @@ from torch import Tensor, nn
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.fields.encoding import HashEncoding
+from sv4d_ns.fields.motion import FrequencyMotion, KeyframeGrid, mlp
+
+EMPTY = -10.0
+"""Density logit of places that cannot hold the object."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,28 @@ class DeformableFieldConfig:
     """Factor on the network's density output: how fast fog can become a surface."""
     bounds_resolution: int = 64
     """Cells a side of the grid that bounds the canonical object (see `DeformableField.confine`)."""
+    keyframes: int = 21
+    """Moments the motion and the appearance residual know, evenly over [0, 1]: one for every frame of the clip."""
+    motion: Literal["keyframes", "frequencies"] = "keyframes"
+    """The deformation: grids of offsets per frame, or SV4D's MLP over position and annealed time frequencies."""
+    motion_resolutions: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Cells a side of the levels of the keyframe grids; their sum is the offset."""
+    appearance_resolutions: tuple[int, ...] = (4, 16)
+    """The same for colour: what light and shadow of each moment add to the canonical colour's logit; () for none."""
+    density_resolutions: tuple[int, ...] = (12, 48)
+    """The same for the density's logit: what of a moment's shape no motion of the canonical shape explains; () for
+    none. Closed until `open_residual`, and never part of the exported mesh."""
     deformation_width: int = 64
     deformation_layers: int = 3
-    """Hidden layers of the deformation MLP."""
+    """Hidden layers of the deformation MLP (motion "frequencies")."""
     space_frequencies: int = 4
     time_frequencies: int = 5
-    """Octaves of the positional encodings of position (in half extents) and time."""
+    """Octaves of the positional encodings of position (in half extents) and time (motion "frequencies")."""
     canonical_time: float = 0.0
-    """The time whose shape is the canonical shape; the deformation is exactly zero there."""
+    """The time whose shape is the canonical shape, that of a keyframe; the deformation is exactly zero there."""
     gate_width: float = 0.05
-    """The deformation is multiplied by tanh(|t - canonical_time| / gate_width): exactly zero at the canonical time, so
-    the canonical mesh is the object at that time, and free one frame (1/20) away from it."""
+    """The deformation MLP is multiplied by tanh(|t - canonical_time| / gate_width): exactly zero at the canonical time,
+    so the canonical mesh is the object at that time, and free one frame (1/20) away from it."""
     encoding_backend: Literal["numba", "torch"] = "numba"
 
 
@@ -66,56 +79,38 @@ class FieldSample:
     density: Float[Tensor, " n"]
     """Per world unit, in [0, max_density]."""
     geometry: Float[Tensor, "n g"]
-    """Input of `DeformableField.color_from_geometry`."""
+    """Input of `color_from_geometry`: features of the canonical place, and what the moment's light adds."""
     deformation: Float[Tensor, "n 3"]
     canonical: Float[Tensor, "n 3"]
-
-
-def frequency_encoding(x: Float[Tensor, "n d"], octaves: int, alpha: float) -> Float[Tensor, "n e"]:
-    """x, then sin and cos of pi 2^k x for k < octaves; octave k is faded in by clip(alpha - k, 0, 1).
-
-    The fade is the raised cosine of Park et al. 2021 (Nerfies) eq. 8; alpha runs from 0 to `octaves`.
-    """
-    # Doubling the angle (sin 2a = 2 sin a cos a, cos 2a = 1 - 2 sin^2 a) costs two products where sin and cos cost
-    # twenty, and float32 keeps six digits over the few octaves used.
-    sin, cos = torch.sin(math.pi * x), torch.cos(math.pi * x)
-    features = [x]
-    for k in range(octaves):
-        if k > 0:
-            sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
-        fade = 0.5 * (1 - math.cos(math.pi * min(max(alpha - k, 0.0), 1.0)))
-        features += [sin * fade, cos * fade]
-    return torch.cat(features, -1)
-
-
-def _mlp(widths: list[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+    residual: Float[Tensor, " n"] | None = None
+    """What the moment adds to the density's logit; None while the residual is closed."""
 
 
 class DeformableField(nn.Module):
     """Density and colour of a moving object: canonical grid at x + deformation(x, t).
 
-    Parameters in two groups for the optimiser: `encoding` (hash table) and the three MLPs
-    (`density_head`, `color_head`, `deformation_net`); see `parameter_groups`.
+    Parameters in groups for the optimiser: hash table, heads, deformation, appearance; see `parameter_groups`.
 
     Raises:
         InputError: a size in the config that makes no field.
     """
 
-    progress: Tensor
     aabb: Tensor
     bounds: Tensor
+    residual_open: Tensor
 
     def __init__(self, config: DeformableFieldConfig | None = None) -> None:
         super().__init__()
         config = config or DeformableFieldConfig()
-        if config.half_extent <= 0 or config.max_density <= 0 or config.deformation_layers < 1:
-            raise InputError("half_extent, max_density and deformation_layers of a field must be positive.")
+        if config.half_extent <= 0 or config.max_density <= 0:
+            raise InputError("half_extent and max_density of a field must be positive.")
         if not 0 <= config.canonical_time <= 1:
             raise InputError(f"canonical_time={config.canonical_time} is outside [0, 1]; use a frame's time.")
+        position = config.canonical_time * (config.keyframes - 1)
+        if abs(position - round(position)) > 1e-3:
+            raise InputError(
+                f"canonical_time={config.canonical_time} is between two of {config.keyframes} keyframes; use a frame's."
+            )
         self.config = config
         self.encoding = HashEncoding(
             levels=config.levels,
@@ -124,29 +119,50 @@ class DeformableField(nn.Module):
             max_resolution=config.max_resolution,
             backend=config.encoding_backend,
         )
-        self.density_head = _mlp([self.encoding.out_dim, config.hidden_width, 1 + config.geometry_features])
-        self.color_head = _mlp([config.geometry_features, config.hidden_width, 3])
-        inputs = 3 * (1 + 2 * config.space_frequencies) + 1 + 2 * config.time_frequencies
-        self.deformation_net = _mlp([inputs] + [config.deformation_width] * config.deformation_layers + [3])
+        self.density_head = mlp([self.encoding.out_dim, config.hidden_width, 1 + config.geometry_features])
+        self.color_head = mlp([config.geometry_features, config.hidden_width, 3])
+        self.motion = self._motion(config)
+        self.appearance = (
+            KeyframeGrid(config.keyframes, config.appearance_resolutions, backend=config.encoding_backend)
+            if config.appearance_resolutions
+            else None
+        )
+        self.density_residual = (
+            KeyframeGrid(config.keyframes, config.density_resolutions, 1, backend=config.encoding_backend)
+            if config.density_resolutions
+            else None
+        )
+        for grid in (self.motion, self.appearance, self.density_residual):
+            if isinstance(grid, KeyframeGrid):  # the canonical moment is what the others are measured from
+                grid.keyframes[round(position)].requires_grad_(False)
         for layer in self.density_head:
             if isinstance(layer, nn.Linear):  # so that the untrained density is initial_logit's, whatever the seed
                 nn.init.zeros_(layer.bias)
-        last = self.deformation_net[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
         e = config.half_extent
+        self.register_buffer("residual_open", torch.tensor(False))
         self.register_buffer("aabb", torch.tensor([[-e, -e, -e], [e, e, e]]))
-        self.register_buffer("progress", torch.tensor(1.0))
         self.register_buffer("bounds", torch.ones((config.bounds_resolution,) * 3, dtype=torch.bool))
 
+    @staticmethod
+    def _motion(config: DeformableFieldConfig) -> KeyframeGrid | FrequencyMotion:
+        if config.motion == "keyframes":
+            return KeyframeGrid(config.keyframes, config.motion_resolutions, 3, True, config.encoding_backend)
+        return FrequencyMotion(
+            config.deformation_width, config.deformation_layers, config.space_frequencies, config.time_frequencies
+        )
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Groups with their own learning rates: "encoding", "heads", "deformation"."""
-        return {
+        """Groups with their own learning rates: "encoding", "heads", "deformation", "appearance" (if there is one)."""
+        groups = {
             "encoding": list(self.encoding.parameters()),
             "heads": [*self.density_head.parameters(), *self.color_head.parameters()],
-            "deformation": list(self.deformation_net.parameters()),
+            "deformation": list(self.motion.parameters()),
         }
+        if self.appearance is not None:
+            groups["appearance"] = list(self.appearance.parameters())
+        if self.density_residual is not None:
+            groups["density_residual"] = list(self.density_residual.parameters())
+        return groups
 
     def confine(self, hull: Bool[Tensor, "r r r"]) -> None:
         """Forbid canonical density outside a visual hull of the canonical time (`OccupancyGrid.hull` of that bin).
@@ -162,32 +178,66 @@ class DeformableField(nn.Module):
         self.bounds.copy_(hull)
 
     def set_progress(self, fraction: float) -> None:
-        """Open the deformation's time frequencies: 0 = the lowest octave only, 1 = all (the default)."""
-        self.progress.fill_(min(max(fraction, 0.0), 1.0))
+        """Open the time frequencies of the deformation MLP: 0 = the lowest octave only, 1 = all (the default)."""
+        if isinstance(self.motion, FrequencyMotion):
+            self.motion.progress.fill_(min(max(fraction, 0.0), 1.0))
+
+    @torch.no_grad()
+    def admit(self, new: int, known: int, shift: Float[Tensor, " 3"]) -> None:
+        """Let keyframe `new` start from the motion and appearance of `known`, the object moved by `shift` (world units)
+        since.
+
+        Nothing to do for the deformation MLP, which is one function of time.
+        """
+        if isinstance(self.motion, KeyframeGrid) and not bool(self.motion.keyframes[new].any()):
+            cubes = shift / (2 * self.config.half_extent)
+            self.motion.start_from(new, known, cubes)
+            # what is seen at x came from x - shift, and from there as before
+            coarsest = int((self.motion.levels[0][0] + 1) ** 3)
+            self.motion.keyframes[new][:coarsest] -= cubes * float(self.motion.levels[0][0])
+        if self.appearance is not None:
+            self.appearance.start_from(new, known)
 
     def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
         """World-unit offset from observed points at time t in [0, 1] to canonical points (zero at canonical_time)."""
-        c, progress = self.config, float(self.progress)
-        # Only time is annealed (as in SV4D): neighbouring limbs move apart from the first moving frame on. Its lowest
-        # octave is open from the start: raw time alone gives only straight, even motion.
-        space = frequency_encoding(x / c.half_extent, c.space_frequencies, c.space_frequencies)
-        time = frequency_encoding(t, c.time_frequencies, 1 + progress * (c.time_frequencies - 1))
-        gate = torch.tanh((t - c.canonical_time).abs() / c.gate_width)
-        return gate * self.deformation_net(torch.cat([space, time], -1))
+        c = self.config
+        if isinstance(self.motion, KeyframeGrid):
+            return 2 * c.half_extent * self.motion(self._unit(x), t)
+        return torch.tanh((t - c.canonical_time).abs() / c.gate_width) * self.motion(x / c.half_extent, t)
 
     def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> FieldSample:
         """Everything but colour, with the deformation evaluated once."""
-        # At the canonical time the gate is zero for every point: skip the largest network of the static phase.
+        # Nothing moves at the canonical time: the static phase does without the deformation.
         still = bool((t == self.config.canonical_time).all())
         deformation = torch.zeros_like(x) if still else self.deformation(x, t)
         canonical = x + deformation
         logit, geometry = self._canonical(canonical)
-        possible = self._possible(canonical) & (x.detach().abs().amax(-1) <= self.config.half_extent)
-        return FieldSample(self._density(logit) * possible, geometry, deformation, canonical)
+        inside = x.detach().abs().amax(-1) <= self.config.half_extent
+        if self.appearance is not None:
+            light = torch.zeros_like(x) if still else self.appearance(self._unit(x), t)
+            geometry = torch.cat([geometry, light], -1)
+        residual = None if still else self.residual(x, t)
+        if residual is None:
+            density = self._density(logit) * (self._possible(canonical) & inside)
+        else:
+            density = self._density(torch.where(self._possible(canonical), logit, EMPTY) + residual) * inside
+        return FieldSample(density, geometry, deformation, canonical, residual)
+
+    def residual(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"] | None:
+        """What the moment adds to the density's logit at observed points; None while it is closed."""
+        if self.density_residual is None or not self.residual_open:
+            return None
+        return self.density_residual(self._unit(x), t)[:, 0]
+
+    def open_residual(self) -> None:
+        """From now on, density may differ from moment to moment by more than motion."""
+        self.residual_open.fill_(True)
 
     def color_from_geometry(self, geometry: Float[Tensor, "n g"]) -> Float[Tensor, "n 3"]:
-        """sRGB colour in [0, 1] (diffuse: no view direction)."""
-        return torch.sigmoid(self.color_head(geometry))
+        """sRGB colour in [0, 1] (diffuse: no view direction) from a sample's geometry."""
+        features = self.config.geometry_features
+        logit = self.color_head(geometry[:, :features])
+        return torch.sigmoid(logit if self.appearance is None else logit + geometry[:, features:])
 
     def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"]:
         """Density per world unit in [0, max_density]; zero outside the box."""
@@ -203,8 +253,8 @@ class DeformableField(nn.Module):
     def canonical_logit(self, xc: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
         """Density logit at canonical points: the surface is its zero level, and it is close to linear across it,
         which is what marching cubes interpolates. At least -10, and -10 wherever density is impossible."""
-        logit = self._canonical(xc)[0].clamp(min=-10)
-        return torch.where(self._possible(xc), logit, logit.new_tensor(-10.0))
+        logit = self._canonical(xc)[0].clamp(min=EMPTY)
+        return torch.where(self._possible(xc), logit, logit.new_tensor(EMPTY))
 
     def canonical_density(self, xc: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
         """Density per world unit at canonical points; zero outside the box and outside `bounds`."""
@@ -212,7 +262,7 @@ class DeformableField(nn.Module):
 
     def canonical_color(self, xc: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
         """sRGB colour in [0, 1] at canonical points."""
-        return self.color_from_geometry(self._canonical(xc)[1])
+        return torch.sigmoid(self.color_head(self._canonical(xc)[1]))
 
     def normals(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], epsilon: float = 0.01) -> Float[Tensor, "n 3"]:
         """Unit outward normals at observed points and times (world space; the deformation's Jacobian is included)."""
@@ -230,9 +280,12 @@ class DeformableField(nn.Module):
         values = logit(points).reshape(4, -1)
         return nn.functional.normalize(-(values.t() @ corners), dim=-1)
 
+    def _unit(self, x: Tensor) -> Tensor:
+        """The box as [0, 1]^3."""
+        return x / (2 * self.config.half_extent) + 0.5
+
     def _canonical(self, xc: Tensor) -> tuple[Tensor, Tensor]:
-        e = self.config.half_extent
-        hidden = self.density_head(self.encoding((xc + e) / (2 * e)))
+        hidden = self.density_head(self.encoding(self._unit(xc)))
         return self.config.logit_gain * hidden[:, 0] + self.config.initial_logit, hidden[:, 1:]
 
     def _density(self, logit: Tensor) -> Tensor:
