@@ -20,7 +20,7 @@ from sv4d_ns.export.run import FinishedRun
 from sv4d_ns.export.sequence import SequenceFormat, stills, write_sequence
 from sv4d_ns.export.sequence import write_point_clouds as write_cloud_files
 from sv4d_ns.export.skin import Skin, decompose
-from sv4d_ns.export.splats import refine, sample_splats
+from sv4d_ns.export.splats import Rasterise, refine, sample_splats
 from sv4d_ns.export.splats import write_splats as write_splat_files
 from sv4d_ns.export.usd import write_usd
 
@@ -141,7 +141,7 @@ def write_splats(
     )
 
 
-def _gsplat(run: FinishedRun) -> "object | None":
+def _gsplat(run: FinishedRun) -> Rasterise | None:
     """`gsplat.rasterization` where it can run."""
     if run.field.aabb.device.type != "cuda":
         return None

@@ -7,12 +7,13 @@ Non-rigid closest points (as Amberg et al. 2007, with a membrane energy on the i
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
+from scipy.sparse import csgraph
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.mesh import CanonicalMesh, Tracks, smooth_fill, vertex_graph, vertex_normals
+from sv4d_ns.export.mesh import CanonicalMesh, Tracks, vertex_graph, vertex_normals
 
 RESIDUAL_BOUND = 5e-3
 """Mean residual of a frame, as a share of the box's diagonal, from which its solution is not used."""
@@ -81,18 +82,39 @@ def without_strays(
     for frame, x in enumerate(tracks.positions):
         vertices, faces = surface_at(frame)
         tree, normals = cKDTree(vertices), vertex_normals(vertices, faces)
-        distance, nearest = tree.query(x)
+        distance, _ = tree.query(x)
         stray = distance > STRAY * diagonal
         if stray.any():
             hidden = vertices - INSET * diagonal * normals
-            # the skin between stays whole: first where the neighbours' motion leads, then to the surface from there
-            led = x.astype(np.float64) + smooth_fill(np.zeros_like(x, np.float64), ~stray, graph, hidden[nearest] - x)
-            positions[frame, stray] = hidden[tree.query(led[stray])[1]]
+            places = _gathering_places(x, mesh.vertices, stray, graph)
+            positions[frame, stray] = hidden[tree.query(places)[1]]
             guessed[frame] |= stray
             changed += stray.mean() / len(positions)
         if advance is not None:
             advance()
     return Tracks(positions, tracks.residuals, guessed), changed
+
+
+def _gathering_places(
+    x: Float[np.ndarray, "n 3"],
+    rest: Float[np.ndarray, "n 3"],
+    stray: Bool[np.ndarray, " n"],
+    graph: sparse.csr_matrix,
+) -> Float[np.ndarray, "k 3"]:
+    """Where each stray vertex is to disappear: at the nearest vertex its island hangs on, or, where the whole part has
+    strayed, at the middle of its island. Each to the surface by itself would draw sheets between limbs."""
+    which = np.flatnonzero(stray)
+    _, island = csgraph.connected_components(graph[stray][:, stray], directed=False)
+    places = np.empty((len(which), 3))
+    for number in range(island.max() + 1):
+        members = which[island == number]
+        around = np.unique(graph[members].indices)
+        anchors = around[~stray[around]]
+        if len(anchors):
+            places[island == number] = x[anchors[cKDTree(rest[anchors]).query(rest[members])[1]]]
+        else:
+            places[island == number] = x[members].mean(axis=0)
+    return places
 
 
 def registered(
