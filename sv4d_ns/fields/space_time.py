@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sv4d_ns.errors import InputError
-from sv4d_ns.fields.deformable import FieldSample, frequency_encoding
+from sv4d_ns.fields.deformable import FieldSample
 from sv4d_ns.fields.hash_grid import HashGrid
+from sv4d_ns.fields.motion import frequency_encoding
 
 SPACE_OCTAVES, TIME_OCTAVES = 3, 3
 """Octaves of the motion network's inputs: limbs, not texture."""
