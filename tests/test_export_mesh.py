@@ -269,6 +269,7 @@ def test_matter_the_field_does_not_show_is_put_out_of_sight(limb, mesh):
     away = tracks.positions[2][:, 0] > 0.33
     assert away.any() and changed == pytest.approx((better.guessed & ~tracks.guessed).mean(), abs=1e-6)
     assert better.guessed[2][away].all() and better.positions[2][:, 0].max() < 0.33
+    assert len(np.unique(better.positions[2], axis=0)) == len(mesh.vertices)  # or a program that welds would tear it
     samples = trimesh.sample.sample_surface(trimesh.Trimesh(*surface(2), process=False), 20_000, seed=0)[0]
     assert cKDTree(samples).query(better.positions[2])[0].max() < 1.2e-2 * DIAGONAL
 

@@ -68,7 +68,8 @@ def _skin(run: FinishedRun, mesh: AnimatedMesh, max_bones: int, terminal: "Termi
     """Bones for the mesh; found on unique places, because vertices along texture seams are doubled."""
     low, high = (np.asarray(corner, dtype=float) for corner in run.field.aabb.cpu())
     diagonal = float(np.linalg.norm(high - low))
-    _, first, copy = np.unique(mesh.positions[0], axis=0, return_index=True, return_inverse=True)
+    everywhere = mesh.positions.swapaxes(0, 1).reshape(mesh.positions.shape[1], -1)
+    _, first, copy = np.unique(everywhere, axis=0, return_index=True, return_inverse=True)
     with terminal.bar("finding bones", max_bones) as advance:
         shown = 0
 

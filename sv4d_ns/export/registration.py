@@ -26,6 +26,8 @@ STRAY = 1e-2
 counts as standing where the field shows nothing."""
 INSET = 4e-3
 """Depth below that surface, as a share of the diagonal, at which such vertices are put out of sight."""
+MINIATURE = 0.01
+"""Scale of their canonical shape there."""
 
 
 def refitted(
@@ -87,7 +89,9 @@ def without_strays(
         if stray.any():
             hidden = vertices - INSET * diagonal * normals
             places = _gathering_places(x, mesh.vertices, stray, graph)
-            positions[frame, stray] = hidden[tree.query(places)[1]]
+            # in miniature, not in one point: programs weld vertices that coincide
+            shape = MINIATURE * (mesh.vertices[stray] - mesh.vertices[stray].mean(axis=0))
+            positions[frame, stray] = hidden[tree.query(places)[1]] + shape
             guessed[frame] |= stray
             changed += stray.mean() / len(positions)
         if advance is not None:
