@@ -258,7 +258,7 @@ class SV4DTrainer(Trainer):
         config_file = shlex.quote(str(self.base_dir / "config.yml"))
         CONSOLE.print(
             f"Stopped at step {self.step} of {total}. Go on with the same command, or:\n"
-            f"  ns-train sv4d --load-config {config_file}"
+            f"  ns-train {self.config.method_name} --load-config {config_file}"
         )
         raise SystemExit(130) from None
 
