@@ -5,8 +5,8 @@
     python benchmarks/four_diffusion.py memory
 
 `ablation` fits held-out procedural creatures with the embedded model in the same number of steps: from its sampled
-views alone; the same with distillation and anchor added in the second half; from the views and the input video; and by
-distillation and anchor without views. `speed` compares one step with the same step as the reference's code words it.
+views alone; the same with distillation and anchor added in the second half; and from the views and the input video.
+`speed` compares one step with the same step as the reference's code words it.
 `memory` runs the released model's networks on the meta device and adds up what is alive.
 """
 
@@ -49,8 +49,8 @@ from sv4d_ns.views import ViewGrid, over_white
 
 FRAMES, SIZE = 8, 64
 SAMPLED, WITH_INPUT = "sampled views", "sampled views and input video"
-BOTH, ALONE = "sampled views, then also SDS + anchor", "SDS + anchor alone"
-ARMS = (SAMPLED, BOTH, WITH_INPUT, ALONE)
+BOTH = "sampled views, then also SDS + anchor"
+ARMS = (SAMPLED, BOTH, WITH_INPUT)
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def fit(case: Case, arm: str, steps: int) -> tuple[SpaceTimeField, OccupancyGrid
     """One arm; returns the seconds it took, too."""
     field, occupancy, optimizer = new_field(case)
     views = train_views(case.grid, "cpu")
-    batch = BatchConfig(rays=2048, patches=0)
+    batch = BatchConfig(rays=2048, patches=0, input_share=0.5 if arm == WITH_INPUT else 0.0)
     sampler = BatchSampler(views if arm == WITH_INPUT else views[1:], batch, ScheduleConfig(), 0)
-    first = {BOTH: steps // 2, ALONE: 0}.get(arm, steps)
+    first = steps // 2 if arm == BOTH else steps
     config = ObjectiveConfig(
         total_steps=max(steps - first, 1),
-        first_step=WARM_START if first else 0,
+        first_step=WARM_START,
         frames_per_step=4,
-        weights=own_weights(alpha_known=True, perceptual=False),
+        weights=own_weights(short_run=True, perceptual=False),
         render=RenderSettings(samples=128, normals=1024),
     )
     anchor = make_anchor(case.grid, 0, SIZE, "cpu")
@@ -105,9 +105,7 @@ def fit(case: Case, arm: str, steps: int) -> tuple[SpaceTimeField, OccupancyGrid
     for step in range(steps):
         if step % 2 == 0:
             occupancy.update(field, step // 2 % FRAMES)
-        terms: dict[str, Tensor] = {}
-        if arm != ALONE:
-            terms, _ = view_terms(field, occupancy, sampler.draw(step, Window(0, FRAMES - 1), 0))
+        terms, _ = view_terms(field, occupancy, sampler.draw(step, Window(0, FRAMES - 1), 0))
         if step >= first:
             terms |= objective.terms(step - first)
         optimizer.zero_grad()

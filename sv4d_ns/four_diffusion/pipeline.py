@@ -171,7 +171,7 @@ class FourDiffusionPipeline(SV4DPipeline):
                 first_step=WARM_START if self._warm_up_steps else 0,
                 frames_per_step=frames,
                 seed=self.datamanager.config.seed,
-                weights=own_weights(alpha_known=prior.channels == 4, perceptual=lpips is not None),
+                weights=own_weights(short_run=not self._is_fourdm, perceptual=lpips is not None),
                 render=settings,
             ),
             lpips,

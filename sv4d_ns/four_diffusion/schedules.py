@@ -25,6 +25,10 @@ class Ramp:
         """The same at every step."""
         return cls(0, value, value, 1)
 
+    def scaled(self, factor: float) -> "Ramp":
+        """The same ramp with other values."""
+        return replace(self, start=self.start * factor, end=self.end * factor)
+
     def at(self, step: float) -> float:
         """The value at a step of the reference's run."""
         done = (step - self.start_step) / (self.end_step - self.start_step)
@@ -53,19 +57,24 @@ class LossRamps:
         return {name: ramp.at(step) for name, ramp in vars(self).items()}
 
 
-def own_weights(alpha_known: bool, perceptual: bool) -> LossRamps:
+SHORT_RUN = 0.05
+"""Factor of everything but the anchor in runs of hundreds of steps: distillation's noise has no time to average out."""
+PIXELS = 10_000.0
+"""Weight of the squared error of pixels in place of LPIPS, measured on held-out creatures."""
+
+
+def own_weights(short_run: bool, perceptual: bool) -> LossRamps:
     """The reference's weights, changed where its premises do not hold.
 
     Args:
-        alpha_known: the model has an alpha channel, so it says itself where nothing is, and the push towards less
-            matter is a tenth.
-        perceptual: LPIPS is at hand; without it structure alone would leave colours free, so the squared error of
-            pixels takes its place (1000; 20 dB then weigh as much as an SSIM of 0.9).
+        short_run: hundreds of steps instead of tens of thousands.
+        perceptual: LPIPS is at hand; without it structure alone would leave colours free.
     """
     weights = LossRamps()
-    if alpha_known:
-        weights = replace(weights, sparsity=Ramp.constant(10.0))
-    return weights if perceptual else replace(weights, pixels=Ramp.constant(1000.0))
+    if short_run:
+        names = ("sds", "orientation", "sparsity", "opaque")
+        weights = replace(weights, **{name: getattr(weights, name).scaled(SHORT_RUN) for name in names})
+    return weights if perceptual else replace(weights, pixels=Ramp.constant(PIXELS))
 
 
 LOWEST_NOISE = Ramp(0, 0.98, 0.02, 5000)
