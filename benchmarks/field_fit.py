@@ -23,6 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns import losses, sampling
+from sv4d_ns.evaluation.alignment import Similarity
+from sv4d_ns.evaluation.cases import Case
+from sv4d_ns.evaluation.geometry import evaluate_geometry
 from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.fitting import BatchConfig, BatchSampler, TrainView, advance, hull_views, loss_terms
 from sv4d_ns.occupancy import OccupancyGrid
@@ -144,10 +147,7 @@ def fit(
     log(f"carve {time.perf_counter() - start:.2f} s, hull share {occupancy.hull.float().mean():.4f}")
     groups = field.parameter_groups()
     optimizer = torch.optim.Adam(
-        [
-            {"params": parameters, "lr": getattr(config, f"lr_{name}")}
-            for name, parameters in groups.items()
-        ],
+        [{"params": parameters, "lr": getattr(config, f"lr_{name}")} for name, parameters in groups.items()],
         betas=(0.9, 0.99),
         eps=1e-15,
         fused=True,
@@ -156,7 +156,6 @@ def fit(
     sampler = BatchSampler(train, batch_config, schedule, config.seed)
     profile, start, cpu, n_evaluated = Profile(), time.perf_counter(), time.process_time(), 0
     for step in range(config.steps):
-        fraction = step / config.steps
         if time.perf_counter() - start > config.seconds:
             log(f"time is over at step {step}")
             break
@@ -235,98 +234,12 @@ def evaluate(field, occupancy, held_out: list[View], input_view: View, case: Pat
         result[f"{label}_psnr"], result[f"{label}_iou"] = float(np.mean(p)), float(np.mean(iou))
         result[f"{label}_psnr_per_frame"] = np.round(np.reshape(p, (len(views), -1)).mean(0), 2).tolist()
     Image.fromarray((torch.cat(sheet).clamp(0, 1) * 255).byte().numpy()).save(out / "sheet.png")
-    from sv4d_ns.evaluation.alignment import Similarity
-    from sv4d_ns.evaluation.cases import Case
-    from sv4d_ns.evaluation.geometry import evaluate_geometry
-
     identity = Similarity(scale=1.0, rotation=np.eye(3), translation=np.zeros(3))
-    g = evaluate_geometry(field, occupancy, Case.load(case).geometry(), np.linspace(0, 1, 21), identity)
-    result |= {"chamfer_mean": g["chamfer"], "chamfer": [round(f["chamfer"], 4) for f in g["per_frame"]], "floor": g["chamfer_floor"]}
-    result |= {"track_mean": g["track"], "track": np.round(g["track_per_frame"], 3).tolist(), "track_if_static": g["track_if_static"]}
-    try:
-        m = geometry(field, case, out)
-        result["mesh_chamfer"] = m["chamfer"]
-    except Exception as e:
-        result["mesh_chamfer"] = repr(e)
+    truth = Case.load(case).geometry()
+    assert truth is not None
+    result |= evaluate_geometry(field, occupancy, truth, np.linspace(0, 1, len(input_view.rgb)), identity)
+    result["chamfer_per_frame"] = [round(frame["chamfer"], 4) for frame in result.pop("per_frame")]
     return result
-
-
-def geometry(field, case: Path, out: Path) -> dict:  # type: ignore[no-untyped-def]
-    """Mesh at the canonical time, moved by the inverse deformation; Chamfer and track error at the five frames."""
-    import trimesh
-    from scipy.spatial import cKDTree
-    from skimage.measure import marching_cubes
-
-    g = np.load(case / "geometry.npz")
-    e, res = field.config.half_extent, 128
-    axis = torch.linspace(-e, e, res)
-    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    with torch.no_grad():
-        logit = torch.cat([field.canonical_logit(p) for p in grid.split(1 << 17)]).reshape(res, res, res)
-    logit[[0, -1]] = logit[:, [0, -1]] = logit[:, :, [0, -1]] = -10.0
-    if float(logit.max()) <= 0:
-        return {"mesh": "empty"}
-    vertices, faces, _, _ = marching_cubes(logit.numpy(), 0.0, spacing=(2 * e / (res - 1),) * 3)
-    vertices = torch.tensor(vertices - e, dtype=torch.float32)
-    mesh = trimesh.Trimesh(vertices.numpy(), faces, process=False)
-    areas = np.array([b.area for b in mesh.split(only_watertight=False)])
-    with torch.no_grad():
-        colors = field.canonical_color(vertices)
-    mesh.visual.vertex_colors = (colors.numpy() * 255).astype(np.uint8)
-    mesh.export(out / "canonical.ply")
-
-    def inverse(xc: Tensor, t: float, start: Tensor) -> tuple[Tensor, float]:
-        x, time = start.clone(), torch.full((len(xc), 1), t)
-        with torch.no_grad():
-            for _ in range(60):
-                x = x + 0.5 * (xc - field.deformation(x, time) - x)
-            residual = (x + field.deformation(x, time) - xc).norm(dim=-1)
-        return x, float((residual > 0.01).float().mean())
-
-    # Continuation in time: the previous frame's answer is close, the canonical position may not be.
-    tracks = torch.tensor(g["tracks"])
-    chamfer, track, bad = [], [], []
-    n = 21
-    canonical = round(field.config.canonical_time * (n - 1))
-    positions = {canonical: (vertices, 0.0)}
-    base_index = int(np.argmin(np.abs(g["frame_indices"] - canonical)))
-    base = tracks[base_index]
-    with torch.no_grad():
-        tb = torch.full((len(base), 1), float(g["times"][base_index]))
-        base_c = base + field.deformation(base, tb)
-    followed = {}
-    for order in (range(canonical + 1, n), range(canonical - 1, -1, -1)):
-        x = vertices
-        for f in order:
-            x, b = inverse(vertices, f / (n - 1), x)
-            positions[f] = (x, b)
-    for order in (range(canonical, n), range(canonical, -1, -1)):
-        x = base_c
-        for f in order:
-            x, _ = inverse(base_c, f / (n - 1), x)
-            followed[f] = x
-    for k, f in enumerate(g["frame_indices"].tolist()):
-        x, b = positions[f]
-        moved = trimesh.Trimesh(x.numpy(), faces, process=False)
-        points = trimesh.sample.sample_surface(moved, 8000, seed=0)[0]
-        gt = g["points"][k]
-        a = cKDTree(gt).query(points)[0].mean()
-        c = cKDTree(points).query(gt)[0].mean()
-        chamfer.append((a + c) / 2)
-        bad.append(b)
-        track.append(float((followed[f] - tracks[k]).norm(dim=-1).mean()))
-    still = float((tracks - base).norm(dim=-1).mean())
-    return {
-        "chamfer": np.round(chamfer, 4).tolist(),
-        "chamfer_mean": float(np.mean(chamfer)),
-        "track": np.round(track, 4).tolist(),
-        "track_mean": float(np.mean(track)),
-        "track_if_static": still,
-        "unsolved_share": np.round(bad, 3).tolist(),
-        "vertices": len(vertices),
-        "components": len(areas),
-        "largest_component_share": float(areas.max() / areas.sum()),
-    }
 
 
 def main() -> None:
