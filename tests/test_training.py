@@ -455,6 +455,15 @@ def test_a_batch_must_divide_over_the_processes(config):
         check(config, 3)
 
 
+def test_a_network_that_cannot_be_built_says_so(config):
+    with pytest.raises(InputError, match=r"--model describes no network.*48 channels"):
+        prepare(
+            dataclasses.replace(
+                config, model=dataclasses.replace(MICRO, channels=(48, 32), attention_levels=(True, True))
+            )
+        )
+
+
 @pytest.mark.parametrize("start", ["nothing-here", "official:missing.safetensors", "svd:{empty}"])
 def test_starts_that_cannot_be_used_say_so(config, start, tmp_path):
     start = start.format(empty=tmp_path)
@@ -463,13 +472,17 @@ def test_starts_that_cannot_be_used_say_so(config, start, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_data_that_cannot_be_used_says_so(config, tmp_path):
+def test_data_that_cannot_be_used_says_so(config, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="holds no rendered data"):
         Trainer(dataclasses.replace(config, data=(str(tmp_path),)))
     with pytest.raises(InputError, match="names nothing"):
         Trainer(dataclasses.replace(config, data=()))
     with pytest.raises(InputError, match="--clips asks for 22"):
         Trainer(dataclasses.replace(config, clips=((2, 22),)))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match="--trackers wandb needs the wandb package"):
+            Trainer(dataclasses.replace(config, trackers=("wandb",)))
     with pytest.raises(InputError, match="--cache-latents needs rendered data"):
         Trainer(dataclasses.replace(config, cache_latents=True))
 

@@ -61,7 +61,10 @@ def open_start(start: str, model: ModelConfig, sampling: SamplingConfig, seed: i
 def _scratch(model: ModelConfig, sampling: SamplingConfig, seed: int) -> StableVideo4D2Pipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = TrainedParts.new(model)
+        try:
+            parts = TrainedParts.new(model)
+        except ValueError as error:
+            raise InputError(f"--model describes no network that can be built: {error}") from error
     vae, _ = fit_autoencoder(model, seed)
     return build_pipeline(parts, vae, model, sampling)
 

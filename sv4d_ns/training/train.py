@@ -6,6 +6,7 @@ make those of one.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import sys
@@ -162,6 +163,7 @@ class Trainer:
         )  # fmt: skip
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
         check(config, self.processes)
+        _check_trackers(config)
         torch.set_num_threads(config.threads)
         self.sources = open_sources(config.data, read_pictures=not config.cache_latents)
         _check_data(config, self.sources)
@@ -224,8 +226,9 @@ class Trainer:
         totals = {name: self.accelerator.reduce(value, "mean") for name, value in totals.items()}
         norm = self.accelerator.clip_grad_norm_(list(trainable(state.parts).values()), config.max_grad_norm)
         finite = bool(torch.isfinite(totals["loss"]) & torch.isfinite(norm))
+        if finite or self.accelerator.scaler is not None:
+            state.optimizer.step()  # with fp16, a step that overflows is left out, and the scale lowered, in there
         if finite:
-            state.optimizer.step()
             state.average.step(list(trainable(state.parts).values()))
         self.skipped = 0 if finite else self.skipped + 1
         state.step += 1
@@ -327,6 +330,13 @@ def _split(batch: Batch, parts: int) -> list[Batch]:
               batch.backgrounds[part], batch.places[part])
         for part in ranges
     ]  # fmt: skip
+
+
+def _check_trackers(config: TrainConfig) -> None:
+    """accelerate leaves out trackers that are not installed without a word."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--trackers {name} needs the {name} package: pip install {name}, or leave it out.")
 
 
 def _check_data(config: TrainConfig, sources: Sequence[Source]) -> None:
