@@ -35,15 +35,20 @@ if TYPE_CHECKING:
 AZIMUTH_DEG, ELEVATION_DEG = 30.0, 15.0
 """A little beside and above the input camera, so that the first look shows that the object is not flat."""
 
-FLUID_FPS = 10
-"""Pictures per second on a CPU while something moves: nerfstudio then renders as large as the machine can. Its own 30
-leave a CPU too few pixels to see the object by."""
+FLUID_FPS = 10.0
+"""Pictures per second on a CPU while something moves; they are as large as the machine can make them in that time.
+nerfstudio's own 30 leave a CPU too few pixels to see the object by."""
 
 SMOOTH_FPS = 10.0
 """A clip slower than this plays moments between its frames."""
 
 THUMBNAIL_SIZE = 100
 """Pixels along the side of the pictures on the cameras (as nerfstudio's own)."""
+THUMBNAILS_KEPT = 64
+"""Frames whose thumbnails are kept."""
+FRUSTUM_SCALE = 1.5
+"""Size of the cameras in the scene, in viser's units (a tenth of the world's). nerfstudio's default is for scenes with
+hundreds of cameras; these are few, and their pictures are to be seen."""
 
 
 class StartCamera(ViewerControl):
@@ -60,9 +65,20 @@ class StartCamera(ViewerControl):
         with client.atomic():
             client.camera.position = tuple(VISER_NERFSTUDIO_SCALE_RATIO * camera[:3, 3])
             client.camera.look_at = (0.0, 0.0, 0.0)
-        # nerfstudio has made the client's renderer before, in the order of registration
         if self.viewer.get_model().device.type == "cpu":
-            self.viewer.render_statemachines[client.client_id].target_fps = FLUID_FPS
+            self._make_fluid(client)
+
+    def _make_fluid(self, client: Any) -> None:
+        from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO
+
+        from sv4d_ns.fluid import FluidRenderer
+
+        # nerfstudio has started the client's renderer before, in the order of registration
+        renderers = self.viewer.render_statemachines
+        renderers[client.client_id].running = False
+        renderer = FluidRenderer(self.viewer, VISER_NERFSTUDIO_SCALE_RATIO, client, FLUID_FPS)
+        renderers[client.client_id] = renderer
+        renderer.start()
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,9 @@ class Clock:
         return 1 / (self.fps * self.parts)
 
 
+_STEPS = ("|<", "<", ">", ">|")
+
+
 class Playback(ViewerControl):
     """Plays the clip on nerfstudio's Time slider, and shows on the cameras what the field was fitted to at that time.
 
@@ -111,7 +130,9 @@ class Playback(ViewerControl):
         self.grid = grid
         self._clock: Clock | None = None
         self._lock = threading.Lock()
-        self._shown: tuple[int, int] | None = None
+        self._drawing = threading.Lock()
+        self._drawn: tuple[int, int] | None = None
+        self._thumbnails: dict[tuple[int, int], dict[int, UInt8[np.ndarray, "s s 3"]]] = {}
         self._own_times: deque[float] = deque([0.0], maxlen=16)
 
     def _setup(self, viewer: "Viewer") -> None:
@@ -119,7 +140,7 @@ class Playback(ViewerControl):
         grid, gui = self.grid(), viewer.viser_server.gui
         self.play = ViewerButton("Play", cb_hook=lambda _: self.start())
         self.pause = ViewerButton("Pause", cb_hook=lambda _: self.stop(), visible=False)
-        self.step = ViewerButtonGroup("Frame", "Next", ["First", "Back", "Next", "Last"], cb_hook=self._step)
+        self.step = ViewerButtonGroup("Frame", ">", list(_STEPS), cb_hook=self._step)
         self.fps = ViewerNumber("FPS", float(grid.fps), cb_hook=lambda _: self._restart(), hint="Frames per second")
         self.loop = ViewerCheckbox("Loop", True, cb_hook=lambda _: self._restart())
         # between nerfstudio's header and its tabs, so that it is at hand in each of them
@@ -134,6 +155,10 @@ class Playback(ViewerControl):
         _and_then(panel._output_render, self._say_legend)
         self.model.shown_channels = self._shown_channels
         self._say_status(0)
+        # nerfstudio's own cameras are there by then
+        viewer.viser_server.on_client_connect(lambda _: self._draw())
+        if viewer.trainer is None:  # there is nothing to pause
+            viewer.pause_train.visible = viewer.resume_train.visible = False
 
     def start(self) -> None:
         """Play from where the Time slider stands; from the beginning if it stands at the end of a clip that is over."""
@@ -189,7 +214,7 @@ class Playback(ViewerControl):
         last, position = self.grid().num_frames - 1, self._position()
         # from between two frames to the neighbouring one
         back, forth = math.ceil(position - 1 - 1e-6), math.floor(position + 1 + 1e-6)
-        target = {"First": 0, "Back": max(back, 0), "Next": min(forth, last), "Last": last}[element.value]
+        target = dict(zip(_STEPS, (0, max(back, 0), min(forth, last), last), strict=True))[element.value]
         self.show(float(target))
 
     def _time_changed(self) -> None:
@@ -197,25 +222,36 @@ class Playback(ViewerControl):
         if self.viewer.control_panel.time not in self._own_times:  # by hand
             self._own_times.append(self.viewer.control_panel.time)
             self._restart()
-        frame = round(self._position())
-        self._say_status(frame)
-        state = (id(self.grid()), frame)
-        if state != self._shown:
-            self._shown = state
-            self._show_thumbnails(frame)
+        self._draw()
 
-    def _show_thumbnails(self, frame: int) -> None:
+    def _draw(self) -> None:
+        """Bring what is shown beside the render to the present moment; moments a slow machine misses are left out."""
+        while self._drawing.acquire(blocking=False):
+            try:
+                grid, frame = self.grid(), round(self._position())
+                if self._drawn == (id(grid), frame):
+                    return
+                self._say_status(frame)
+                self._show_thumbnails(grid, frame)
+                self._drawn = (id(grid), frame)
+            finally:
+                self._drawing.release()
+
+    def _show_thumbnails(self, grid: "ViewGrid", frame: int) -> None:
         """Put the input frame and the generated views of a frame on their cameras."""
         # made by nerfstudio after the controls are set up
         cameras: dict[int, Any] = getattr(self.viewer, "camera_handles", {})
-        pictures = thumbnails(self.grid(), frame, list(cameras))
+        pictures = self._thumbnails.get((id(grid), frame)) or thumbnails(grid, frame, list(cameras))
+        self._thumbnails[id(grid), frame] = pictures
+        while len(self._thumbnails) > THUMBNAILS_KEPT:
+            del self._thumbnails[next(iter(self._thumbnails))]
         with self.viewer.viser_server.atomic():
             for view, old in cameras.items():
                 new = self.viewer.viser_server.scene.add_camera_frustum(
                     name=f"/cameras/camera_{view:05d}",  # nerfstudio's name: the old one is replaced
-                    fov=math.radians(self.grid().plan.fov_deg),
+                    fov=math.radians(grid.plan.fov_deg),
                     aspect=1.0,
-                    scale=self.viewer.config.camera_frustum_scale,
+                    scale=FRUSTUM_SCALE,
                     image=pictures[view],
                     wxyz=old.wxyz,
                     position=old.position,
