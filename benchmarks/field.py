@@ -125,15 +125,15 @@ class HeldOut:
 class Ours:
     """The package's own steps, with its default settings."""
 
-    def __init__(self, grid: ViewGrid, rays: int, steps: int) -> None:
+    def __init__(self, grid: ViewGrid, rays: int, steps: int, device: str = "cpu") -> None:
         torch.manual_seed(0)
         self.total = steps
         canonical = fitting.largest_silhouette(grid)
-        views = fitting.train_views(grid, "cpu")
+        views = fitting.train_views(grid, device)
         self.field = DeformableField(
             DeformableFieldConfig(keyframes=grid.num_frames, canonical_time=canonical / max(grid.num_frames - 1, 1))
-        )
-        self.occupancy = OccupancyGrid(grid.num_frames)
+        ).to(device)
+        self.occupancy = OccupancyGrid(grid.num_frames).to(device)
         self.occupancy.carve(fitting.hull_views(views))
         self.field.confine(self.occupancy.hull[canonical])
         self.schedule, self.canonical = sampling.ScheduleConfig(), canonical

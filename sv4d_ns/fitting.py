@@ -324,9 +324,7 @@ def admit(field: DeformableField, occupancy: OccupancyGrid, frame: sampling.Admi
     Costs a fraction of a second, once per frame. Pixels could not do this: they pull on what already overlaps them.
     """
     shift = occupancy.centroid(frame.new) - occupancy.centroid(frame.known)
-    trained = isinstance(field.motion, KeyframeGrid) and bool(field.motion.keyframes[frame.new].any())
-    field.admit(frame.new, frame.known, shift)
-    if not isinstance(field.motion, KeyframeGrid) or trained or not field.motion.keyframes[frame.new].requires_grad:
+    if not field.admit(frame.new, frame.known, shift) or not isinstance(field.motion, KeyframeGrid):
         return
     parameter = field.motion.keyframes[frame.new]
     optimizer = torch.optim.Adam([parameter], lr=REGISTRATION_RATE, betas=(0.9, 0.99), eps=1e-15)

@@ -31,14 +31,16 @@ class LossWeights:
     distortion: float = 0.03
     normal_smoothness: float = 0.002
     """Of canonical normals at surface points."""
-    registration: float = 0.02
+    registration: float = 0.05
     """Of each frame's visual hull to the canonical one, through the deformation."""
     density_residual: float = 0.0005
     """Keeps what motion can explain out of the density residual."""
     deformation: float = 0.001
-    deformation_rigidity: float = 0.02
-    band_rigidity: float = 0.02
-    deformation_time: float = 0.01
+    deformation_rigidity: float = 0.1
+    band_rigidity: float = 0.1
+    """Rigidity around the hulls, rendered or not."""
+    deformation_time: float = 0.0
+    """Off: it asks places in space, not material, to move evenly, and ties the newest frame to one not yet begun."""
 
 
 def photometric(

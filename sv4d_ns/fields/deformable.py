@@ -98,6 +98,7 @@ class DeformableField(nn.Module):
     aabb: Tensor
     bounds: Tensor
     residual_open: Tensor
+    admitted: Tensor
 
     def __init__(self, config: DeformableFieldConfig | None = None) -> None:
         super().__init__()
@@ -140,6 +141,7 @@ class DeformableField(nn.Module):
                 nn.init.zeros_(layer.bias)
         e = config.half_extent
         self.register_buffer("residual_open", torch.tensor(False))
+        self.register_buffer("admitted", torch.arange(config.keyframes) == round(position))
         self.register_buffer("aabb", torch.tensor([[-e, -e, -e], [e, e, e]]))
         self.register_buffer("bounds", torch.ones((config.bounds_resolution,) * 3, dtype=torch.bool))
 
@@ -183,13 +185,17 @@ class DeformableField(nn.Module):
             self.motion.progress.fill_(min(max(fraction, 0.0), 1.0))
 
     @torch.no_grad()
-    def admit(self, new: int, known: int, shift: Float[Tensor, " 3"]) -> None:
+    def admit(self, new: int, known: int, shift: Float[Tensor, " 3"]) -> bool:
         """Let keyframe `new` start from the motion and appearance of `known`, the object moved by `shift` (world units)
-        since.
+        since; whether it did.
 
-        Nothing to do for the deformation MLP, which is one function of time.
+        A keyframe starts once: a longer schedule comes by the frames of a finished run again, and they stay. The
+        deformation MLP is one function of time and has nothing to start.
         """
-        if isinstance(self.motion, KeyframeGrid) and not bool(self.motion.keyframes[new].any()):
+        if bool(self.admitted[new]):
+            return False
+        self.admitted[new] = True
+        if isinstance(self.motion, KeyframeGrid):
             cubes = shift / (2 * self.config.half_extent)
             self.motion.start_from(new, known, cubes)
             # what is seen at x came from x - shift, and from there as before
@@ -197,6 +203,7 @@ class DeformableField(nn.Module):
             self.motion.keyframes[new][:coarsest] -= cubes * float(self.motion.levels[0][0])
         if self.appearance is not None:
             self.appearance.start_from(new, known)
+        return True
 
     def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
         """World-unit offset from observed points at time t in [0, 1] to canonical points (zero at canonical_time)."""

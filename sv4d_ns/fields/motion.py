@@ -277,10 +277,7 @@ class KeyframeGrid(nn.Module):
 
     @torch.no_grad()
     def start_from(self, new: int, known: int, shift: Float[Tensor, " 3"] | None = None) -> None:
-        """Let keyframe `new` begin where `known` is, everything moved by `shift` (in cubes) in between. A keyframe that
-        has been trained already stays: a longer schedule admits the frames of a finished run again."""
-        if bool(self.keyframes[new].any()):
-            return
+        """Let keyframe `new` begin where `known` is, everything moved by `shift` (in cubes) in between."""
         if shift is None:
             self.keyframes[new].copy_(self.keyframes[known])
             return
