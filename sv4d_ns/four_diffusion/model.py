@@ -15,6 +15,7 @@ from torch import Tensor
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
 
 if TYPE_CHECKING:
+    from sv4d_ns.four_diffusion.rendering import RenderSettings
     from sv4d_ns.sampling import Window
     from sv4d_ns.views import ViewGrid
 
@@ -28,15 +29,17 @@ class FourDiffusionModelConfig(SV4DModelConfig):
     """What the video shows, for 4DM; may be left out. `--prompt` is short for it."""
     field_size: Literal["auto", "small", "reference"] = "auto"
     """Hash grids of 8 levels to resolution 128 (small, for a CPU) or 16 levels to 4096 (reference, 28 million
-    parameters); auto takes the one for the device."""
+    parameters); auto takes the one for the device, which is then part of the run's configuration."""
     occupancy: Literal["per_frame", "shared"] = "per_frame"
     """Empty-space grid: one for each frame, which leaves less to evaluate, or the reference's one for all times."""
     carve: bool = True
     """Bound the object by the visual hull of the views' silhouettes (not in the reference; per_frame only)."""
-    train_samples: int = 256
-    """Steps along the box's diagonal in training; only those in occupied space are evaluated."""
-    chunk_rays: int = 1 << 17
-    """Rays whose intermediate results are kept at once; more are rendered a second time when gradients arrive."""
+    train_samples: int = 0
+    """Steps along the box's diagonal in training, of which those in occupied space are evaluated; 0 takes 256, as the
+    reference, for the reference field and 128 for the small one."""
+    chunk_rays: int = 0
+    """Rays whose intermediate results are kept at once; more are rendered a second time when gradients arrive. 0 takes
+    16,384 for the reference field and 131,072 for the small one."""
     orientation_samples: int = 4096
     """Samples of a chunk at which normals are taken for the orientation loss."""
 
@@ -61,9 +64,7 @@ class FourDiffusionModel(SV4DModel):
         torch.set_flush_denormal(True)
         self.num_frames: int = self.kwargs["metadata"]["num_frames"]
         self.canonical_frame: int = self.kwargs["metadata"]["canonical_frame"]
-        small = self.config.field_size == "small" or (
-            self.config.field_size == "auto" and not str(self.kwargs.get("device", "cpu")).startswith("cuda")
-        )
+        small = self.is_small
         canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
         self.field = SpaceTimeField(replace(field_config(small), canonical_time=canonical_time))
         self.occupancy = (
@@ -72,6 +73,19 @@ class FourDiffusionModel(SV4DModel):
             else SharedOccupancyGrid(half_extent=OBJECT_BOX)
         )
         self._pictures_without_time = 0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the field is the one for a CPU."""
+        return self.config.field_size != "reference"
+
+    def render_settings(self) -> "RenderSettings":
+        """How training renders."""
+        from sv4d_ns.four_diffusion.rendering import RenderSettings
+
+        samples, rays = (128, 1 << 17) if self.is_small else (256, 1 << 14)
+        config = self.config
+        return RenderSettings(config.train_samples or samples, config.chunk_rays or rays, config.orientation_samples)
 
     def frame_window(self, step: int) -> "Window":
         """All frames."""

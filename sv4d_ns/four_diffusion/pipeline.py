@@ -143,7 +143,6 @@ class FourDiffusionPipeline(SV4DPipeline):
         from sv4d_ns.four_diffusion.anchor import choose_anchor
         from sv4d_ns.four_diffusion.objective import Objective, ObjectiveConfig, make_anchor
         from sv4d_ns.four_diffusion.perceptual import MISSING, load_lpips
-        from sv4d_ns.four_diffusion.rendering import RenderSettings
         from sv4d_ns.four_diffusion.schedules import own_weights
 
         grid, model = self.datamanager.grid, self.space_model
@@ -159,7 +158,6 @@ class FourDiffusionPipeline(SV4DPipeline):
         frames = self.config.frames_per_step
         if frames is None and str(self.device) == "cpu":
             frames = max(prior.num_frames // 2, 1)
-        settings = RenderSettings(model.config.train_samples, model.config.chunk_rays, model.config.orientation_samples)
         return Objective(
             model.field,
             model.occupancy,
@@ -172,7 +170,7 @@ class FourDiffusionPipeline(SV4DPipeline):
                 frames_per_step=frames,
                 seed=self.datamanager.config.seed,
                 weights=own_weights(short_run=not self._is_fourdm, perceptual=lpips is not None),
-                render=settings,
+                render=model.render_settings(),
             ),
             lpips,
         )

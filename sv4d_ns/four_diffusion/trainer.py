@@ -7,6 +7,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import InputError, one_sentence_errors
+from sv4d_ns.four_diffusion.model import FourDiffusionModelConfig
 from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.trainer import SV4DTrainer, SV4DTrainerConfig
 
@@ -38,6 +39,11 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         fourdm = datamanager.synthesis == "fourdm"
         if self.max_num_iterations == 0:
             self.max_num_iterations = FOURDM_STEPS if fourdm else CPU_STEPS
+        model = self.pipeline.model
+        assert isinstance(model, FourDiffusionModelConfig)
+        if model.field_size == "auto":
+            # written into config.yml: another machine must build the same field
+            model.field_size = "reference" if self._device().startswith("cuda") else "small"
         if not fourdm:
             # a run of hundreds of steps has to settle; the reference's of 35,000 goes on at full rate
             for group in self.optimizers.values():
