@@ -456,7 +456,7 @@ def test_a_batch_must_divide_over_the_processes(config):
 
 
 def test_a_network_that_cannot_be_built_says_so(config):
-    with pytest.raises(InputError, match=r"--model describes no network.*48 channels"):
+    with pytest.raises(InputError, match=r"--model describes no network.*multiples of 32"):
         prepare(
             dataclasses.replace(
                 config, model=dataclasses.replace(MICRO, channels=(48, 32), attention_levels=(True, True))

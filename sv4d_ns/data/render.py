@@ -313,7 +313,9 @@ def _render_creature(
             for t, v in np.ndindex(config.frames, config.views):
                 yield picture_name(orbit, t, v), png(matrix[t, v])
                 if config.maps:
-                    yield from _maps(orbit, t, v, *_creature_maps(subject, times[t], rig[v], config.size), side, rest)
+                    yield from _maps(
+                        orbit, t, v, *_creature_maps(subject, float(times[t]), rig[v], config.size), side, rest
+                    )
 
     record = _record(asset, config, cameras, background, "creature", rest, asset.source)
     write_object(folder, record, pictures())

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -104,6 +103,6 @@ def _models_key(pipeline: StableVideo4D2Pipeline) -> str:
     for module in (pipeline.vae, pipeline.image_encoder):
         total = 0
         for tensor in module.state_dict().values():
-            total = zlib.crc32(np.ascontiguousarray(tensor.detach().cpu().float().numpy()), total)
+            total = zlib.crc32(tensor.detach().cpu().float().numpy().tobytes(), total)
         sums.append(total)
     return content_hash(sums, pipeline.config.image_size)

@@ -107,15 +107,12 @@ def draw(
         first_sigma: see `first_level`.
     """
     parts = [_draw_one(config, step, shape, number, objects, first_sigma) for number in numbers]
-    return Draws(
-        torch.tensor([part[0] for part in parts]),
-        *(torch.stack([part[index] for part in parts]) for index in range(1, 6)),
-    )
+    return Draws(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
 
 def _draw_one(
     config: TrainConfig, step: int, shape: tuple[int, ...], number: int, objects: int, first_sigma: float
-) -> tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     seed = np.random.SeedSequence([config.seed, step, number, 1]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
     slice_, spread, first, drop, own, cfg = torch.rand(6, generator=generator).tolist()
@@ -123,7 +120,7 @@ def _draw_one(
     mean, std = mean_log_sigma(config, step), config.log_sigma_std
     if first < config.first_level_share:
         quantile, mean, std = min(max(spread, 1e-4), 1 - 1e-4), math.log(first_sigma), FIRST_LEVEL_SPREAD
-    log_sigma = mean + std * torch.special.ndtri(torch.tensor(quantile)).item()
+    log_sigma = mean + std * torch.special.ndtri(torch.tensor(quantile))
     noise = torch.randn(shape, generator=generator)
     frames, views = shape[:2]
     # a single moment's references would be the very pictures to predict

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,9 @@ class TrainedParts(nn.Module):
         unet: the network.
         image_encoder: trained with the network if it is ours, frozen if it is CLIP.
     """
+
+    unet: MultiViewVideoUNet
+    image_encoder: Any  # CLIP or ours; untyped because transformers and diffusers share no base
 
     def __init__(self, unet: MultiViewVideoUNet, image_encoder: nn.Module):
         super().__init__()
@@ -188,9 +192,13 @@ def build_pipeline(
 
 def export(pipeline: StableVideo4D2Pipeline, folder: Path) -> None:
     """Write a model in diffusers' layout, half precision safetensors; the pipeline itself stays as it is."""
-    parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    others = {name: part for name, part in pipeline.components.items() if name not in parts}
-    settings = {name: value for name, value in pipeline.config.items() if name not in pipeline.components}
+    parts: dict[str, Any] = {
+        name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    }
+    others: dict[str, Any] = {name: part for name, part in pipeline.components.items() if name not in parts}
+    settings: dict[str, Any] = {
+        name: value for name, value in pipeline.config.items() if name not in pipeline.components
+    }
     settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-    halves = {name: part.to("cpu").half() for name, part in parts.items()}
+    halves: dict[str, Any] = {name: part.to("cpu").half() for name, part in parts.items()}
     StableVideo4D2Pipeline(**halves, **others, **settings).save_pretrained(folder, safe_serialization=True)

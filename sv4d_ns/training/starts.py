@@ -1,6 +1,7 @@
 """Where a run's weights come from: nothing, the shipped model, SV4D 2.0, Stable Video Diffusion, a saved pipeline."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -9,7 +10,7 @@ from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemp
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from sv4d_ns.diffusion.attention import CameraAttention
+from sv4d_ns.diffusion.attention import CameraAttention, MultiViewTransformer
 from sv4d_ns.diffusion.conditioning import sinusoid
 from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
@@ -64,7 +65,10 @@ def _scratch(model: ModelConfig, sampling: SamplingConfig, seed: int) -> StableV
         try:
             parts = TrainedParts.new(model)
         except ValueError as error:
-            raise InputError(f"--model describes no network that can be built: {error}") from error
+            raise InputError(
+                f"--model describes no network that can be built ({error}): give --model.channels in multiples of 32, "
+                "and of --model.head-dim where a level attends."
+            ) from error
     vae, _ = fit_autoencoder(model, seed)
     return build_pipeline(parts, vae, model, sampling)
 
@@ -171,7 +175,7 @@ def network_from_svd(svd: UNetSpatioTemporalConditionModel, seed: int) -> MultiV
     _set_camera_input(state, svd.state_dict(), part)
     unet.load_state_dict(state)
     for layer in unet.modules():
-        if hasattr(layer, "view_transformer_blocks"):
+        if isinstance(layer, MultiViewTransformer):
             _start_as_identity(layer)
     return unet
 
@@ -195,7 +199,7 @@ def _set_camera_input(state: dict[str, Tensor], svd: dict[str, Tensor], part: in
     state["add_embedding.linear_1.bias"] = bias + weight[:, : 2 * part] @ constants
 
 
-def _start_as_identity(layer: nn.Module) -> None:
+def _start_as_identity(layer: Any) -> None:
     """Let the camera branch return what comes in, and the frame branch ignore the references."""
     view, frame = layer.view_transformer_blocks[0], layer.frame_transformer_blocks[0]
     closed = [layer.view_embed.linear_2, view.ff_in.net[2], view.attn1.to_out[0], view.attn2.to_out[0], view.ff.net[2]]
