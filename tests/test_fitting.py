@@ -122,6 +122,28 @@ def test_views_of_one_object_are_trusted_and_contradicting_or_doubted_ones_are_n
     assert 0 < from_input.float().mean() < 0.5
 
 
+@pytest.mark.parametrize("empty_frame", [None, 1])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_one_frame_and_a_frame_without_object_can_be_fitted(frames: int, empty_frame: int | None) -> None:
+    grid = ball_grid(frames)
+    if empty_frame is not None and frames > 1:
+        grid.input_frames[empty_frame] = 0
+        grid.novel_views[empty_frame] = 0
+    views = train_views(grid, "cpu")
+    sizes = {"levels": 2, "max_resolution": 32, "motion_resolutions": (2,), "density_resolutions": (4,)}
+    field = DeformableField(DeformableFieldConfig(keyframes=frames, **sizes))
+    occupancy = OccupancyGrid(frames, resolution=16)
+    occupancy.carve(hull_views(views))
+    sampler = BatchSampler(views, BatchConfig(rays=64, patches=0), ScheduleConfig(), 0)
+    for step in range(5):
+        window = advance(field, occupancy, ScheduleConfig(), step, 5, 1)
+        batch = sampler.draw(step, window, 0)
+        out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 32, batch.background)
+        loss = torch.stack(list(loss_terms(field, occupancy, out, batch, LossWeights(), 0, step).values())).sum()
+        assert loss.isfinite()
+        loss.backward()
+
+
 def test_a_short_fit_finds_the_moving_ball() -> None:
     torch.manual_seed(0)
     grid, total = ball_grid(), 30
