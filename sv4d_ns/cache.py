@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -166,7 +166,7 @@ class Prune:
 
 def command(arguments: Sequence[str]) -> None:
     """`sv4d cache list|verify|prune`."""
-    commands = tyro.extras.subcommand_type_from_defaults(
+    commands: Any = tyro.extras.subcommand_type_from_defaults(
         {"list": List(), "verify": Verify(), "prune": Prune()}, sort_subcommands=False
     )
     tyro.cli(commands, prog="sv4d cache", args=list(arguments)).run()

@@ -126,7 +126,7 @@ class GatedFeedForward(FeedForward):
         super().__init__(dim, activation_fn="geglu")
 
     def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
-        proj = self.net[0].proj
+        proj: Any = self.net[0].proj
         if is_plain(proj):
             values, gates = (F.linear(x, *half) for half in zip(proj.weight.chunk(2), proj.bias.chunk(2), strict=True))
         else:

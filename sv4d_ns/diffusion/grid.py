@@ -49,7 +49,10 @@ class GridOptions:
         }
         given = {name: value for name, value in values.items() if value is not None}
         try:
-            return cls(**{name: kinds[name](value) if name in kinds else value for name, value in given.items()})
+            typed: dict[str, Any] = {
+                name: kinds[name](value) if name in kinds else value for name, value in given.items()
+            }
+            return cls(**typed)
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"The views cannot be generated with {given} ({error}); see docs/deviations.md."

@@ -406,11 +406,11 @@ def compare_autoencoders(path: Path, found: Mapping[str, TensorInfo]) -> list[Di
     wanted = [f"{key}.encoder.{name}" for embedder, name in pairs for key in (FRAMES, embedder)]
     tensors = stream(path, wanted)
     with bytes_bar("Comparing the autoencoders", sum(found[name].nbytes for name in wanted)) as advance:
-        for (embedder, name), first, second in zip(pairs, tensors, tensors, strict=True):
-            if not _equal(first, second):
-                largest = (first.float() - second.float()).abs().max().item()
+        for (embedder, name), one, other in zip(pairs, tensors, tensors, strict=True):
+            if not _equal(one, other):
+                largest = (one.float() - other.float()).abs().max().item()
                 differences.append(Difference(embedder, name, f"max abs difference {largest:.3g}"))
-            advance(first.nbytes + second.nbytes)
+            advance(one.nbytes + other.nbytes)
     return differences
 
 

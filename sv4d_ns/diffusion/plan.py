@@ -236,8 +236,10 @@ def _embedded() -> _Model:
         )
     index = json.loads((folder / "model_index.json").read_text())
     guided = Guidance.from_config(index["guidance"]).needs_unconditional
-    numbers = (index[key] for key in ("num_frames", "num_views", "image_size", "num_inference_steps"))
-    return _Model(unet, vae, encoder, *numbers, sum(index["camera_dims"]), guided)
+    frames, views, size, steps = (
+        index[key] for key in ("num_frames", "num_views", "image_size", "num_inference_steps")
+    )
+    return _Model(unet, vae, encoder, frames, views, size, steps, sum(index["camera_dims"]), guided)
 
 
 def plan_memory(

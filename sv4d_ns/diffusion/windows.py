@@ -164,7 +164,8 @@ def plan_calls(
 
 def _nearest(angles: Float[Tensor, "n n"], views: Sequence[int], known: set[int], count: int) -> list[int]:
     """Of the known views, first the nearest of each view in turn, then those nearest to any."""
-    free, found = sorted(known), []
+    free = sorted(known)
+    found: list[int] = []
     for wanted in [[view] for view in views] + [list(views)] * count:
         if len(found) < count:
             found.append(min(free, key=lambda other: min(angles[view, other].item() for view in wanted)))

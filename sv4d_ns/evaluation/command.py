@@ -112,6 +112,7 @@ def judge_side(
         if truth is not None:
             from sv4d_ns.evaluation.geometry import evaluate_geometry
 
+            assert one.to_source is not None, "a candidate that is judged against truth knows its way there"
             print(f"Surface and tracks of {name} ...", flush=True)
             geometry[name] = evaluate_geometry(
                 one.run.field, one.run.occupancy, truth, one.run.views.times, one.to_source
