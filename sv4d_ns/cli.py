@@ -34,6 +34,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Expected memory and time of the diffusion model on a device, before any weight is loaded.",
         "sv4d_ns.diffusion.plan_cli:command",
     ),
+    "render": (
+        "Write a movie of a run: orbit, time, orbit-time, side-by-side or overlay.",
+        "sv4d_ns.render_cli:command",
+    ),
     "train": (
         "Train a multi-view video diffusion model, from scratch or from existing weights.",
         "sv4d_ns.training.train:command",

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -89,6 +90,18 @@ class Subject:
 
         return render_rgba(self.field, self.occupancy, shot.c2w, self.grid.plan.focal_px(size), size, shot.time)
 
+    def render_input_view(self, frame: int, size: int) -> UInt8[np.ndarray, "size size 4"]:
+        """The field at the input camera and a frame; kept, because two movies show it."""
+        key = (frame, size)
+        if key not in self._input_views:
+            shot = Shot(self.grid.plan.c2w()[0], float(self.grid.times[frame]))
+            self._input_views[key] = self.render(shot, size)
+        return self._input_views[key]
+
+    @cached_property
+    def _input_views(self) -> dict[tuple[int, int], np.ndarray]:
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class Movie:
@@ -152,12 +165,11 @@ def _side_by_side(subject: Subject, options: MovieOptions) -> Movie:
     from sv4d_ns.synthesis import resize_rgba
 
     grid = subject.grid
-    camera = grid.plan.c2w()[0]
 
     def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        for frame, time in enumerate(grid.times):
+        for frame in range(grid.num_frames):
             given = over_white(resize_rgba(grid.input_frames[frame][None], options.size)[0])
-            made = over_white(subject.render(Shot(camera, float(time)), options.size))
+            made = over_white(subject.render_input_view(frame, options.size))
             yield np.concatenate([given, made], axis=1)
 
     return Movie(pictures, grid.num_frames, options.fps or grid.fps)
@@ -169,13 +181,12 @@ def _overlay(subject: Subject, options: MovieOptions) -> Movie:
     squares = source_squares(grid)
     clip = source_clip(grid, squares[0])
     scale = clip.region.scale
-    camera = grid.plan.c2w()[0]
 
     def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        for frame, (time, square) in enumerate(zip(grid.times, squares, strict=True)):
+        for frame, square in enumerate(squares):
             # no finer than it is shown
             size = min(options.size, max(math.ceil(square.side * scale), 16))
-            picture = subject.render(Shot(camera, float(time)), size)
+            picture = subject.render_input_view(frame, size)
             yield paste_in_source(over_white(clip.frames[frame]), picture, square, scale)
 
     return Movie(pictures, grid.num_frames, options.fps or grid.fps)
@@ -217,14 +228,17 @@ def source_clip(grid: ViewGrid, square: "Framing") -> "Clip":
             candidates.append(choose_frames(film, fps=grid.fps))
         width, height = square.source_width, square.source_height
         scale = min(1.0, LONGEST_SIDE / max(width, height))
+        same_size = next(film.frames({0})).shape[:2] == (height, width)
         for chosen in candidates:
-            if len(chosen) == grid.num_frames:
+            if same_size and len(chosen) == grid.num_frames:
                 clip = take(film, chosen, Region(0, 0, width, height, width, height, scale))
                 if grid.num_frames == 1 or math.isclose(clip.fps, grid.fps, rel_tol=0.02):
                     return clip
     except InputError as error:
         raise InputError(f"No overlay: {error}") from error
-    raise InputError(f"No overlay: {source} is not the video this run was made from (other frames or another rate).")
+    raise InputError(
+        f"No overlay: {source} is not the video this run was made from (another size, rate or number of frames)."
+    )
 
 
 def paste_in_source(
@@ -262,6 +276,7 @@ def write_movie(path: Path, movie: Movie, key: str, progress: Callable[[int], No
         InputError: the file cannot be written.
     """
     import av
+    from av.video.reformatter import ColorRange, Colorspace
 
     try:
         with (
@@ -276,12 +291,14 @@ def write_movie(path: Path, movie: Movie, key: str, progress: Callable[[int], No
                     stream = container.add_stream("libx264", rate=Fraction(movie.fps).limit_denominator(1001))
                     stream.height, stream.width = picture.shape[:2]
                     stream.pix_fmt = "yuv420p"
-                    stream.options = {"crf": "18", "colorprim": "bt709"}
+                    stream.options = {"crf": "18"}
                     # without these a player has to guess the matrix
                     context = stream.codec_context
                     context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame = frame.reformat(format="yuv420p", dst_colorspace="itu709", dst_color_range="mpeg")
+                frame = frame.reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
                 container.mux(stream.encode(frame))
                 progress(number)
             container.mux(stream.encode())

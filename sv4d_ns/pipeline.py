@@ -49,6 +49,16 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     refine_strength: float = 0.4
     """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again (our choice; the paper
     does not say)."""
+    movies: tuple[Literal["orbit", "time", "orbit-time", "side-by-side", "overlay"], ...] = (
+        "orbit",
+        "time",
+        "orbit-time",
+        "side-by-side",
+        "overlay",
+    )
+    """Movies made at the end of the run, in its folder `movies`; () for none. `sv4d render` makes larger ones."""
+    movie_size: int = 192
+    """Pixels along the side of their rendered pictures, even."""
 
 
 class SV4DPipeline(VanillaPipeline):
@@ -216,6 +226,7 @@ class SV4DPipeline(VanillaPipeline):
             )
         with atomic_path(self._run_dir / "contact_sheet.png") as path:
             sheet.save(path, format="PNG")
+        self._make_movies()
         with atomic_path(self._run_dir / SUMMARY_FILE) as path:
             path.write_text(json.dumps({"steps": trainer.config.max_num_iterations, **summary}, indent=2))
         config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
@@ -228,3 +239,20 @@ class SV4DPipeline(VanillaPipeline):
             f"  {installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
             flush=True,
         )
+
+    def _make_movies(self) -> None:
+        """Write the movies of the run that are not there yet, and say where they are."""
+        if not self.config.movies:
+            return
+        from sv4d_ns.movies import MOVIE_FOLDER, MovieOptions, Subject, write_run_movies
+        from sv4d_ns.progress import bar
+
+        model, folder = self.sv4d_model, self._run_dir / MOVIE_FOLDER
+        time = model.canonical_frame / max(model.num_frames - 1, 1)
+        subject = Subject(model.field, model.occupancy, self.datamanager.grid, time)
+        options = MovieOptions(size=self.config.movie_size)
+        with one_sentence_errors(), bar("Rendering the movies") as progress:
+            files, sentences = write_run_movies(folder, subject, self.config.movies, options, progress)
+        for sentence in sentences:
+            CONSOLE.print(sentence)
+        CONSOLE.print(f"Movies: {folder} ({', '.join(file.name for file in files)})")

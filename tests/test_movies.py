@@ -1,0 +1,166 @@
+"""Movies of a field: what they show, where the overlay lies, and that a finished one is not made again."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from sv4d_ns import movies
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.errors import InputError
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.movies import MovieOptions, Subject, movie, paste_in_source, shots, write_run_movies
+from sv4d_ns.occupancy import OccupancyGrid
+from sv4d_ns.video import Framing, StabilisedFraming
+from sv4d_ns.views import ViewGrid
+
+FRAMES, SIZE = 3, 16
+OPTIONS = MovieOptions(size=SIZE, seconds=0.5)
+
+
+def view_grid(**changes) -> ViewGrid:
+    frames = np.full((FRAMES, SIZE, SIZE, 4), 255, np.uint8)
+    views = np.full((FRAMES, 4, SIZE, SIZE, 4), 255, np.uint8)
+    return replace(ViewGrid(frames, views, ViewPlan.OFFICIAL_4, fps=10.0), **changes)
+
+
+def subject(grid: ViewGrid | None = None) -> Subject:
+    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8, deformation_width=8))
+    return Subject(field, OccupancyGrid(FRAMES, resolution=8), grid or view_grid(), 0.5)
+
+
+def write_source(path: Path, count: int = FRAMES, width: int = 40, height: int = 30) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for level in range(count):
+            picture = np.full((height, width, 3), 60 * level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_an_orbit_goes_once_around_at_one_moment() -> None:
+    taken, fps = shots("orbit", subject(), MovieOptions(seconds=2.0, fps=4.0))
+    azimuths = [math.degrees(math.atan2(shot.c2w[1, 3], shot.c2w[0, 3])) % 360 for shot in taken]
+    assert fps == 4.0 and np.allclose(azimuths, np.arange(8) * 45.0)
+    assert {shot.time for shot in taken} == {0.5}, "the canonical moment"
+
+
+def test_time_passes_at_the_clips_own_speed_at_any_rate() -> None:
+    taken, fps = shots("time", subject(), OPTIONS)
+    assert fps == 10.0 and [shot.time for shot in taken] == [0.0, 0.5, 1.0]
+    finer, fps = shots("time", subject(), replace(OPTIONS, fps=20.0))
+    assert fps == 20.0 and np.allclose([shot.time for shot in finer], [0, 0.25, 0.5, 0.75, 1.0])
+    assert all((shot.c2w == finer[0].c2w).all() for shot in finer)
+
+
+def test_orbit_time_moves_both() -> None:
+    taken, _ = shots("orbit-time", subject(), replace(OPTIONS, loops=2))
+    assert [shot.time for shot in taken] == [0.0, 0.5, 1.0] * 2
+    assert len({shot.c2w.tobytes() for shot in taken}) == 6
+
+
+def test_an_input_from_below_keeps_the_orbit_clear_of_the_pole() -> None:
+    grid = view_grid(plan=replace(ViewPlan.OFFICIAL_4, input_elevation_deg=85.0))
+    taken, _ = shots("orbit", subject(grid), OPTIONS)
+    assert all(np.isfinite(shot.c2w).all() for shot in taken)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_overlay_lies_where_the_framing_says(scale: float) -> None:
+    """A dot of the crop lands at `to_source` of its place, within half a source pixel."""
+    square = Framing(center_x=63.3, center_y=41.7, side=50.0, source_width=120, source_height=90, size=256)
+    side = int(50 * scale)  # as many pixels as it is shown with
+    picture = np.zeros((side, side, 4), np.uint8)
+    part = side // 25
+    picture[5 * part : 7 * part, 15 * part : 17 * part] = (255, 0, 0, 255)
+    background = np.zeros((int(90 * scale), int(120 * scale), 3), np.uint8)
+    made = paste_in_source(background, picture, square, scale)
+    rows, columns = np.mgrid[: made.shape[0], : made.shape[1]] + 0.5
+    weight = made[..., 0].astype(float)
+    found = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum() / scale
+    expected = square.to_source(np.array([16.0, 6.0]) / 25 * 256)
+    assert np.abs(found - expected).max() < 0.5
+    assert not made[..., 1:].any() and made[0, 0].sum() == 0
+
+
+def test_a_run_leaves_movies_that_play_and_are_not_made_again(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source.mp4")
+    square = Framing(20.0, 15.0, 20.0, 40, 30, SIZE)
+    framing = StabilisedFraming((square, replace(square, center_x=22.0), replace(square, center_x=24.0))).to_dict()
+    one = subject(view_grid(framing=framing, provenance={"source": str(source)}))
+    calls: list[tuple[int, int]] = []
+    folder = tmp_path / "movies"
+    files, sentences = write_run_movies(folder, one, movies.PRESETS, OPTIONS, lambda *done: calls.append(done))
+    assert [file.stem for file in files] == list(movies.PRESETS) and not sentences
+    assert calls[-1][0] == calls[-1][1] == len(calls)
+    assert len(frames_of(folder / "orbit.mp4")) == 6
+    assert frames_of(folder / "side-by-side.mp4")[0].shape == (SIZE, 2 * SIZE, 3)
+    overlay = frames_of(folder / "overlay.mp4")
+    assert overlay[0].shape == (30, 40, 3)
+    assert [round(float(frame[0, 0].mean()) / 60) for frame in overlay] == [0, 1, 2], "each over its own frame"
+    head = (folder / "time.mp4").read_bytes()
+    assert head.index(b"moov") < head.index(b"mdat"), "players can start before the file is whole"
+
+    before = {file: file.stat().st_mtime_ns for file in files}
+    (folder / "time.mp4").unlink()
+    again: list[tuple[int, int]] = []
+    write_run_movies(folder, one, movies.PRESETS, OPTIONS, lambda *done: again.append(done))
+    assert len(again) == FRAMES, "only the missing one"
+    assert all(file.stat().st_mtime_ns == at for file, at in before.items() if file.stem != "time")
+    other = subject(one.grid)  # another field: all are old
+    write_run_movies(folder, other, ("orbit",), OPTIONS, lambda *_: None)
+    assert (folder / "orbit.mp4").stat().st_mtime_ns != before[folder / "orbit.mp4"]
+
+
+@pytest.mark.parametrize("fault", ["no framing", "gone", "other length", "other size"])
+def test_no_overlay_without_the_source_is_a_sentence(tmp_path: Path, fault: str) -> None:
+    square = Framing(20.0, 15.0, 20.0, 40, 30, SIZE)
+    source = tmp_path / "source.mp4"
+    if fault != "gone":
+        count, width = (2 if fault == "other length" else FRAMES), (64 if fault == "other size" else 40)
+        write_source(source, count, width)
+    framing = None if fault == "no framing" else square.to_dict()
+    one = subject(view_grid(framing=framing, provenance={"source": str(source)}))
+    files, sentences = write_run_movies(tmp_path / "out", one, ("overlay",), OPTIONS, lambda *_: None)
+    assert files == [] and len(sentences) == 1 and sentences[0].startswith("No overlay")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="No overlay"):
+        movie("overlay", one, OPTIONS)
+
+
+def test_a_movie_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        movies.write_movie(tmp_path / "file" / "a.mp4", movie("time", subject(), OPTIONS), "k", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["orbit", "--load-config", "none.yml", "--output-path", "a.mp4"], "none.yml does not exist"),
+        (["time", "--load-config", "HERE", "--output-path", "a.avi"], "does not end in .mp4"),
+        (["overlay", "--load-config", "HERE", "--output-path", "a.mp4", "--size", "33"], "--size 33"),
+        (["orbit", "--load-config", "HERE", "--output-path", "a.mp4", "--time", "2"], "--time 2"),
+        (["orbit", "--load-config", "HERE", "--output-path", "a.mp4", "--seconds", "0"], "--seconds 0"),
+        (["orbit-time", "--load-config", "HERE", "--output-path", "a.mp4", "--loops", "0"], "--loops 0"),
+        (["side-by-side", "--load-config", "HERE", "--output-path", "a.mp4", "--fps", "0"], "--fps 0"),
+    ],
+)
+def test_bad_flags_of_sv4d_render(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    from sv4d_ns.render_cli import command
+
+    config = tmp_path / "config.yml"
+    config.write_text("")
+    with pytest.raises(InputError, match=sentence.replace("-", r"\-")):
+        command([str(config) if word == "HERE" else word for word in arguments])
+    assert list(tmp_path.iterdir()) == [config]
