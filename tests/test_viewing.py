@@ -1,0 +1,223 @@
+"""The viewer's playback, pictures and size control, on nerfstudio's own elements and a real viser server."""
+
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.configs.base_config import ViewerConfig
+
+from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.channels import LEGENDS, GridWitnesses, camera_channels
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.fluid import SMALLEST_SIDE, SizeControl
+from sv4d_ns.occupancy import OccupancyGrid
+from sv4d_ns.rendering import pixel_rays
+from sv4d_ns.viewing import Clock, Playback, local_unless_asked, thumbnails
+from sv4d_ns.views import ViewGrid
+
+FRAMES, SIZE = 5, 16
+
+
+def view_grid() -> ViewGrid:
+    frames = np.full((FRAMES, SIZE, SIZE, 4), 255, np.uint8)
+    frames[..., 0] = 50 * np.arange(FRAMES, dtype=np.uint8)[:, None, None]
+    views = np.full((FRAMES, 4, SIZE, SIZE, 4), 255, np.uint8)
+    views[..., 2] = 60 * np.arange(4, dtype=np.uint8)[None, :, None, None]
+    return ViewGrid(frames, views, ViewPlan.OFFICIAL_4, fps=10.0)
+
+
+def test_the_clock_keeps_the_clips_speed_and_loops() -> None:
+    clock = Clock(frames=5, position=3.0, since=100.0, fps=10.0, loop=True)
+    assert [clock.position_at(100 + seconds)[0] for seconds in (0, 0.1, 0.2, 0.55, 10.0)] == [3, 4, 0, 3, 3]
+    assert all(clock.position_at(100 + seconds)[1] for seconds in (0, 0.2, 50))
+    once = replace(clock, loop=False)
+    assert once.position_at(100.05) == (3, True) and once.position_at(100.1) == (4, False)
+    assert once.position_at(120) == (4, False)
+
+
+def test_slow_clips_play_moments_between_frames() -> None:
+    clock = Clock(frames=5, position=0.0, since=0.0, fps=2.0, loop=True)
+    assert clock.tick == pytest.approx(0.1)
+    assert [clock.position_at(seconds)[0] for seconds in (0.1, 0.5, 2.4)] == pytest.approx([0.2, 1.0, 4.0])
+    assert Clock(1, 0.0, 0.0, 10.0, True).position_at(3.0)[0] == 0, "one frame stays"
+
+
+def test_thumbnails_are_those_of_the_frame() -> None:
+    pictures = thumbnails(view_grid(), 3, [0, 2])
+    assert set(pictures) == {0, 2}
+    assert (pictures[0] == (150, 255, 255)).all() and (pictures[2] == (255, 255, 60)).all()
+
+
+@pytest.fixture(scope="module")
+def viewer():
+    viser = pytest.importorskip("viser")
+    from nerfstudio.viewer.control_panel import ControlPanel
+
+    server = viser.ViserServer(host="127.0.0.1", port=0)
+    rendered: list[float] = []
+    panel = ControlPanel(server, True, 10.0, lambda: rendered.append(panel.time), lambda _: None, lambda _: None)
+    panel.update_output_options(["rgb", "confidence", "model_view"])
+    header = server.gui.add_markdown("Step: 0")
+    buttons = [server.gui.add_button("Pause Training"), server.gui.add_button("Resume Training")]
+    cameras = {
+        view: server.scene.add_camera_frustum(f"/cameras/camera_{view:05d}", fov=0.6, aspect=1.0) for view in range(5)
+    }
+    yield SimpleNamespace(
+        viser_server=server,
+        control_panel=panel,
+        stats_markdown=header,
+        pause_train=buttons[0],
+        resume_train=buttons[1],
+        trainer=None,
+        config=ViewerConfig(),
+        camera_handles=cameras,
+        rendered=rendered,
+    )
+    server.stop()
+
+
+def until(holds, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if holds():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_playing_stepping_and_the_pictures_on_the_cameras(viewer) -> None:
+    grid = view_grid()
+    model = SimpleNamespace(shown_channels=None)
+    playback = Playback(model, lambda: grid)
+    cameras = dict(viewer.camera_handles)
+    playback._setup(viewer)
+    panel = viewer.control_panel
+
+    def press(button: str) -> None:
+        playback.step.gui_handle.value = button  # what a click in the browser does
+
+    press(">|")
+    assert until(lambda: panel.time == 1.0 and "Frame 5 of 5" in playback._status.content)
+    press("<")
+    assert until(lambda: panel.time == 0.75 and viewer.rendered[-1] == 0.75), "nerfstudio renders each moment"
+    panel.time = 0.3  # by hand, between two frames
+    press(">")
+    assert until(lambda: panel.time == 0.5)
+    press("|<")
+    assert until(lambda: panel.time == 0.0 and "Frame 1 of 5" in playback._status.content)
+    assert all(viewer.camera_handles[view] is not cameras[view] for view in cameras), "the pictures were replaced"
+
+    playback.loop.value = False
+    playback.fps.value = 60.0
+    playback.start()
+    assert playback.pause.gui_handle.visible and not playback.play.gui_handle.visible
+    assert until(lambda: panel.time == 1.0 and playback.play.gui_handle.visible), "it stops at the end"
+    assert until(lambda: not any(thread.name == "playback" for thread in threading.enumerate()))
+    playback.loop.value = True
+    viewer.rendered.clear()
+    playback.start()
+    assert until(lambda: len(set(viewer.rendered)) == FRAMES), "in a loop every frame is shown"
+    playback.stop()
+    assert until(lambda: not any(thread.name == "playback" for thread in threading.enumerate()))
+    stood = panel.time
+    time.sleep(0.2)
+    assert panel.time == stood
+
+    panel._output_render.value = "confidence"
+    assert until(lambda: playback._legend.content == LEGENDS["confidence"])
+    assert model.shown_channels() == {"confidence"}
+    assert not viewer.pause_train.visible, "nothing trains"
+
+
+def model_with_a_ball() -> SimpleNamespace:
+    """A field that is solid near the origin, and its views: what `camera_channels` needs of a model."""
+    torch.manual_seed(0)
+    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8, deformation_width=8))
+    features = field.config.geometry_features
+    field._canonical = lambda x: (100 * (0.3 - x.norm(dim=-1)), x.new_zeros(len(x), features))  # type: ignore[method-assign]
+    occupancy = OccupancyGrid(FRAMES, resolution=16)
+    grid = view_grid()
+    config = SimpleNamespace(render_samples=64)
+    return SimpleNamespace(field=field, occupancy=occupancy, config=config, views=GridWitnesses(lambda: grid))
+
+
+def rays(view: int, size: int = 24, when: float = 0.5) -> RayBundle:
+    plan = ViewPlan.OFFICIAL_4
+    axis = torch.arange(size) + 0.5
+    xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
+    count = len(xy)
+    c2w = torch.from_numpy(plan.c2w()[view]).float().expand(count, 4, 4)
+    focal = torch.full((count,), plan.focal_px(size))
+    origins, directions = pixel_rays(xy, c2w, focal, torch.full((count, 2), size))
+    shape = (size, size)
+    return RayBundle(
+        origins.reshape(*shape, 3),
+        directions.reshape(*shape, 3),
+        torch.ones(*shape, 1),
+        times=torch.full((*shape, 1), when),
+    )
+
+
+def test_channels_are_made_when_asked_for_and_say_who_saw_the_surface() -> None:
+    model = model_with_a_ball()
+    front = camera_channels(model, rays(0))  # type: ignore[arg-type]
+    assert set(front) == {*LEGENDS} and next(iter(front)) == "rgb" and list(front)[-1] == "model_view"
+    assert set(front._ready) == {"rgb", "accumulation", "depth", "motion"}, "nothing else is paid for"
+    middle, corner = (12, 12), (0, 0)
+    for name in ("distance", "visibility", "confidence", "deformation", "side_by_side", "model_view"):
+        assert front[name].shape == (24, 24, 3) and front[name].min() >= 0 and front[name].max() <= 1
+    for name in ("distance", "visibility", "confidence", "deformation", "model_view"):
+        assert (front[name][corner] == 1).all(), "white where there is nothing"
+    blue, orange = front["confidence"][middle], camera_channels(model, rays(3))["confidence"][middle]  # type: ignore[arg-type]
+    assert blue[2] > blue[0] and orange[0] > orange[2], "the input saw the front, a generated view the back"
+    assert torch.allclose(front["model_view"][middle], torch.tensor([100 / 255, 1.0, 1.0]), atol=0.02), "frame 3 of 5"
+
+
+def test_a_field_in_training_gets_new_witnesses_and_a_finished_one_keeps_them() -> None:
+    model = model_with_a_ball()
+    first = model.views.at(model.field, model.occupancy, 0.5)
+    assert model.views.at(model.field, model.occupancy, 0.5) is first
+    assert model.views.at(model.field, model.occupancy, 0.52) is first, "the nearest frame's"
+    with torch.no_grad():
+        model.field.density_head[-1].bias[0] -= 1
+    assert model.views.at(model.field, model.occupancy, 0.5) is not first
+
+
+def test_the_size_settles_where_a_picture_takes_its_time() -> None:
+    """A machine whose pictures cost 20 ms and 2 microseconds a pixel: (1/10 - 0.02) / 2e-6 = 200 squared."""
+    control = SizeControl(fps=10.0)
+    for _ in range(60):
+        control.learn(0.02 + 2e-6 * control.side**2, largest=512)
+    assert 165 < control.side < 225
+    for _ in range(60):
+        control.learn(1.0, largest=512)
+    assert control.side == SMALLEST_SIDE, "never so small that nothing is seen"
+    for _ in range(60):
+        control.learn(0.001, largest=512)
+    assert control.side == 512
+
+
+def test_viewers_listen_on_this_machine_unless_a_host_is_named() -> None:
+    default = ViewerConfig(websocket_port=7123)
+    assert local_unless_asked(default, ["--load-config", "c"]) == replace(default, websocket_host="127.0.0.1")
+    for words in (["--viewer.websocket-host", "0.0.0.0"], ["--viewer.websocket_host=0.0.0.0"]):
+        assert local_unless_asked(default, words) is default
+    named = replace(default, websocket_host="10.0.0.3")
+    assert local_unless_asked(named, []) is named
+
+
+def test_ns_viewers_settings_in_a_runs_config_become_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sv4d_ns.method_configs.sv4d import method
+
+    monkeypatch.setattr("sys.argv", ["ns-viewer", "--load-config", "config.yml"])
+    config = replace(method.config)
+    config.viewer = ViewerConfig()  # as ns-viewer does
+    assert config.viewer.websocket_host == "127.0.0.1"
+    monkeypatch.setattr("sys.argv", ["ns-viewer", "--viewer.websocket-host", "0.0.0.0"])
+    config.viewer = ViewerConfig()
+    assert config.viewer.websocket_host == "0.0.0.0"
