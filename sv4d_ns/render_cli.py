@@ -1,6 +1,6 @@
 """`sv4d render`: one movie of a run, of the kinds a run makes by itself, at any size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -131,7 +131,7 @@ class Overlay(_Render):
     preset = "overlay"
 
 
-COMMANDS: dict[str, type[_Render]] = {
+COMMANDS: dict[str, Callable[..., _Render]] = {
     command.preset: command for command in (Orbit, Time, OrbitTime, SideBySide, Overlay)
 }
 

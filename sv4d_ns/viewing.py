@@ -209,7 +209,7 @@ class Playback(ViewerControl):
             if self._clock is not None:
                 self._clock = self._clock_from(self._position())
 
-    def _step(self, element: ViewerButtonGroup) -> None:
+    def _step(self, element: Any) -> None:
         self.stop()
         last, position = self.grid().num_frames - 1, self._position()
         # from between two frames to the neighbouring one

@@ -45,6 +45,7 @@ def short_config(output_dir: Path, **changes) -> SV4DTrainerConfig:
     config = yaml.unsafe_load(yaml.dump(method.config))  # nerfstudio mutates the one it is given
     config.experiment_name, config.timestamp = None, "{timestamp}"
     config.pipeline.refine_steps = (REFINE_AT,)
+    config.pipeline.movies, config.pipeline.movie_size = ("time", "overlay"), 32
     config.pipeline.datamanager.synthesis_steps = 2
     config.pipeline.datamanager.train_num_rays_per_batch = 256
     config.vis = "tensorboard"
