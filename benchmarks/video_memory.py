@@ -63,7 +63,9 @@ def main(settings: Settings) -> None:
         write_clip(path, settings)
         print(f"{settings.width}x{settings.height}, {settings.frames} frames, {path.stat().st_size / 1e6:.0f} MB")
         for ways in ({"max_frames": 21}, {"fps": 30.0}):
-            print(ways, subprocess.check_output([sys.executable, "-c", CHILD, str(path), repr(ways)], text=True).strip())
+            print(
+                ways, subprocess.check_output([sys.executable, "-c", CHILD, str(path), repr(ways)], text=True).strip()
+            )
 
 
 if __name__ == "__main__":
