@@ -60,7 +60,7 @@ class LossRamps:
 SHORT_RUN = 0.05
 """Factor of everything but the anchor in runs of hundreds of steps: distillation's noise has no time to average out."""
 PIXELS = 10_000.0
-"""Weight of the squared error of pixels in place of LPIPS, measured on held-out creatures."""
+"""Weight of the squared error of pixels in place of LPIPS; our judgement, not measured."""
 
 
 def own_weights(short_run: bool, perceptual: bool) -> LossRamps:

@@ -12,7 +12,7 @@ from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.trainer import SV4DTrainer, SV4DTrainerConfig
 
 CPU_STEPS = 500
-"""Steps of a run with an SV4D model behind distillation: about 15 minutes on two CPU cores."""
+"""Steps of a run with an SV4D model behind distillation: within 15 minutes on two CPU cores, by a step's CPU time."""
 FOURDM_STEPS = 35_000
 
 
