@@ -79,15 +79,15 @@ const paused = await frame(), at_rest = await resolution();
 await page.waitForTimeout(1500);
 check((await frame()) === paused, `Pause stops it (frame ${paused}, ${at_rest} at rest)`);
 
-await press("|<");
-check(await until(async () => (await frame()) === 1), "|< shows frame 1");
-await press(">");
-check(await until(async () => (await frame()) === 2), "> shows frame 2");
-await press("<");
-check(await until(async () => (await frame()) === 1), "< shows frame 1 again");
-await press(">|");
+await press("First frame");
+check(await until(async () => (await frame()) === 1), "First frame shows frame 1");
+await press("Next frame");
+check(await until(async () => (await frame()) === 2), "Next frame shows frame 2");
+await press("Previous frame");
+check(await until(async () => (await frame()) === 1), "Previous frame shows frame 1 again");
+await press("Last frame");
 const frames = await count();
-check(await until(async () => (await frame()) === frames), `>| shows frame ${frames}`);
+check(await until(async () => (await frame()) === frames), `Last frame shows frame ${frames}`);
 await settle();
 
 await page.mouse.move(300, 400);

@@ -17,7 +17,6 @@ import numpy as np
 from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.viewer.viewer_elements import (
     ViewerButton,
-    ViewerButtonGroup,
     ViewerCheckbox,
     ViewerControl,
     ViewerNumber,
@@ -115,7 +114,7 @@ class Clock:
         return 1 / (self.fps * self.parts)
 
 
-_STEPS = ("|<", "<", ">", ">|")
+_STEPS = ("First frame", "Previous frame", "Next frame", "Last frame")
 
 
 class Playback(ViewerControl):
@@ -140,13 +139,14 @@ class Playback(ViewerControl):
         grid, gui = self.grid(), viewer.viser_server.gui
         self.play = ViewerButton("Play", cb_hook=lambda _: self.start())
         self.pause = ViewerButton("Pause", cb_hook=lambda _: self.stop(), visible=False)
-        self.step = ViewerButtonGroup("Frame", ">", list(_STEPS), cb_hook=self._step)
+        # single buttons: viser calls a group only when another one of it is pressed than before
+        self.steps = {name: ViewerButton(name, cb_hook=lambda button: self._step(button.name)) for name in _STEPS}
         self.fps = ViewerNumber("FPS", float(grid.fps), cb_hook=lambda _: self._restart(), hint="Frames per second")
         self.loop = ViewerCheckbox("Loop", True, cb_hook=lambda _: self._restart())
         # between nerfstudio's header and its tabs, so that it is at hand in each of them
         with gui.add_folder("Playback", order=viewer.stats_markdown.order + 0.5):
             self._status = gui.add_markdown("")
-            for element in (self.play, self.pause, self.step, self.fps, self.loop):
+            for element in (self.play, self.pause, *self.steps.values(), self.fps, self.loop):
                 element.install(viewer.viser_server)
             self._legend = gui.add_markdown("")
         panel = viewer.control_panel
@@ -209,12 +209,12 @@ class Playback(ViewerControl):
             if self._clock is not None:
                 self._clock = self._clock_from(self._position())
 
-    def _step(self, element: Any) -> None:
+    def _step(self, name: str) -> None:
         self.stop()
         last, position = self.grid().num_frames - 1, self._position()
         # from between two frames to the neighbouring one
         back, forth = math.ceil(position - 1 - 1e-6), math.floor(position + 1 + 1e-6)
-        target = dict(zip(_STEPS, (0, max(back, 0), min(forth, last), last), strict=True))[element.value]
+        target = dict(zip(_STEPS, (0, max(back, 0), min(forth, last), last), strict=True))[name]
         self.show(float(target))
 
     def _time_changed(self) -> None:

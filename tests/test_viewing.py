@@ -99,16 +99,16 @@ def test_playing_stepping_and_the_pictures_on_the_cameras(viewer) -> None:
     panel = viewer.control_panel
 
     def press(button: str) -> None:
-        playback.step.gui_handle.value = button  # what a click in the browser does
+        playback.steps[button].gui_handle.value = True  # what a click in the browser does
 
-    press(">|")
+    press("Last frame")
     assert until(lambda: panel.time == 1.0 and "Frame 5 of 5" in playback._status.content)
-    press("<")
+    press("Previous frame")
     assert until(lambda: panel.time == 0.75 and viewer.rendered[-1] == 0.75), "nerfstudio renders each moment"
     panel.time = 0.3  # by hand, between two frames
-    press(">")
+    press("Next frame")
     assert until(lambda: panel.time == 0.5)
-    press("|<")
+    press("First frame")
     assert until(lambda: panel.time == 0.0 and "Frame 1 of 5" in playback._status.content)
     assert all(viewer.camera_handles[view] is not cameras[view] for view in cameras), "the pictures were replaced"
 
