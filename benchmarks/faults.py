@@ -57,8 +57,9 @@ class Job:
 
     def start(self) -> subprocess.Popen[str]:
         """Start it; both its outputs come through one pipe."""
+        # the movies at the end of a run are switched off: their flag without a value
         flags = {"--data": str(self.video), "--output-dir": str(self.output), **FLAGS}
-        command = [str(NS_TRAIN), "sv4d", *(word for pair in flags.items() for word in pair)]
+        command = [str(NS_TRAIN), "sv4d", *(word for pair in flags.items() for word in pair), "--pipeline.movies"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             command,

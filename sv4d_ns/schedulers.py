@@ -11,7 +11,6 @@ from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-
 LEARNING_RATES = {
     "encoding": 2e-2,
     "heads": 1e-2,

@@ -22,8 +22,8 @@ from sv4d_ns.files import check_zip
 from sv4d_ns.model import SV4DModelConfig
 from sv4d_ns.progress import TrainingBar
 from sv4d_ns.runs import VIEW_FOLDERS, checkpoint_steps, claim_run, fingerprint, record_run
-from sv4d_ns.viewing import local_unless_asked
 from sv4d_ns.schedulers import DecaySchedulerConfig
+from sv4d_ns.viewing import local_unless_asked
 
 
 @dataclass
@@ -283,7 +283,7 @@ class SV4DTrainer(Trainer):
         except pickle.UnpicklingError as error:
             raise InputError(
                 f"{path} is damaged, or holds more than tensors and is not opened for safety: give a checkpoint of "
-                "ns-train sv4d, or delete it and start again (the views are kept)."
+                f"ns-train {self.config.method_name}, or delete it and start again (the views are kept)."
             ) from error
         except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
             reason = (str(error).splitlines() or [""])[0][:160]

@@ -146,7 +146,8 @@ class Playback(ViewerControl):
         # between nerfstudio's header and its tabs, so that it is at hand in each of them
         with gui.add_folder("Playback", order=viewer.stats_markdown.order + 0.5):
             self._status = gui.add_markdown("")
-            for element in (self.play, self.pause, *self.steps.values(), self.fps, self.loop):
+            elements: list[Any] = [self.play, self.pause, *self.steps.values(), self.fps, self.loop]
+            for element in elements:
                 element.install(viewer.viser_server)
             self._legend = gui.add_markdown("")
         panel = viewer.control_panel
