@@ -68,6 +68,7 @@ class SV4DTrainerConfig(TrainerConfig):
         assert isinstance(datamanager, SV4DDataManagerConfig)
         if self.source_run() is not None or datamanager.data is None:
             return None
+        self._spread_schedules()  # a config that is read back has them spread already
         device, _ = choose_device(self.device)
         settings = [
             self.method_name,
@@ -93,7 +94,7 @@ class SV4DTrainerConfig(TrainerConfig):
             assert isinstance(datamanager, SV4DDataManagerConfig)
             datamanager.run_dir = self.get_base_dir()
             datamanager.expected_steps = self.max_num_iterations
-            self._spread_schedules()
+            self._spread_schedules()  # also where a run is continued
             if not self._has_views():
                 datamanager.check_data()
             self._make_folder(identity)

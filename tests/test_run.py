@@ -10,6 +10,7 @@ import torch
 import yaml
 from sv4d_ns.method_configs.sv4d import method
 
+from sv4d_ns import channels
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.procedural import creature, render
 from sv4d_ns.runs import checkpoint_steps, newest_views
@@ -117,7 +118,7 @@ def test_evaluation_and_pictures_do_not_need_the_diffusion_model(
     assert (bundle.times == 0).all()
 
 
-def test_time_moves_in_paths_without_times(finished: Path) -> None:
+def test_time_moves_in_paths_without_times(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nerfstudio.cameras.camera_paths import get_interpolated_camera_path
     from nerfstudio.utils.eval_utils import eval_setup
 
@@ -127,8 +128,13 @@ def test_time_moves_in_paths_without_times(finished: Path) -> None:
     assert path.times is None
     path.rescale_output_resolution(1 / 8)
     asked: list[float] = []
-    get_outputs = pipeline.model.get_outputs
-    pipeline.model.get_outputs = lambda bundle: asked.append(float(bundle.times.mean())) or get_outputs(bundle)
+    draw = channels.render_rays_chunked
+
+    def drawn(field, occupancy, origins, directions, times, samples):  # type: ignore[no-untyped-def]
+        asked.append(float(times.mean()))
+        return draw(field, occupancy, origins, directions, times, samples)
+
+    monkeypatch.setattr(channels, "render_rays_chunked", drawn)
     for index in range(3):
         pipeline.model.get_outputs_for_camera(path[index : index + 1])
     duration = FRAMES / 10
