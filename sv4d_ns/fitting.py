@@ -85,6 +85,8 @@ class Batch:
     background: Float[Tensor, " 3"]
     """A new colour in every step: on a fixed one, an object of that colour might as well be transparent."""
     jitter: Float[Tensor, " n"]
+    view: Int[Tensor, " n"]
+    """Number of each ray's view; 0 is the input."""
     frames: tuple[int, ...]
     """The frames drawn, of `n_frames`."""
     n_frames: int
@@ -272,6 +274,7 @@ class BatchSampler:
             weight=weight,
             background=background,
             jitter=sampling.uniform(self.seed, step, (count,), stream=1).to(device),
+            view=torch.from_numpy(view).to(device),
             frames=frames,
             n_frames=first.rgb.shape[0],
             rays=self.config.rays,

@@ -113,6 +113,7 @@ def _march_kernel(  # type: ignore[no-untyped-def]
         counts[ray] = count
 
 
+@torch.no_grad()
 def march(
     occupancy: OccupancyGrid,
     origins: Float[Tensor, "n 3"],
@@ -230,7 +231,7 @@ def render_rays(
         depth=depth,
         weights=weights,
         samples=samples,
-        positions=positions,
+        positions=positions.detach(),
         deformation=queried.deformation,
         density=queried.density,
         residual=queried.residual,

@@ -213,17 +213,22 @@ class DeformableField(nn.Module):
         return torch.tanh((t - c.canonical_time).abs() / c.gate_width) * self.motion(x / c.half_extent, t)
 
     def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> FieldSample:
-        """Everything but colour, with the deformation evaluated once."""
+        """Everything but colour, with the deformation evaluated once.
+
+        Gradients reach `x` (corrected cameras ask for them) through the canonical point alone, as if the moment's grids
+        were constant around it: their own slopes are small, and theirs is a faster kernel without.
+        """
         # Nothing moves at the canonical time: the static phase does without the deformation.
         still = bool((t == self.config.canonical_time).all())
-        deformation = torch.zeros_like(x) if still else self.deformation(x, t)
+        seen = x.detach()
+        deformation = torch.zeros_like(seen) if still else self.deformation(seen, t)
         canonical = x + deformation
         logit, geometry = self._canonical(canonical)
-        inside = x.detach().abs().amax(-1) <= self.config.half_extent
+        inside = seen.abs().amax(-1) <= self.config.half_extent
         if self.appearance is not None:
-            light = torch.zeros_like(x) if still else self.appearance(self._unit(x), t)
+            light = torch.zeros_like(seen) if still else self.appearance(self._unit(seen), t)
             geometry = torch.cat([geometry, light], -1)
-        residual = None if still else self.residual(x, t)
+        residual = None if still else self.residual(seen, t)
         if residual is None:
             density = self._density(logit) * (self._possible(canonical) & inside)
         else:
