@@ -139,9 +139,11 @@ def fit(
     occupancy = OccupancyGrid(n_frames, threshold=config.occupancy_threshold, decay=config.occupancy_decay)
     start = time.perf_counter()
     train = []
-    for v in views:
+    for number, v in enumerate(views):
         ones = torch.ones_like(v.alpha)
-        train.append(TrainView(v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, v.vote >= 1, v.vote))
+        train.append(
+            TrainView(number, v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, v.vote >= 1, v.vote)
+        )
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])
     log(f"carve {time.perf_counter() - start:.2f} s, hull share {occupancy.hull.float().mean():.4f}")

@@ -3,6 +3,7 @@
 The nerfstudio data manager and model are wired to this file, and so is `benchmarks/field_fit.py`; both fit alike.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,6 +56,8 @@ class BatchConfig:
 class TrainView:
     """One camera's video as the optimisation reads it."""
 
+    number: int
+    """Its place in the grid; 0 is the input."""
     azimuth_deg: float
     c2w: Float[Tensor, "4 4"]
     focal: float
@@ -86,7 +89,7 @@ class Batch:
     """A new colour in every step: on a fixed one, an object of that colour might as well be transparent."""
     jitter: Float[Tensor, " n"]
     view: Int[Tensor, " n"]
-    """Number of each ray's view; 0 is the input."""
+    """Number of each ray's view in the grid; 0 is the input."""
     frames: tuple[int, ...]
     """The frames drawn, of `n_frames`."""
     n_frames: int
@@ -109,36 +112,50 @@ AGREEMENT = 0.98
 1.00 for rendered truth, 0.78 for the worst view of the embedded model's samples."""
 
 
-@lru_cache(maxsize=2)
-def views_agree(grid: ViewGrid) -> bool:
-    """Whether the views of a grid are pictures of one object, judged by their silhouettes alone.
+OUTLIERS = 4
+"""One view in so many novel ones may be left out because it contradicts all others."""
 
-    Views whose generator itself doubts them (a grid with confidence) do not count as such. Our own decision: imported
-    true views deserve the trust of the input view, and nobody should have to say so.
+
+@lru_cache(maxsize=2)
+def agreeing_views(grid: ViewGrid) -> frozenset[int]:
+    """Numbers of the views (0 is the input) that are pictures of one object, judged by their silhouettes alone; empty
+    if there is no telling.
+
+    All of them as a rule, or all but one in `OUTLIERS`: those that contradict the others most are left out, if the rest
+    then agrees. Views whose generator itself doubts them (a grid with confidence) do not count as such. Our own
+    decision: imported true views deserve the trust of the input view, and nobody should have to say so.
     """
-    if grid.confidence is not None or grid.num_views == 0:
-        return False
+    if grid.confidence is not None:
+        return frozenset()
     c2w = torch.from_numpy(grid.plan.c2w()).float()
     pictures = [grid.input_frames, *grid.novel_views.swapaxes(0, 1)]
     silhouettes = [
         HullView(torch.from_numpy(rgba[..., 3] / np.float32(255)), camera, grid.plan.focal_px(rgba.shape[2]))
         for rgba, camera in zip(pictures, c2w, strict=True)
     ]
-    return bool(OccupancyGrid(grid.num_frames).agreement(silhouettes).min() >= AGREEMENT)
+    occupancy, rest = OccupancyGrid(grid.num_frames), list(range(len(silhouettes)))
+    for _ in range(1 + grid.num_views // OUTLIERS):
+        shares = occupancy.agreement([silhouettes[number] for number in rest]).tolist()
+        if min(shares) >= AGREEMENT:
+            return frozenset(rest)
+        worst = min(range(len(rest)), key=lambda place: shares[place] if rest[place] != INPUT_VIEW else math.inf)
+        del rest[worst]
+    return frozenset()
 
 
 def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
     """The views of a grid, the input first and in full weight, with confidence (if known) in the weights.
 
-    Views that agree with each other (`views_agree`) are trusted like the input.
+    Views that agree with each other (`agreeing_views`) are trusted like the input, and what contradicts them is not
+    among the result.
     """
     c2w = torch.from_numpy(grid.plan.c2w()).float().to(device)
     azimuths = (0.0, *grid.plan.azimuths_deg)
-    agree = views_agree(grid)
+    agreeing = agreeing_views(grid)
     views = []
-    for number in range(grid.num_views + 1):
+    for number in sorted(agreeing) or range(grid.num_views + 1):
         is_input = number == INPUT_VIEW
-        trusted = is_input or agree
+        trusted = is_input or number in agreeing
         rgba = grid.input_frames if is_input else np.ascontiguousarray(grid.novel_views[:, number - 1])
         values = torch.from_numpy(rgba).to(device).float() / 255.0
         alpha = values[..., 3]
@@ -148,6 +165,7 @@ def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
         trust = 1.0 if trusted else angular_weight(c2w[number, :3, 3], c2w[INPUT_VIEW, :3, 3])
         views.append(
             TrainView(
+                number=number,
                 azimuth_deg=azimuths[number],
                 c2w=c2w[number],
                 focal=grid.plan.focal_px(rgba.shape[2]),
@@ -274,7 +292,7 @@ class BatchSampler:
             weight=weight,
             background=background,
             jitter=sampling.uniform(self.seed, step, (count,), stream=1).to(device),
-            view=torch.from_numpy(view).to(device),
+            view=torch.from_numpy(np.array([source.number for source in self.views])[view]).to(device),
             frames=frames,
             n_frames=first.rgb.shape[0],
             rays=self.config.rays,

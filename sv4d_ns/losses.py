@@ -6,8 +6,6 @@ the log of a run says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,32 +13,7 @@ from torch.nn import functional
 
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.rendering import RaySamples
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Factors of the losses; 0 switches one off and saves its cost. Defaults are our own, mostly judgement
-    from short fits with `benchmarks/field_fit.py`."""
-
-    photometric: float = 1.0
-    mask: float = 0.2
-    structure: float = 0.05
-    """D-SSIM on patches, in place of LPIPS."""
-    opacity: float = 0.03
-    """Alpha away from 1/2."""
-    distortion: float = 0.03
-    normal_smoothness: float = 0.002
-    """Of canonical normals at surface points."""
-    registration: float = 0.05
-    """Of each frame's visual hull to the canonical one, through the deformation."""
-    density_residual: float = 0.0005
-    """Keeps what motion can explain out of the density residual."""
-    deformation: float = 0.001
-    deformation_rigidity: float = 0.1
-    band_rigidity: float = 0.1
-    """Rigidity around the hulls, rendered or not."""
-    deformation_time: float = 0.0
-    """Off: it asks places in space, not material, to move evenly, and ties the newest frame to one not yet begun."""
+from sv4d_ns.settings import LossWeights as LossWeights
 
 
 def photometric(

@@ -10,12 +10,12 @@ from sv4d_ns.fitting import (
     BatchConfig,
     BatchSampler,
     advance,
+    agreeing_views,
     closed,
     hull_views,
     largest_silhouette,
     loss_terms,
     train_views,
-    views_agree,
 )
 from sv4d_ns.losses import LossWeights
 from sv4d_ns.occupancy import OccupancyGrid
@@ -108,9 +108,11 @@ def ball_grid(frames: int = 4, wrong_view: bool = False) -> ViewGrid:
 
 def test_views_of_one_object_are_trusted_and_contradicting_or_doubted_ones_are_not() -> None:
     true = ball_grid()
-    assert views_agree(true)
+    assert agreeing_views(true) == set(range(6))
     assert all(view.trusted and view.vote == 1 and (view.weight == 1).all() for view in train_views(true, "cpu"))
-    assert not views_agree(ball_grid(wrong_view=True))
+    wrong = ball_grid(wrong_view=True)
+    assert agreeing_views(wrong) == {0, 1, 3, 4, 5}
+    assert [view.number for view in train_views(wrong, "cpu")] == [0, 1, 3, 4, 5]
     doubted = ViewGrid(
         true.input_frames, true.novel_views, true.plan, fps=10.0, confidence=np.full((4, 5, 48, 48), 200, np.uint8)
     )

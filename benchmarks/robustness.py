@@ -1,0 +1,282 @@
+"""What the corrections of generated views are worth on views that are wrong in a known way.
+
+    python benchmarks/robustness.py --cases DIR --out DIR [--only fox_run --steps 800]
+
+Takes the true novel views of a case and spoils them: every camera turned by 2 degrees about the object in a direction
+of its own and up to 2 % too near or far (`pose`), each view's hue turned by up to 20 degrees and its brightness changed
+by up to 10 % (`color`), one view replaced by that of another case (`replaced`). Each spoiled grid, and the true one, is
+fitted with the corrections off and on (the field alone, as in field_fit.py), and judged on the two elevated views, which
+no fit has seen. The switches are those of `--pipeline.model.corrections`.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from field_fit import FitConfig
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch.nn import functional
+
+from sv4d_ns import fitting, renders
+from sv4d_ns.corrections import ViewCorrections
+from sv4d_ns.errors import one_sentence_errors
+from sv4d_ns.evaluation.cases import Case, find_cases
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.files import atomic_path
+from sv4d_ns.occupancy import OccupancyGrid
+from sv4d_ns.rendering import render_rays
+from sv4d_ns.sampling import ScheduleConfig
+from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
+from sv4d_ns.settings import CorrectionConfig, LossWeights
+from sv4d_ns.views import ViewGrid, over_white
+
+POSE_ERROR_DEG = 2.0
+SCALE_ERROR = 0.02
+HUE_ERROR_DEG = 20.0
+BRIGHTNESS_ERROR = 0.1
+
+SWITCHES = {
+    "off": CorrectionConfig(pose=False, color=False, robust=False),
+    "pose": CorrectionConfig(pose=True, color=False, robust=False),
+    "color": CorrectionConfig(pose=False, color=True, robust=False),
+    "robust": CorrectionConfig(pose=False, color=False, robust=True),
+    "all": CorrectionConfig(pose=True, color=True, robust=True),
+    "default": CorrectionConfig(),
+}
+
+
+@dataclass
+class Robustness:
+    """Fit spoiled grids with corrections on and off."""
+
+    cases: Path
+    """A case, or a folder of cases; the first other case lends the wrong view."""
+    out: Path
+    """Where the table goes; finished fits are kept there and not made again."""
+    only: tuple[str, ...] = ()
+    """Names of some cases; all of them by default."""
+    pairs: tuple[str, ...] = (
+        "none:off",
+        "pose:off",
+        "pose:pose",
+        "color:off",
+        "color:color",
+        "replaced:off",
+        "replaced:robust",
+        "none:all",
+    )
+    """What is wrong (none, pose, color, replaced) and what is switched on (off, pose, color, robust, all, default)."""
+    steps: int = 800
+    """Optimisation steps of each fit."""
+    rays: int = 1024
+    """Single rays of a step."""
+    size: int = 128
+    """Pixels along the side of all pictures."""
+
+    def main(self) -> None:
+        """Fit, judge and print a table, a row for each case and pair."""
+        torch.set_flush_denormal(True)
+        rows = []
+        for folder in find_cases(self.cases, self.only):
+            case = Case.load(folder)
+            others = [other for other in find_cases(self.cases) if other.name != folder.name]
+            for pair in self.pairs:
+                name = f"{case.name}-{pair.replace(':', '-')}-{self.steps}"
+                finished = self.out / f"{name}.json"
+                if finished.is_file():
+                    rows.append(json.loads(finished.read_text()))
+                    continue
+                error, switch = pair.split(":")
+                grid = case.grid(case.with_role("nv8"), self.size)
+                self.out.mkdir(parents=True, exist_ok=True)
+                row: dict[str, Any] = {"case": case.name, "wrong": error, "on": switch}
+                row |= self.fit(SPOIL[error](grid, others), case, SWITCHES[switch], name)
+                with atomic_path(finished) as path:
+                    path.write_text(json.dumps(row, indent=1))
+                rows.append(row)
+                print(row, flush=True)
+        print(table(rows))
+
+    def fit(self, spoiled: "Spoiled", case: Case, switches: CorrectionConfig, name: str) -> dict[str, Any]:
+        """Fit one grid and judge the field on the elevated views."""
+        started, grid = time.process_time(), spoiled.grid
+        torch.manual_seed(0)
+        views = fitting.train_views(grid, "cpu")
+        frames, canonical = grid.num_frames, fitting.largest_silhouette(grid)
+        field = DeformableField(DeformableFieldConfig(keyframes=frames, canonical_time=canonical / (frames - 1)))
+        occupancy = OccupancyGrid(frames)
+        occupancy.carve(fitting.hull_views(views))
+        field.confine(occupancy.hull[canonical])
+        corrections = ViewCorrections(grid.num_views + 1, switches)
+        groups = field.parameter_groups() | corrections.parameter_groups()
+        optimizer = torch.optim.Adam(
+            [{"params": parameters, "lr": LEARNING_RATES[name]} for name, parameters in groups.items()],
+            betas=(0.9, 0.99),
+            eps=1e-15,
+            fused=True,
+        )
+        rates = [group["lr"] for group in optimizer.param_groups]
+        schedule, settings = ScheduleConfig(), FitConfig()
+        sampler = fitting.BatchSampler(views, fitting.BatchConfig(rays=self.rays), schedule, 0)
+        for step in range(self.steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * decay_factor(DecaySchedulerConfig(max_steps=self.steps), step)
+            window = fitting.advance(field, occupancy, schedule, step, self.steps, settings.occupancy_every)
+            batch = sampler.draw(step, window, canonical)
+            origins, directions = corrections.rays(batch.origins, batch.directions, batch.view)
+            out = render_rays(field, occupancy, origins, directions, batch.times, settings.n_samples,
+                              background=batch.background, jitter=batch.jitter)  # fmt: skip
+            terms = fitting.loss_terms(field, occupancy, *corrections.apply(out, batch), LossWeights(), 0, step)
+            optimizer.zero_grad(set_to_none=True)
+            (torch.stack(list(terms.values())).sum() + corrections.penalty()).backward()
+            optimizer.step()
+            if step % 10 == 0 and len(window) > 1:  # as the pipeline does
+                sampler.update_visibility(field, occupancy, window.first + step // 10 % len(window))
+        spent = time.process_time() - started
+        figures = judge(field, occupancy, case, self.size, self.out / f"{name}.png")
+        trust = [round(weight, 3) for weight in corrections.trust().tolist()]
+        return {**figures, **pose_left(corrections, spoiled), "cpu_s": spent, "views": len(views), "trust": trust}
+
+
+# ------------------------------------------------------------------------------------------------------------ spoiling
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A grid that is wrong, and where its novel views were really taken from."""
+
+    grid: ViewGrid
+    c2w: Float[np.ndarray, "v 4 4"]
+
+
+def as_it_is(grid: ViewGrid, others: list[Path]) -> Spoiled:
+    """Nothing is wrong."""
+    return Spoiled(grid, grid.plan.c2w()[1:])
+
+
+def wrong_pose(grid: ViewGrid, others: list[Path]) -> Spoiled:
+    """Each camera is stated `POSE_ERROR_DEG` off, about an axis of its own, and pictures are slightly too large or small.
+
+    The part of the turn about the viewing axis is done to the pictures, the rest to the stated angles.
+    """
+    rng = np.random.default_rng(5)
+    count, plan = grid.num_views, grid.plan
+    axis = rng.normal(size=(count, 3))
+    turn = POSE_ERROR_DEG * axis / np.linalg.norm(axis, axis=-1, keepdims=True)
+    zoom = 1 + rng.uniform(-SCALE_ERROR, SCALE_ERROR, count)
+    stated = replace(
+        plan,
+        azimuths_deg=tuple(np.array(plan.azimuths_deg) + turn[:, 0] / np.cos(np.radians(plan.input_elevation_deg))),
+        elevations_deg=tuple(np.array(plan.elevations_deg) + turn[:, 1]),
+    )
+    true = plan.c2w()[1:]
+    pictures = grid.novel_views.copy()
+    for view in range(count):
+        angle = np.radians(turn[view, 2])
+        cos, sin = np.cos(angle), np.sin(angle)
+        pictures[:, view] = warped(pictures[:, view], np.array([[cos, sin], [-sin, cos]]) / zoom[view])
+        true[view, :3, :2] = true[view, :3, :2] @ np.array([[cos, -sin], [sin, cos]])
+        true[view, :3, 3] /= zoom[view]
+    return Spoiled(replace(grid, novel_views=pictures, plan=stated), true)
+
+
+def wrong_color(grid: ViewGrid, others: list[Path]) -> Spoiled:
+    """Each view has a hue and a brightness of its own."""
+    rng = np.random.default_rng(6)
+    pictures = grid.novel_views.copy()
+    grey = np.full((3, 3), 1 / 3)
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    for view in range(grid.num_views):
+        angle = np.radians(rng.uniform(-HUE_ERROR_DEG, HUE_ERROR_DEG))
+        turn = grey + np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross
+        gain = 1 + rng.uniform(-BRIGHTNESS_ERROR, BRIGHTNESS_ERROR)
+        color = gain * pictures[:, view, ..., :3].astype(np.float32) @ turn.T.astype(np.float32)
+        pictures[:, view, ..., :3] = color.round().clip(0, 255).astype(np.uint8)
+    return Spoiled(replace(grid, novel_views=pictures), grid.plan.c2w()[1:])
+
+
+def wrong_object(grid: ViewGrid, others: list[Path]) -> Spoiled:
+    """The third view shows another case's object."""
+    other = Case.load(others[0])
+    pictures = grid.novel_views.copy()
+    pictures[:, 2] = other.frames(other.with_role("nv8")[2], grid.novel_views.shape[2])[: grid.num_frames]
+    return Spoiled(replace(grid, novel_views=pictures), grid.plan.c2w()[1:])
+
+
+SPOIL: dict[str, Callable[[ViewGrid, list[Path]], Spoiled]] = {
+    "none": as_it_is,
+    "pose": wrong_pose,
+    "color": wrong_color,
+    "replaced": wrong_object,
+}
+
+
+def warped(rgba: UInt8[np.ndarray, "t h w 4"], matrix: Float[np.ndarray, "2 2"]) -> UInt8[np.ndarray, "t h w 4"]:
+    """Pictures whose pixel at x (from the centre, y down) is taken from matrix @ x; premultiplied bilinear."""
+    values = torch.from_numpy(rgba).float().movedim(-1, 1) / 255
+    values[:, :3] *= values[:, 3:]
+    theta = torch.from_numpy(np.concatenate([matrix, np.zeros((2, 1))], 1)).float().expand(len(rgba), 2, 3)
+    grid = functional.affine_grid(theta, list(values.shape), align_corners=False)
+    values = functional.grid_sample(values, grid, align_corners=False)
+    values[:, :3] /= values[:, 3:].clamp(min=1e-3)
+    return (255 * values.clamp(0, 1)).round().byte().movedim(1, -1).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- judging
+
+
+def judge(field: DeformableField, occupancy: OccupancyGrid, case: Case, size: int, sheet: Path) -> dict[str, float]:
+    """PSNR and silhouette IoU at the elevated views, mean over five moments; a picture of truth above field."""
+    figures: dict[str, list[float]] = {"psnr": [], "iou": []}
+    rows, moments = [], np.linspace(0, case.num_frames - 1, 5).round().astype(int)
+    focal = case.focal_px * size / case.size
+    for view in case.with_role("elev"):
+        truth = case.frames(view, size)
+        for frame in moments:
+            made = renders.render_rgba(field, occupancy, view.c2w, focal, size, float(case.times[frame]))
+            figures["psnr"].append(renders.psnr(over_white(truth[frame]) / 255, over_white(made) / 255))
+            figures["iou"].append(renders.silhouette_iou(truth[frame, ..., 3], made[..., 3]))
+            rows.append(np.concatenate([over_white(truth[frame]), over_white(made)]))
+    Image.fromarray(np.concatenate(rows, 1)).save(sheet)
+    return {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
+
+
+def pose_left(corrections: ViewCorrections, spoiled: Spoiled) -> dict[str, float]:
+    """Mean angle between stated and true cameras before and after the corrections, degrees; the same of distances, %."""
+    with torch.no_grad():
+        rotation, scale = corrections.rotations()[1:].double().numpy(), corrections.scales()[1:].double().numpy()
+    stated, true = spoiled.grid.plan.c2w()[1:], spoiled.c2w
+
+    def angle(a: np.ndarray, b: np.ndarray) -> float:
+        cosine = (np.trace(a.swapaxes(-1, -2) @ b, axis1=-2, axis2=-1) - 1) / 2
+        return round(float(np.degrees(np.arccos(cosine.clip(-1, 1))).mean()), 3)
+
+    distance = np.linalg.norm(true[:, :3, 3], axis=-1) / np.linalg.norm(stated[:, :3, 3], axis=-1)
+    return {
+        "angle_before_deg": angle(stated[:, :3, :3], true[:, :3, :3]),
+        "angle_after_deg": angle(rotation @ stated[:, :3, :3], true[:, :3, :3]),
+        "distance_before_pct": round(100 * float(np.abs(1 - distance).mean()), 3),
+        "distance_after_pct": round(100 * float(np.abs(scale - distance).mean()), 3),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    names = ["case", "wrong", "on", "psnr", "iou", "angle_before_deg", "angle_after_deg", "cpu_s"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name])
+                                       for name in names) + " |")  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        tyro.cli(Robustness, description=__doc__).main()
