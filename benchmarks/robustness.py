@@ -5,8 +5,9 @@
 Takes the true novel views of a case and spoils them: every camera turned by 2 degrees about the object in a direction
 of its own and up to 2 % too near or far (`pose`), each view's hue turned by up to 20 degrees and its brightness changed
 by up to 10 % (`color`), one view replaced by that of another case (`replaced`). Each spoiled grid, and the true one, is
-fitted with the corrections off and on (the field alone, as in field_fit.py), and judged on the two elevated views, which
-no fit has seen. The switches are those of `--pipeline.model.corrections`.
+fitted with the corrections off and on (the field alone, as in field_fit.py), and judged on two elevated views, which
+were in no fit. The switches are those of `--pipeline.model.corrections`
+and `--pipeline.datamanager.leave-out`.
 """
 
 import json
@@ -30,11 +31,11 @@ from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.evaluation.cases import Case, find_cases
 from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.files import atomic_path
+from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
 from sv4d_ns.occupancy import OccupancyGrid
 from sv4d_ns.rendering import render_rays
 from sv4d_ns.sampling import ScheduleConfig
 from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
-from sv4d_ns.settings import CorrectionConfig, LossWeights
 from sv4d_ns.views import ViewGrid, over_white
 
 POSE_ERROR_DEG = 2.0
@@ -42,14 +43,17 @@ SCALE_ERROR = 0.02
 HUE_ERROR_DEG = 20.0
 BRIGHTNESS_ERROR = 0.1
 
+OFF = CorrectionConfig(pose=False, color=False, robust=False)
 SWITCHES = {
-    "off": CorrectionConfig(pose=False, color=False, robust=False),
-    "pose": CorrectionConfig(pose=True, color=False, robust=False),
-    "color": CorrectionConfig(pose=False, color=True, robust=False),
-    "robust": CorrectionConfig(pose=False, color=False, robust=True),
+    "off": OFF,
+    "pose": replace(OFF, pose=True),
+    "color": replace(OFF, color=True),
+    "robust": replace(OFF, robust=True),
+    "leave_out": OFF,
     "all": CorrectionConfig(pose=True, color=True, robust=True),
     "default": CorrectionConfig(),
 }
+LEAVING_OUT = {"leave_out", "all", "default"}
 
 
 @dataclass
@@ -70,15 +74,19 @@ class Robustness:
         "color:color",
         "replaced:off",
         "replaced:robust",
+        "replaced:leave_out",
         "none:all",
     )
-    """What is wrong (none, pose, color, replaced) and what is switched on (off, pose, color, robust, all, default)."""
-    steps: int = 800
+    """What is wrong (none, pose, color, replaced) and what is switched on (off, pose, color, leave_out, robust, all,
+    default)."""
+    steps: int = 500
     """Optimisation steps of each fit."""
-    rays: int = 1024
+    rays: int = 768
     """Single rays of a step."""
-    size: int = 128
+    size: int = 96
     """Pixels along the side of all pictures."""
+    frames: int = 9
+    """Frames of the clip, from its beginning."""
 
     def main(self) -> None:
         """Fit, judge and print a table, a row for each case and pair."""
@@ -88,33 +96,36 @@ class Robustness:
             case = Case.load(folder)
             others = [other for other in find_cases(self.cases) if other.name != folder.name]
             for pair in self.pairs:
-                name = f"{case.name}-{pair.replace(':', '-')}-{self.steps}"
+                name = f"{case.name}-{pair.replace(':', '-')}-{self.steps}x{self.rays}-{self.frames}-{self.size}"
                 finished = self.out / f"{name}.json"
                 if finished.is_file():
                     rows.append(json.loads(finished.read_text()))
                     continue
                 error, switch = pair.split(":")
-                grid = case.grid(case.with_role("nv8"), self.size)
+                whole = case.grid(case.with_role("nv8"), self.size)
+                grid = replace(
+                    whole, input_frames=whole.input_frames[: self.frames], novel_views=whole.novel_views[: self.frames]
+                )
                 self.out.mkdir(parents=True, exist_ok=True)
                 row: dict[str, Any] = {"case": case.name, "wrong": error, "on": switch}
-                row |= self.fit(SPOIL[error](grid, others), case, SWITCHES[switch], name)
+                row |= self.fit(SPOIL[error](grid, others), case, switch, name)
                 with atomic_path(finished) as path:
                     path.write_text(json.dumps(row, indent=1))
                 rows.append(row)
                 print(row, flush=True)
         print(table(rows))
 
-    def fit(self, spoiled: "Spoiled", case: Case, switches: CorrectionConfig, name: str) -> dict[str, Any]:
+    def fit(self, spoiled: "Spoiled", case: Case, switch: str, name: str) -> dict[str, Any]:
         """Fit one grid and judge the field on the elevated views."""
         started, grid = time.process_time(), spoiled.grid
         torch.manual_seed(0)
-        views = fitting.train_views(grid, "cpu")
+        views = fitting.train_views(grid, "cpu", switch in LEAVING_OUT)
         frames, canonical = grid.num_frames, fitting.largest_silhouette(grid)
         field = DeformableField(DeformableFieldConfig(keyframes=frames, canonical_time=canonical / (frames - 1)))
         occupancy = OccupancyGrid(frames)
         occupancy.carve(fitting.hull_views(views))
         field.confine(occupancy.hull[canonical])
-        corrections = ViewCorrections(grid.num_views + 1, switches)
+        corrections = ViewCorrections(grid.num_views + 1, SWITCHES[switch])
         groups = field.parameter_groups() | corrections.parameter_groups()
         optimizer = torch.optim.Adam(
             [{"params": parameters, "lr": LEARNING_RATES[name]} for name, parameters in groups.items()],
@@ -133,16 +144,23 @@ class Robustness:
             origins, directions = corrections.rays(batch.origins, batch.directions, batch.view)
             out = render_rays(field, occupancy, origins, directions, batch.times, settings.n_samples,
                               background=batch.background, jitter=batch.jitter)  # fmt: skip
-            terms = fitting.loss_terms(field, occupancy, *corrections.apply(out, batch), LossWeights(), 0, step)
+            terms = fitting.loss_terms(field, occupancy, *corrections.corrected(out, batch), LossWeights(), 0, step)
+            terms |= corrections.penalties()
             optimizer.zero_grad(set_to_none=True)
-            (torch.stack(list(terms.values())).sum() + corrections.penalty()).backward()
+            torch.stack(list(terms.values())).sum().backward()
             optimizer.step()
             if step % 10 == 0 and len(window) > 1:  # as the pipeline does
                 sampler.update_visibility(field, occupancy, window.first + step // 10 % len(window))
         spent = time.process_time() - started
-        figures = judge(field, occupancy, case, self.size, self.out / f"{name}.png")
+        figures = judge(field, occupancy, case, grid.times, self.size, self.out / f"{name}.png")
         trust = [round(weight, 3) for weight in corrections.trust().tolist()]
-        return {**figures, **pose_left(corrections, spoiled), "cpu_s": spent, "views": len(views), "trust": trust}
+        return {
+            **figures,
+            **pose_left(corrections, spoiled),
+            "cpu_s": round(spent, 1),
+            "views": len(views),
+            "trust": trust,
+        }
 
 
 # ------------------------------------------------------------------------------------------------------------ spoiling
@@ -162,7 +180,7 @@ def as_it_is(grid: ViewGrid, others: list[Path]) -> Spoiled:
 
 
 def wrong_pose(grid: ViewGrid, others: list[Path]) -> Spoiled:
-    """Each camera is stated `POSE_ERROR_DEG` off, about an axis of its own, and pictures are slightly too large or small.
+    """Each camera is stated `POSE_ERROR_DEG` off, about an axis of its own, and its pictures are too large or small.
 
     The part of the turn about the viewing axis is done to the pictures, the rest to the stated angles.
     """
@@ -232,15 +250,22 @@ def warped(rgba: UInt8[np.ndarray, "t h w 4"], matrix: Float[np.ndarray, "2 2"])
 # ------------------------------------------------------------------------------------------------------------- judging
 
 
-def judge(field: DeformableField, occupancy: OccupancyGrid, case: Case, size: int, sheet: Path) -> dict[str, float]:
+def judge(
+    field: DeformableField,
+    occupancy: OccupancyGrid,
+    case: Case,
+    times: Float[np.ndarray, " t"],
+    size: int,
+    sheet: Path,
+) -> dict[str, float]:
     """PSNR and silhouette IoU at the elevated views, mean over five moments; a picture of truth above field."""
     figures: dict[str, list[float]] = {"psnr": [], "iou": []}
-    rows, moments = [], np.linspace(0, case.num_frames - 1, 5).round().astype(int)
+    rows, moments = [], np.linspace(0, len(times) - 1, 5).round().astype(int)
     focal = case.focal_px * size / case.size
     for view in case.with_role("elev"):
         truth = case.frames(view, size)
         for frame in moments:
-            made = renders.render_rgba(field, occupancy, view.c2w, focal, size, float(case.times[frame]))
+            made = renders.render_rgba(field, occupancy, view.c2w, focal, size, float(times[frame]))
             figures["psnr"].append(renders.psnr(over_white(truth[frame]) / 255, over_white(made) / 255))
             figures["iou"].append(renders.silhouette_iou(truth[frame, ..., 3], made[..., 3]))
             rows.append(np.concatenate([over_white(truth[frame]), over_white(made)]))
@@ -249,7 +274,7 @@ def judge(field: DeformableField, occupancy: OccupancyGrid, case: Case, size: in
 
 
 def pose_left(corrections: ViewCorrections, spoiled: Spoiled) -> dict[str, float]:
-    """Mean angle between stated and true cameras before and after the corrections, degrees; the same of distances, %."""
+    """Mean angle between stated and true cameras before and after the corrections, degrees; of distances, percent."""
     with torch.no_grad():
         rotation, scale = corrections.rotations()[1:].double().numpy(), corrections.scales()[1:].double().numpy()
     stated, true = spoiled.grid.plan.c2w()[1:], spoiled.c2w

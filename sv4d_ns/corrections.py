@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sv4d_ns.fit_settings import CorrectionConfig
 from sv4d_ns.fitting import INPUT_VIEW, Batch
 from sv4d_ns.rendering import RenderOutput
-from sv4d_ns.settings import CorrectionConfig
 
 COLOR_RANGE = 0.3
 """Change of a colour by a correction of 1, in each entry of the map."""
@@ -82,7 +82,7 @@ class ViewCorrections(nn.Module):
         """Weight of each view from its running error; 1 for the input view and before anything was seen."""
         return robust_weights(self.error, self.config.robust_tolerance)
 
-    def apply(self, rendered: RenderOutput, batch: Batch) -> tuple[RenderOutput, Batch]:  # type: ignore[override]
+    def corrected(self, rendered: RenderOutput, batch: Batch) -> tuple[RenderOutput, Batch]:
         """Rendered rays and their targets as the losses are to see them; remembers the views' errors."""
         rgb = self.recolored(rendered.rgb, rendered.alpha, batch.background, batch.view)
         rendered = replace(rendered, rgb=rgb)
@@ -91,10 +91,14 @@ class ViewCorrections(nn.Module):
         self._remember(rendered, batch)
         return rendered, replace(batch, weight=batch.weight * self.trust()[batch.view])
 
-    def penalty(self) -> Tensor:
-        """Weighted mean square of what is corrected."""
-        learned = [_anchored(p).square().mean() for p in (self.pose, self.color) if p.requires_grad]
-        return self.config.penalty * torch.stack(learned).sum() if learned else self.error.new_zeros(())
+    def penalties(self) -> dict[str, Tensor]:
+        """Weighted mean squares of what is corrected, by name; those of what is switched off are not among them."""
+        learned = {"pose": self.pose, "color": self.color}
+        return {
+            f"{name}_correction": self.config.penalty * _anchored(values).square().mean()
+            for name, values in learned.items()
+            if values.requires_grad
+        }
 
     @torch.no_grad()
     def _remember(self, rendered: RenderOutput, batch: Batch) -> None:

@@ -97,6 +97,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Largest guidance scale; None takes the model's own."""
     camera_attention: Literal["released", "per_view_pixel", "full_3d"] | None = None
     """Which tokens of different views attend to each other; None takes what the model was made with."""
+    leave_out: bool = True
+    """Where the silhouettes of all views but a few (one in four) agree, fit the field to those and leave out the rest.
+    Views that come with a confidence, as the embedded model's do, are all kept."""
     seed: int = 0
     """Seed of the diffusion noise and of the drawing of pixels."""
     train_num_rays_per_batch: int = 2048
@@ -185,7 +188,11 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
         cameras=cameras,
         alpha_color=torch.ones(3),
         scene_box=object_box(),
-        metadata={"num_frames": grid.num_frames, "canonical_frame": largest_silhouette(grid)},
+        metadata={
+            "num_frames": grid.num_frames,
+            "num_views": grid.num_views,
+            "canonical_frame": largest_silhouette(grid),
+        },
     )
     return GridImages(outputs)
 
@@ -345,9 +352,24 @@ class SV4DDataManager(VanillaDataManager):
         self.grid = grid
         self.__dict__.pop("batch_sampler", None)  # it belongs to the old grid
         self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid))
+        self.train_dataset.metadata["leave_out"] = self.config.leave_out
+        if self.test_mode == "val":
+            self._say_what_is_left_out()
         self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid))
         self.train_dataparser_outputs = self.train_dataset._dataparser_outputs
         self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
+
+    def _say_what_is_left_out(self) -> None:
+        from sv4d_ns.fitting import agreeing_views
+
+        agreeing = agreeing_views(self.grid, self.config.leave_out)
+        azimuths = (0.0, *self.grid.plan.azimuths_deg)
+        left_out = [azimuth for view, azimuth in enumerate(azimuths) if agreeing and view not in agreeing]
+        if left_out:
+            CONSOLE.print(
+                f"The novel views at {', '.join(f'{azimuth:g}' for azimuth in left_out)} degrees contradict all others "
+                "and are left out (--pipeline.datamanager.leave-out False keeps them)."
+            )
 
     def get_datapath(self) -> Path:
         """The folder of the user's data (nerfstudio's viewer puts camera paths there)."""
@@ -374,7 +396,11 @@ class SV4DDataManager(VanillaDataManager):
             return self._first_frame_rays(), {}
         batch = self.batch_sampler.draw(step, self.frame_window(step), self.canonical_frame)
         bundle = _ray_bundle(batch)
-        bundle.metadata = {"jitter": batch.jitter[:, None], "background": batch.background.expand(len(bundle), 3)}
+        bundle.metadata = {
+            "jitter": batch.jitter[:, None],
+            "background": batch.background.expand(len(bundle), 3),
+            "view": batch.view[:, None],
+        }
         return bundle, {"batch": batch}
 
     @cached_property
@@ -387,7 +413,8 @@ class SV4DDataManager(VanillaDataManager):
         from sv4d_ns.sampling import ScheduleConfig
 
         config = BatchConfig(rays=rays, patches=patches)
-        return BatchSampler(train_views(self.grid, self.device), config, ScheduleConfig(), self.config.seed)
+        views = train_views(self.grid, self.device, self.config.leave_out)
+        return BatchSampler(views, config, ScheduleConfig(), self.config.seed)
 
     def _first_frame_rays(self) -> RayBundle:
         """What ns-export pointcloud and poisson fuse: one moment, seen from everywhere."""

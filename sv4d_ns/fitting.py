@@ -117,13 +117,13 @@ OUTLIERS = 4
 
 
 @lru_cache(maxsize=2)
-def agreeing_views(grid: ViewGrid) -> frozenset[int]:
+def agreeing_views(grid: ViewGrid, leave_out: bool = True) -> frozenset[int]:
     """Numbers of the views (0 is the input) that are pictures of one object, judged by their silhouettes alone; empty
     if there is no telling.
 
-    All of them as a rule, or all but one in `OUTLIERS`: those that contradict the others most are left out, if the rest
-    then agrees. Views whose generator itself doubts them (a grid with confidence) do not count as such. Our own
-    decision: imported true views deserve the trust of the input view, and nobody should have to say so.
+    All of them as a rule, or (with `leave_out`) all but one in `OUTLIERS`: those that contradict the others most are
+    left out, if the rest then agrees. Views whose generator itself doubts them (a grid with confidence) do not count as
+    such. Our own decision: imported true views deserve the trust of the input view, and nobody should have to say so.
     """
     if grid.confidence is not None:
         return frozenset()
@@ -134,7 +134,7 @@ def agreeing_views(grid: ViewGrid) -> frozenset[int]:
         for rgba, camera in zip(pictures, c2w, strict=True)
     ]
     occupancy, rest = OccupancyGrid(grid.num_frames), list(range(len(silhouettes)))
-    for _ in range(1 + grid.num_views // OUTLIERS):
+    for _ in range(1 + (grid.num_views // OUTLIERS if leave_out else 0)):
         shares = occupancy.agreement([silhouettes[number] for number in rest]).tolist()
         if min(shares) >= AGREEMENT:
             return frozenset(rest)
@@ -143,15 +143,15 @@ def agreeing_views(grid: ViewGrid) -> frozenset[int]:
     return frozenset()
 
 
-def train_views(grid: ViewGrid, device: torch.device | str) -> list[TrainView]:
+def train_views(grid: ViewGrid, device: torch.device | str, leave_out: bool = True) -> list[TrainView]:
     """The views of a grid, the input first and in full weight, with confidence (if known) in the weights.
 
-    Views that agree with each other (`agreeing_views`) are trusted like the input, and what contradicts them is not
-    among the result.
+    Views that agree with each other (`agreeing_views`) are trusted like the input, and with `leave_out` those that
+    contradict them are not among the result.
     """
     c2w = torch.from_numpy(grid.plan.c2w()).float().to(device)
     azimuths = (0.0, *grid.plan.azimuths_deg)
-    agreeing = agreeing_views(grid)
+    agreeing = agreeing_views(grid, leave_out)
     views = []
     for number in sorted(agreeing) or range(grid.num_views + 1):
         is_input = number == INPUT_VIEW

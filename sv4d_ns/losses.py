@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns.fields.deformable import DeformableField
+from sv4d_ns.fit_settings import LossWeights as LossWeights
 from sv4d_ns.rendering import RaySamples
-from sv4d_ns.settings import LossWeights as LossWeights
 
 
 def photometric(

@@ -17,6 +17,8 @@ from nerfstudio.models.base_model import Model, ModelConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
+
 if TYPE_CHECKING:
     from sv4d_ns.channels import GridWitnesses
     from sv4d_ns.rendering import RenderOutput
@@ -45,6 +47,10 @@ class SV4DModelConfig(ModelConfig):
     """The same for pictures."""
     occupancy_every: int = 2
     """Training steps between updates of the occupancy grid (one moment each)."""
+    losses: LossWeights = field(default_factory=LossWeights)
+    """Weights of the losses."""
+    corrections: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """What is done about generated views that are wrong as a whole."""
     seed: int = 0
     """Seed of the points the smoothness losses look at."""
 
@@ -62,8 +68,8 @@ class SV4DModel(Model):
 
     def populate_modules(self) -> None:
         """Make the field and the occupancy grid (one bin for every frame of the clip)."""
+        from sv4d_ns.corrections import ViewCorrections
         from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-        from sv4d_ns.losses import LossWeights
         from sv4d_ns.occupancy import OccupancyGrid
         from sv4d_ns.sampling import ScheduleConfig
 
@@ -75,14 +81,14 @@ class SV4DModel(Model):
         canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
         self.field = DeformableField(DeformableFieldConfig(keyframes=self.num_frames, canonical_time=canonical_time))
         self.occupancy = OccupancyGrid(self.num_frames)
-        self.loss_weights = LossWeights()
+        self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()
         self.step = 0
         self._pictures_without_time = 0
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """The field's parameters in groups, each with a learning rate of its own."""
-        return self.field.parameter_groups()
+        """The parameters of field and corrections in groups, each with a learning rate of its own."""
+        return self.field.parameter_groups() | self.corrections.parameter_groups()
 
     def fraction(self, step: int) -> float:
         """Where `step` is in the schedule, 0..1."""
@@ -111,7 +117,8 @@ class SV4DModel(Model):
         """Bound the object by the visual hull of a grid's silhouettes."""
         from sv4d_ns.fitting import hull_views, train_views
 
-        self.occupancy.carve(hull_views(train_views(grid, self.device)))
+        views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
+        self.occupancy.carve(hull_views(views))
         # other frames are to be explained by motion, not by matter the canonical frame has no room for
         self.field.confine(self.occupancy.hull[self.canonical_frame])
 
@@ -144,11 +151,13 @@ class SV4DModel(Model):
         from sv4d_ns.rendering import render_rays
 
         assert ray_bundle.times is not None
+        view = ray_bundle.metadata["view"][:, 0]
+        origins, directions = self.corrections.rays(ray_bundle.origins, ray_bundle.directions, view)
         return render_rays(
             self.field,
             self.occupancy,
-            ray_bundle.origins,
-            ray_bundle.directions,
+            origins,
+            directions,
             ray_bundle.times,
             self.config.train_samples,
             background=ray_bundle.metadata["background"],
@@ -188,15 +197,9 @@ class SV4DModel(Model):
         """The weighted losses of a training step."""
         from sv4d_ns.fitting import loss_terms
 
-        return loss_terms(
-            self.field,
-            self.occupancy,
-            outputs["rendered"],
-            batch["batch"],
-            self.loss_weights,
-            self.config.seed,
-            self.step,
-        )
+        rendered, seen = self.corrections.corrected(outputs["rendered"], batch["batch"])
+        terms = loss_terms(self.field, self.occupancy, rendered, seen, self.config.losses, self.config.seed, self.step)
+        return terms | self.corrections.penalties()
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of a training step's rays."""

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import tyro
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.models.base_model import Model
 from torch import Tensor
+from torch.nn import Parameter
 
+from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ class FourDiffusionModelConfig(SV4DModelConfig):
     16,384 for the reference field and 131,072 for the small one."""
     orientation_samples: int = 4096
     """Samples of a chunk at which normals are taken for the orientation loss."""
+    losses: tyro.conf.Suppress[LossWeights] = field(default_factory=LossWeights)
+    """Unused: the losses are the pipeline's."""
+    corrections: tyro.conf.Suppress[CorrectionConfig] = field(default_factory=CorrectionConfig)
+    """Unused: there are no generated views to be corrected."""
 
 
 class FourDiffusionModel(SV4DModel):
@@ -92,6 +99,10 @@ class FourDiffusionModel(SV4DModel):
         from sv4d_ns.sampling import Window
 
         return Window(0, self.num_frames - 1)
+
+    def get_param_groups(self) -> dict[str, list[Parameter]]:
+        """The field's parameters in groups, each with a learning rate of its own."""
+        return self.field.parameter_groups()
 
     def update_to_step(self, step: int) -> None:
         """Nothing of the field depends on the step."""

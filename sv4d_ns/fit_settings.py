@@ -1,0 +1,59 @@
+"""Settings of the 4D optimisation that appear on the command line. Plain data: every ns-* command imports this file."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the losses (`losses.py` names the source of each loss); 0 switches one off and saves its cost.
+
+    SV4D publishes no weights: all values are our own, from short fits with `benchmarks/field_fit.py`.
+    """
+
+    photometric: float = 1.0
+    """Mean squared error of colours (SV4D L_mse)."""
+    mask: float = 0.2
+    """Mean squared error of opacity (SV4D L_mask)."""
+    structure: float = 0.05
+    """D-SSIM on patches, in place of LPIPS."""
+    opacity: float = 0.03
+    """Alpha away from 1/2."""
+    distortion: float = 0.03
+    """How spread out along its ray what is seen is."""
+    normal_smoothness: float = 0.002
+    """Of canonical normals at surface points."""
+    registration: float = 0.05
+    """Of each frame's visual hull to the canonical one, through the deformation."""
+    density_residual: float = 0.0005
+    """Keeps what motion can explain out of the density residual."""
+    deformation: float = 0.001
+    """Of two motions that explain the pictures, the smaller."""
+    deformation_rigidity: float = 0.1
+    """Rigidity of the motion at surface points."""
+    band_rigidity: float = 0.1
+    """Rigidity around the hulls, rendered or not."""
+    deformation_time: float = 0.0
+    """Off: it asks places in space, not material, to move evenly, and ties the newest frame to one not yet begun."""
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """What is done about generated views that are not quite where or what they should be; never to the input view.
+
+    Our own design; docs/optimisation.md has what each is worth on a corrupted grid.
+    """
+
+    pose: bool = False
+    """Learn a small rotation about the object and a scale for the camera of each generated view."""
+    pose_range_deg: float = 3.0
+    """Largest angle of that rotation about each axis, degrees."""
+    scale_range: float = 0.06
+    """Largest relative change of a camera's distance."""
+    color: bool = False
+    """Learn an affine map of the field's colours for each generated view."""
+    robust: bool = False
+    """Weigh views by how well they agree with the field: one bad view among good ones stops pulling."""
+    robust_tolerance: float = 2.0
+    """A view counts in full up to so many times the median view's error."""
+    penalty: float = 0.001
+    """Weight of the squares of all corrections, in shares of their ranges."""
