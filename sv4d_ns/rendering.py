@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.fields.encoding import run_in_threads
+from sv4d_ns.fields.kernels import fused, njit
 from sv4d_ns.occupancy import OccupancyGrid
 
 FAR_DEPTH = 1e3
@@ -76,7 +78,7 @@ def box_step(half_extent: float, n_samples: int) -> float:
     return 2 * half_extent * math.sqrt(3) / n_samples
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _march_kernel(  # type: ignore[no-untyped-def]
     origins, directions, near, far, jitter, bin_low, bin_high, occupied, density, half_extent, step, limit, extra,
     counts, starts, distances, write, first, last
@@ -124,15 +126,31 @@ def march(
 ) -> RaySamples:
     """Samples every `step` from where each ray enters the box, shifted by jitter * step, in occupied cells only.
 
-    A ray stops three cells after the cached density has made it opaque. On the CPU a fused loop; elsewhere the same
-    in torch over all candidate steps.
+    A ray stops three cells after the cached density has made it opaque. `marcher` says which of three equal ways.
     """
     near, far = intersect_box(origins, directions, occupancy.half_extent)
     low, high = occupancy.bins_around(times[:, 0])
     extra = math.ceil(3 * occupancy.cell_size / step)
-    if origins.device.type == "cpu":
-        return _march_fused(occupancy, origins, directions, near, far, low, high, step, jitter, extra)
-    return _march_torch(occupancy, origins, directions, near, far, low, high, step, jitter, extra)
+    ways = {"numba": _march_fused, "nerfacc": _march_nerfacc, "torch": _march_torch}
+    return ways[marcher(origins)](occupancy, origins, directions, near, far, low, high, step, jitter, extra)
+
+
+def marcher(origins: Tensor) -> Literal["numba", "nerfacc", "torch"]:
+    """How `march` walks these rays: a compiled loop on the CPU, nerfacc's traversal on CUDA where nerfacc's extension
+    can be used, else torch over all candidate steps."""
+    if fused("numba", origins):
+        return "numba"
+    return "nerfacc" if origins.device.type == "cuda" and nerfacc_works() else "torch"
+
+
+@lru_cache(maxsize=1)
+def nerfacc_works() -> bool:
+    """Whether nerfacc and its CUDA extension (compiled at its first use) are there."""
+    try:
+        from nerfacc.cuda._backend import _C  # its Python part imports without it
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return _C is not None
 
 
 def _march_fused(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
@@ -174,17 +192,54 @@ def _march_torch(occupancy, origins, directions, near, far, low, high, step, jit
     return RaySamples(rays, distance[rays, columns], step, origins.shape[0])
 
 
+def _march_nerfacc(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
+    from nerfacc.grid import traverse_grids
+
+    e = occupancy.half_extent
+    box = origins.new_tensor([[-e, -e, -e, e, e, e]])
+    moments, which = torch.unique(torch.stack([low, high], 1), dim=0, return_inverse=True)
+    rays, distances = [], []
+    for number, (before, after) in enumerate(moments.tolist()):  # nerfacc knows one grid, not one for each moment
+        group = (which == number).nonzero()[:, 0]
+        cells = (occupancy.occupied[before] | occupancy.occupied[after])[None]
+        # its samples lie half a step into their intervals
+        start = near[group] + (jitter[group] - 0.5) * step
+        _, samples = traverse_grids(origins[group], directions[group], cells, box, start, far[group], step, 0.0)
+        rays.append(group[samples.ray_indices])
+        distances.append(samples.vals)
+    ray, distance = torch.cat(rays), torch.cat(distances)
+    inside = (distance >= near[ray]) & (distance < far[ray])
+    ray, distance = ray[inside], distance[inside]
+    order = ray.argsort(stable=True)
+    ray, distance = ray[order], distance[order]
+    keep = _before_opaque(occupancy, origins, directions, low, high, ray, distance, step, extra)
+    return RaySamples(ray[keep], distance[keep], step, origins.shape[0])
+
+
+def _before_opaque(occupancy, origins, directions, low, high, ray, distance, step, extra):  # type: ignore[no-untyped-def]
+    """Which packed samples come before their ray has been opaque for `extra` of them."""
+    position = origins[ray] + distance[:, None] * directions[ray]
+    cell = ((position + occupancy.half_extent) / occupancy.cell_size).long().clamp(0, occupancy.resolution - 1)
+    i, j, m = cell.unbind(-1)
+    depth = torch.minimum(occupancy.density[low[ray], i, j, m], occupancy.density[high[ray], i, j, m]) * step
+    opaque = (_sum_before(depth.double(), ray) > OPAQUE_OPTICAL_DEPTH).double()
+    return _sum_before(opaque, ray) + opaque <= extra
+
+
+def _sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Of packed values, the sum of those before each on its own ray: one running sum, minus its value at the ray's
+    start (in float64, because it grows with the batch)."""
+    before = values.cumsum(0) - values
+    first = torch.ones_like(rays, dtype=torch.bool)
+    first[1:] = rays[1:] != rays[:-1]
+    starts, segment = first.nonzero()[:, 0], first.long().cumsum(0) - 1
+    return before - before[starts][segment]
+
+
 def compositing_weights(density: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
     """w_i = T_i (1 - exp(-density_i step)), T_i = exp(-sum of density * step before i on the same ray)."""
     optical = density * samples.step
-    # One running sum over all rays, minus its value at each ray's start; float64 because it grows with the batch.
-    total = optical.double().cumsum(0)
-    before = total - optical
-    first = torch.ones_like(samples.ray_indices, dtype=torch.bool)
-    first[1:] = samples.ray_indices[1:] != samples.ray_indices[:-1]
-    starts = first.nonzero()[:, 0]
-    segment = first.long().cumsum(0) - 1
-    transmittance = torch.exp(-(before - before[starts][segment])).to(density.dtype)
+    transmittance = torch.exp(-_sum_before(optical.double(), samples.ray_indices)).to(density.dtype)
     return transmittance * -torch.expm1(-optical)
 
 

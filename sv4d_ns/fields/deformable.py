@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.fields.encoding import HashEncoding
+from sv4d_ns.fields.hash_grid import HashGrid
 from sv4d_ns.fields.motion import FrequencyMotion, KeyframeGrid, mlp
 
 EMPTY = -10.0
@@ -69,7 +70,9 @@ class DeformableFieldConfig:
     gate_width: float = 0.05
     """The deformation MLP is multiplied by tanh(|t - canonical_time| / gate_width): exactly zero at the canonical time,
     so the canonical mesh is the object at that time, and free one frame (1/20) away from it."""
-    encoding_backend: Literal["numba", "torch"] = "numba"
+    encoding_backend: Literal["numba", "torch", "tinycudann"] = "numba"
+    """Who evaluates the canonical hash grid. "tinycudann" also takes tiny-cuda-nn's layout (`hash_grid.HashGrid`), so a
+    field keeps the one it was trained with; the motion grids are then the numba kernel's, or torch's on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -113,23 +116,18 @@ class DeformableField(nn.Module):
                 f"canonical_time={config.canonical_time} is between two of {config.keyframes} keyframes; use a frame's."
             )
         self.config = config
-        self.encoding = HashEncoding(
-            levels=config.levels,
-            log2_table_size=config.log2_table_size,
-            base_resolution=config.base_resolution,
-            max_resolution=config.max_resolution,
-            backend=config.encoding_backend,
-        )
+        self.encoding = self._encoding(config)
+        backend: Literal["numba", "torch"] = "torch" if config.encoding_backend == "torch" else "numba"
         self.density_head = mlp([self.encoding.out_dim, config.hidden_width, 1 + config.geometry_features])
         self.color_head = mlp([config.geometry_features, config.hidden_width, 3])
-        self.motion = self._motion(config)
+        self.motion = self._motion(config, backend)
         self.appearance = (
-            KeyframeGrid(config.keyframes, config.appearance_resolutions, backend=config.encoding_backend)
+            KeyframeGrid(config.keyframes, config.appearance_resolutions, backend=backend)
             if config.appearance_resolutions
             else None
         )
         self.density_residual = (
-            KeyframeGrid(config.keyframes, config.density_resolutions, 1, backend=config.encoding_backend)
+            KeyframeGrid(config.keyframes, config.density_resolutions, 1, backend=backend)
             if config.density_resolutions
             else None
         )
@@ -146,9 +144,24 @@ class DeformableField(nn.Module):
         self.register_buffer("bounds", torch.ones((config.bounds_resolution,) * 3, dtype=torch.bool))
 
     @staticmethod
-    def _motion(config: DeformableFieldConfig) -> KeyframeGrid | FrequencyMotion:
+    def _encoding(config: DeformableFieldConfig) -> HashEncoding | HashGrid:
+        growth = (config.max_resolution / config.base_resolution) ** (1 / max(config.levels - 1, 1))
+        if config.encoding_backend == "tinycudann":
+            return HashGrid(
+                3, config.levels, config.log2_table_size, config.base_resolution, growth, config.encoding_backend
+            )
+        return HashEncoding(
+            levels=config.levels,
+            log2_table_size=config.log2_table_size,
+            base_resolution=config.base_resolution,
+            max_resolution=config.max_resolution,
+            backend=config.encoding_backend,
+        )
+
+    @staticmethod
+    def _motion(config: DeformableFieldConfig, backend: Literal["numba", "torch"]) -> KeyframeGrid | FrequencyMotion:
         if config.motion == "keyframes":
-            return KeyframeGrid(config.keyframes, config.motion_resolutions, 3, True, config.encoding_backend)
+            return KeyframeGrid(config.keyframes, config.motion_resolutions, 3, True, backend)
         return FrequencyMotion(
             config.deformation_width, config.deformation_layers, config.space_frequencies, config.time_frequencies
         )

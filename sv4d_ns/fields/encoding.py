@@ -17,13 +17,13 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sv4d_ns.errors import InputError
+from sv4d_ns.fields.kernels import fused, njit
 
 _PRIME_Y = 2654435761
 _PRIME_Z = 805459861
@@ -46,14 +46,14 @@ def run_in_threads(tasks: list[Callable[[], Any]]) -> None:
         future.result()
 
 
-@numba.njit(inline="always")
+@njit(inline="always")
 def _cell(value, resolution):  # type: ignore[no-untyped-def]
     scaled = min(max(value, np.float32(0.0)), np.float32(1.0)) * np.float32(resolution)
     index = min(int(scaled), resolution - 1)
     return index, np.float32(scaled - np.float32(index))
 
 
-@numba.njit(inline="always")
+@njit(inline="always")
 def _corner_terms(ix, iy, iz, resolution, dense):  # type: ignore[no-untyped-def]
     """Per-axis contributions to the index of the low and high corner (summed when dense, xor-ed when hashed)."""
     if dense:
@@ -65,12 +65,12 @@ def _corner_terms(ix, iy, iz, resolution, dense):  # type: ignore[no-untyped-def
     return np.uint32(ix), np.uint32(ix + 1), y, np.uint32(y + py), z, np.uint32(z + pz)
 
 
-@numba.njit(inline="always")
+@njit(inline="always")
 def _entry(x, y, z, dense, mask):  # type: ignore[no-untyped-def]
     return np.int64(np.uint32(x + y + z)) if dense else np.int64((x ^ y ^ z) & mask)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 def _forward_kernel(x, table, resolutions, dense, offsets, mask, out, start, stop):  # type: ignore[no-untyped-def]
     one = np.float32(1.0)
     mask = np.uint32(mask)
@@ -97,7 +97,7 @@ def _forward_kernel(x, table, resolutions, dense, offsets, mask, out, start, sto
             out[i, column + 1] = b
 
 
-@numba.njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 def _backward_kernel(  # type: ignore[no-untyped-def]
     x, table, resolutions, dense, offsets, mask, grad_out, grad_table, grad_x, want_x, first_level, last_level
 ):
@@ -279,6 +279,6 @@ class HashEncoding(nn.Module):
 
     def forward(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, "n f"]:
         """Features of points in [0, 1]^3, level by level, coarse to fine."""
-        if self.backend == "numba" and x.device.type == "cpu":
+        if fused(self.backend, x):
             return _FusedEncode.apply(x.contiguous().float(), self.table, self.layout)
         return _encode_torch(x, self.table, self.layout)

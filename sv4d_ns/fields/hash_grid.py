@@ -8,19 +8,21 @@ differentiable operation (`pull_back`), which analytic normals need.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.fields.encoding import run_in_threads
+from sv4d_ns.fields.kernels import fused, njit
 
 PRIMES = (1, 2654435761, 805459861, 3674653429)
 FEATURES = 2
@@ -63,14 +65,14 @@ class GridLevels:
         return len(self.scale)
 
 
-@numba.njit(inline="always")
+@njit(inline="always")
 def _place(value, scale):  # type: ignore[no-untyped-def]
     position = np.float32(value * scale + np.float32(0.5))
     index = math.floor(position)
     return np.uint32(index), np.float32(position - np.float32(index))
 
 
-@numba.njit(inline="always")
+@njit(inline="always")
 def _terms(index, stride, prime, dense):  # type: ignore[no-untyped-def]
     """What the low and the high corner contribute to the entry's number (added when dense, xor-ed when hashed)."""
     factor = np.uint32(stride) if dense else np.uint32(prime)
@@ -78,7 +80,7 @@ def _terms(index, stride, prime, dense):  # type: ignore[no-untyped-def]
     return low, np.uint32(low + factor)
 
 
-@numba.njit(inline="always")
+@njit(inline="always")
 def _entry(x, y, z, w, dense, entries):  # type: ignore[no-untyped-def]
     # a hashed level has a power of two of entries
     if not dense:
@@ -95,7 +97,7 @@ _JIT: Any = {
 }
 
 
-@numba.njit(**_JIT)
+@njit(**_JIT)
 def _forward(x, table, scales, resolutions, counts, offsets, dense, out, start, stop):  # type: ignore[no-untyped-def]
     one, zero = np.float32(1.0), np.float32(0.0)
     has_time = x.shape[1] == 4
@@ -127,7 +129,7 @@ def _forward(x, table, scales, resolutions, counts, offsets, dense, out, start, 
             out[i, 2 * level + 1] = b
 
 
-@numba.njit(**_JIT)
+@njit(**_JIT)
 def _scatter(x, scales, resolutions, counts, offsets, dense, grad, grad_table, first, last):  # type: ignore[no-untyped-def]
     """grad_table += w_c grad: the first derivative in the table."""
     one, zero = np.float32(1.0), np.float32(0.0)
@@ -162,7 +164,7 @@ def _scatter(x, scales, resolutions, counts, offsets, dense, grad, grad_table, f
                 entries[high, 1] += w_high * gb
 
 
-@numba.njit(**_JIT)
+@njit(**_JIT)
 def _pull(x, table, scales, resolutions, counts, offsets, dense, grad, grad_x, start, stop):  # type: ignore[no-untyped-def]
     """grad_x = J(x)^T grad."""
     one, zero = np.float32(1.0), np.float32(0.0)
@@ -204,7 +206,7 @@ def _pull(x, table, scales, resolutions, counts, offsets, dense, grad, grad_x, s
                 grad_x[i, 3] += gt * scale
 
 
-@numba.njit(**_JIT)
+@njit(**_JIT)
 def _tangent(  # type: ignore[no-untyped-def]
     x, table, scales, resolutions, counts, offsets, dense, grad, v, tangent, grad_table, first, last
 ):
@@ -350,11 +352,31 @@ def _encode_torch(x: Tensor, table: Tensor, levels: GridLevels) -> Tensor:
     return torch.cat(features, -1)
 
 
+def tinycudann_works() -> bool:
+    """Whether tiny-cuda-nn's Python package can be imported (it needs a CUDA device even for that)."""
+    try:
+        importlib.import_module("tinycudann")
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+def _make_tcnn_encoding(in_dim: int, config: dict[str, Any]) -> Any:
+    if not tinycudann_works():
+        raise InputError(
+            "the encoding back end 'tinycudann' needs tiny-cuda-nn, which cannot be imported: install it "
+            "(https://github.com/NVlabs/tiny-cuda-nn#pytorch-extension) or use the 'numba' back end."
+        )
+    return importlib.import_module("tinycudann").Encoding(in_dim, config, dtype=torch.float32)
+
+
 class HashGrid(nn.Module):
     """Trainable features of points in the unit cube (3) or of points and times (4), level by level.
 
     `backend="numba"` is the fused CPU kernel, tensors on another device take the torch path; `backend="torch"` is the
-    reference. Entries start uniform in [-1e-4, 1e-4].
+    reference; `backend="tinycudann"` gives points on a CUDA device to tiny-cuda-nn's own kernels (first derivatives)
+    and others to the numba kernel, so that what was trained on a GPU opens anywhere: the table means the same to all
+    three. Entries start uniform in [-1e-4, 1e-4].
 
     Raises:
         InputError: sizes that cannot describe a grid, or an unknown back end.
@@ -367,7 +389,7 @@ class HashGrid(nn.Module):
         log2_table_size: int = 19,
         base_resolution: int = 16,
         growth: float = 1.447269237440378,
-        backend: Literal["numba", "torch"] = "numba",
+        backend: Literal["numba", "torch", "tinycudann"] = "numba",
     ) -> None:
         super().__init__()
         if in_dim not in (3, 4):
@@ -377,8 +399,16 @@ class HashGrid(nn.Module):
                 f"a hash grid of {levels} levels, base_resolution={base_resolution}, growth={growth:g} and "
                 f"log2_table_size={log2_table_size} is not possible: use 1+, 2+, 1+ and 1 to 24."
             )
-        if backend not in ("numba", "torch"):
-            raise InputError(f"unknown encoding back end {backend!r}; use 'numba' or 'torch'.")
+        if backend not in ("numba", "torch", "tinycudann"):
+            raise InputError(f"unknown encoding back end {backend!r}; use 'numba', 'torch' or 'tinycudann'.")
+        self.tcnn_config = {
+            "otype": "HashGrid",
+            "n_levels": levels,
+            "n_features_per_level": FEATURES,
+            "log2_hashmap_size": log2_table_size,
+            "base_resolution": base_resolution,
+            "per_level_scale": growth,
+        }
         self.levels = GridLevels.make(in_dim, levels, log2_table_size, base_resolution, growth)
         self.in_dim, self.backend, self.out_dim = in_dim, backend, FEATURES * levels
         self.table = nn.Parameter(torch.empty(int(self.levels.entries.sum()), FEATURES).uniform_(-1e-4, 1e-4))
@@ -387,6 +417,9 @@ class HashGrid(nn.Module):
         """Features of points in [0, 1]^d; coordinates are not clamped."""
         if self._fused(x):
             return _Encode.apply(x.contiguous().float(), self.table, self.levels)
+        if self.backend == "tinycudann" and x.device.type == "cuda":
+            # its module holds no parameters of ours: the table is handed in, so checkpoints know one layout
+            return functional_call(self._tcnn_encoding(), {"params": self.table.flatten()}, (x,))
         return _encode_torch(x, self.table, self.levels)
 
     def pull_back(self, x: Float[Tensor, "n d"], gradient: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
@@ -401,4 +434,21 @@ class HashGrid(nn.Module):
         return pulled
 
     def _fused(self, x: Tensor) -> bool:
-        return self.backend == "numba" and x.device.type == "cpu"
+        return fused("torch" if self.backend == "torch" else "numba", x)
+
+    def _tcnn_encoding(self) -> nn.Module:
+        """tiny-cuda-nn's module for these levels, made once.
+
+        Raises:
+            InputError: tinycudann is not there, or lays its table out differently.
+        """
+        made = self.__dict__.get("_tcnn")
+        if made is None:
+            made = _make_tcnn_encoding(self.in_dim, self.tcnn_config)
+            if made.params.numel() != self.table.numel():
+                raise InputError(
+                    f"this tinycudann keeps {made.params.numel()} numbers for a grid of {self.table.numel()}: its "
+                    "layout has changed; use the 'numba' back end."
+                )
+            self.__dict__["_tcnn"] = made  # past nn.Module: no submodule, no second copy in checkpoints
+        return made

@@ -14,7 +14,6 @@ import math
 from itertools import pairwise
 from typing import Any, Literal
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -23,6 +22,7 @@ from torch.nn import functional
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.fields.encoding import run_in_threads
+from sv4d_ns.fields.kernels import fused, njit
 
 _Levels = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Cells a side, first entry and unit of each level."""
@@ -85,7 +85,7 @@ class FrequencyMotion(nn.Module):
         return self.net(torch.cat([space, frequency_encoding(t, self.time_frequencies, alpha)], -1))
 
 
-@numba.njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 def _forward_kernel(x, slot, weight, table, resolutions, offsets, units, out, start, stop):  # type: ignore[no-untyped-def]
     one, zero = np.float32(1.0), np.float32(0.0)
     for i in range(start, stop):
@@ -122,7 +122,7 @@ def _forward_kernel(x, slot, weight, table, resolutions, offsets, units, out, st
                         out[i, channel] += low * values[entry, channel] + high * values[entry + 1, channel]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 def _backward_kernel(x, slot, weight, resolutions, offsets, units, grad_out, grad_table, first, last):  # type: ignore[no-untyped-def]
     one, zero = np.float32(1.0), np.float32(0.0)
     for i in range(x.shape[0]):
@@ -248,7 +248,7 @@ class KeyframeGrid(nn.Module):
         """Vectors at points in [0, 1]^3 (clamped) and times in [0, 1] (clamped)."""
         slots, weight, used = self._around(t[:, 0])
         table = torch.stack([self.keyframes[k] for k in used])
-        if self.backend == "numba" and x.device.type == "cpu" and not x.requires_grad:
+        if fused(self.backend, x) and not x.requires_grad:
             return _FusedKeyframes.apply(table, x.contiguous().float(), slots, weight, self.levels)
         return _keyframes_torch(table, x, slots, weight, self.levels)
 

@@ -1,0 +1,181 @@
+"""Back ends of encodings and ray marching: which one runs where, that none changes what a table means, and that the
+package works where numba cannot be imported."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sv4d_ns import rendering
+from sv4d_ns.errors import InputError
+from sv4d_ns.fields import hash_grid, kernels
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.fields.hash_grid import HashGrid
+from sv4d_ns.occupancy import OccupancyGrid
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FIT = """
+import sys, torch
+from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.occupancy import OccupancyGrid
+from sv4d_ns.rendering import render_rays
+
+torch.manual_seed(0)
+field = DeformableField(DeformableFieldConfig(keyframes=3, log2_table_size=10, motion_resolutions=(2, 3)))
+with torch.no_grad():
+    field.encoding.table.uniform_(-1, 1)
+    for grid in field.motion.keyframes:
+        grid.uniform_(-0.1, 0.1)
+occupancy = OccupancyGrid(3, resolution=12)
+occupancy.density.uniform_(0, 60)
+occupancy.occupied.copy_(torch.rand(occupancy.occupied.shape) < 0.6)
+origins = 2 * torch.nn.functional.normalize(torch.randn(60, 3), dim=-1)
+directions = torch.nn.functional.normalize(torch.rand(60, 3) * 0.4 - 0.2 - origins, dim=-1)
+times = torch.linspace(0, 1, 60)[:, None]
+out = render_rays(field, occupancy, origins, directions, times, 48, jitter=torch.rand(60))
+(out.rgb.square().sum() + out.depth.clamp(max=3).sum()).backward()
+slopes = [field.encoding.table.grad, field.motion.keyframes[1].grad]
+torch.save([out.rgb.detach(), out.alpha.detach(), *slopes], sys.argv[1])
+"""
+
+
+def test_without_numba_everything_works_and_one_warning_says_it_is_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "fit.py"
+    script.write_text(FIT)
+    monkeypatch.setattr(sys, "argv", ["fit.py", str(tmp_path / "fast")])
+    runpy.run_path(str(script))
+    hidden = f"import sys; sys.modules['numba'] = None; sys.argv[1:] = [{str(tmp_path / 'slow')!r}]\n"
+    done = subprocess.run([sys.executable, "-c", hidden + FIT], capture_output=True, text=True, check=True)
+    assert done.stderr.count("numba cannot be imported") == 1, done.stderr
+    for fast, slow in zip(*(torch.load(tmp_path / name) for name in ("fast", "slow")), strict=True):
+        assert fast.abs().sum() > 0
+        torch.testing.assert_close(fast, slow, atol=2e-4, rtol=2e-3)
+
+
+def test_points_go_to_the_kernel_that_can_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, elsewhere = torch.zeros(1, 3), torch.zeros(1, 3, device="meta")
+    assert kernels.fused("numba", here)
+    assert not kernels.fused("torch", here) and not kernels.fused("numba", elsewhere)
+    monkeypatch.setattr(kernels, "AVAILABLE", False)
+    assert not kernels.fused("numba", here)
+
+
+@pytest.mark.parametrize(("nerfacc", "expected"), [(True, "nerfacc"), (False, "torch")])
+def test_rays_on_cuda_are_walked_by_nerfacc_where_it_works(
+    nerfacc: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnCuda:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(rendering, "nerfacc_works", lambda: nerfacc)
+    assert rendering.marcher(OnCuda()) == expected  # type: ignore[arg-type]
+    assert rendering.marcher(torch.zeros(1, 3)) == "numba", "whatever is installed, the CPU has its own loop"
+
+
+def test_samples_behind_an_opaque_surface_are_cut_alike() -> None:
+    """What the nerfacc path does after nerfacc: the packed rule against that of the torch march."""
+    torch.manual_seed(1)
+    occupancy = OccupancyGrid(2, resolution=10)
+    occupancy.density.uniform_(0, 80)
+    origins = 2 * torch.nn.functional.normalize(torch.randn(40, 3), dim=-1)
+    directions = torch.nn.functional.normalize(torch.rand(40, 3) * 0.4 - 0.2 - origins, dim=-1)
+    near, far = rendering.intersect_box(origins, directions, occupancy.half_extent)
+    low, high = occupancy.bins_around(torch.rand(40))
+    step, jitter = 0.02, torch.rand(40)
+    arguments = (occupancy, origins, directions, near, far, low, high, step, jitter)
+    everything, cut = rendering._march_torch(*arguments, 10**6), rendering._march_torch(*arguments, 5)
+    keep = rendering._before_opaque(
+        occupancy, origins, directions, low, high, everything.ray_indices, everything.distances, step, 5
+    )
+    assert 0 < len(cut.distances) < len(everything.distances)
+    torch.testing.assert_close(everything.distances[keep], cut.distances)
+    torch.testing.assert_close(everything.ray_indices[keep], cut.ray_indices)
+
+
+def test_tinycudann_gets_the_same_levels_and_a_flat_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiny-cuda-nn counts, level by level, min(corners rounded up to 8, table size) entries of two features."""
+    grid = HashGrid(3, levels=4, log2_table_size=9, base_resolution=4, growth=1.5, backend="tinycudann")
+    sides = [4, 6, 9, 14]  # ceil(4 * 1.5^l - 1) + 1
+    counts = [min(-(-(side**3) // 8) * 8, 512) for side in sides]
+    assert grid.levels.entries.tolist() == counts and grid.table.shape == (sum(counts), 2)
+
+    class Encoding(torch.nn.Module):
+        def __init__(self, dimensions: int, config: dict, dtype: torch.dtype) -> None:
+            super().__init__()
+            assert (dimensions, dtype) == (3, torch.float32)
+            assert config["otype"] == "HashGrid" and config["n_levels"] == 4 and config["log2_hashmap_size"] == 9
+            self.params = torch.nn.Parameter(torch.zeros(2 * sum(counts)))
+
+    monkeypatch.setattr(hash_grid, "_make_tcnn_encoding", lambda d, c: Encoding(d, c, torch.float32))
+    assert grid._tcnn_encoding() is grid._tcnn_encoding(), "made once"
+    assert list(grid.state_dict()) == ["table"], "and in no checkpoint"
+    larger = HashGrid(3, levels=5, log2_table_size=9, base_resolution=4, growth=1.5, backend="tinycudann")
+    larger.tcnn_config["n_levels"] = 4
+    with pytest.raises(InputError, match="layout has changed"):
+        larger._tcnn_encoding()
+
+
+def test_a_table_of_tinycudann_opens_on_the_cpu() -> None:
+    torch.manual_seed(0)
+    trained = HashGrid(3, levels=3, log2_table_size=8, base_resolution=4, backend="tinycudann")
+    twin = HashGrid(3, levels=3, log2_table_size=8, base_resolution=4, backend="torch")
+    twin.load_state_dict(trained.state_dict())
+    x = torch.rand(100, 3)
+    torch.testing.assert_close(trained(x), twin(x), atol=1e-6, rtol=1e-4)
+    field = DeformableField(DeformableFieldConfig(encoding_backend="tinycudann", keyframes=2, motion_resolutions=(2,)))
+    assert field.density(x - 0.5, torch.ones(100, 1)).shape == (100,)
+
+
+def test_without_tinycudann_its_back_end_says_what_to_do() -> None:
+    if hash_grid.tinycudann_works():
+        pytest.skip("tiny-cuda-nn is installed")
+    with pytest.raises(InputError, match="needs tiny-cuda-nn"):
+        HashGrid(3, levels=2, log2_table_size=8, backend="tinycudann")._tcnn_encoding()
+
+
+@cuda
+def test_tinycudann_equals_torch_in_values_and_gradients() -> None:
+    if not hash_grid.tinycudann_works():
+        pytest.skip("tiny-cuda-nn is not installed")
+    grids = [HashGrid(3, levels=6, log2_table_size=12, backend=b).cuda() for b in ("tinycudann", "torch")]
+    torch.nn.init.normal_(grids[0].table)
+    grids[1].load_state_dict(grids[0].state_dict())
+    values, slopes = [], []
+    for grid in grids:
+        x = torch.rand(1000, 3, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).requires_grad_()
+        out = grid(x)
+        (out.float() * torch.linspace(-1, 1, out.shape[1], device="cuda")).sum().backward()
+        values.append(out.float())
+        slopes += [x.grad, grid.table.grad]
+    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(slopes[1], slopes[3], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(slopes[0], slopes[2], atol=1e-2, rtol=1e-2)
+
+
+@cuda
+def test_nerfacc_finds_the_samples_of_the_torch_march() -> None:
+    if not rendering.nerfacc_works():
+        pytest.skip("nerfacc's CUDA extension is not there")
+    torch.manual_seed(2)
+    occupancy = OccupancyGrid(4, resolution=16).cuda()
+    occupancy.occupied.copy_(torch.rand(occupancy.occupied.shape) < 0.4)
+    occupancy.density.uniform_(0, 60)
+    origins = 2 * torch.nn.functional.normalize(torch.randn(200, 3, device="cuda"), dim=-1)
+    directions = torch.nn.functional.normalize(torch.rand(200, 3, device="cuda") * 0.6 - 0.3 - origins, dim=-1)
+    near, far = rendering.intersect_box(origins, directions, occupancy.half_extent)
+    low, high = occupancy.bins_around(torch.rand(200, device="cuda"))
+    arguments = (occupancy, origins, directions, near, far, low, high, 0.015, torch.rand(200, device="cuda"), 6)
+    made, twin = rendering._march_nerfacc(*arguments), rendering._march_torch(*arguments)
+    # a sample on a cell's face may fall to either side
+    assert abs(len(made.distances) - len(twin.distances)) <= 0.01 * len(twin.distances)
+    counts = [torch.bincount(s.ray_indices, minlength=200) for s in (made, twin)]
+    equal = counts[0] == counts[1]
+    assert equal.float().mean() > 0.9
+    kept = [equal[s.ray_indices] for s in (made, twin)]
+    torch.testing.assert_close(made.distances[kept[0]], twin.distances[kept[1]], atol=2e-3, rtol=0)
