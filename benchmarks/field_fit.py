@@ -142,7 +142,7 @@ def fit(
     for number, v in enumerate(views):
         ones = torch.ones_like(v.alpha)
         train.append(
-            TrainView(number, v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, v.vote >= 1, v.vote)
+            TrainView(number, v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, None, v.vote >= 1, v.vote)
         )
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])

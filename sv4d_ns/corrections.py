@@ -86,6 +86,9 @@ class ViewCorrections(nn.Module):
         """Rendered rays and their targets as the losses are to see them; remembers the views' errors."""
         rgb = self.recolored(rendered.rgb, rendered.alpha, batch.background, batch.view)
         rendered = replace(rendered, rgb=rgb)
+        with torch.no_grad():
+            origins, directions = self.rays(batch.origins, batch.directions, batch.view)
+        batch = replace(batch, origins=origins, directions=directions)
         if not self.config.robust:
             return rendered, batch
         self._remember(rendered, batch)

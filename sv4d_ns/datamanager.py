@@ -6,7 +6,7 @@ keeps on disk, so they never need the diffusion model.
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +29,7 @@ from sv4d_ns.runs import newest_views, windows_folder
 
 if TYPE_CHECKING:
     from sv4d_ns.cameras import ViewPlan
-    from sv4d_ns.fitting import Batch, BatchSampler
+    from sv4d_ns.fitting import Batch, BatchSampler, TrainView
     from sv4d_ns.sampling import Window
     from sv4d_ns.synthesis import ViewSynthesizer
     from sv4d_ns.video import ObjectVideo
@@ -97,6 +97,10 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Largest guidance scale; None takes the model's own."""
     camera_attention: Literal["released", "per_view_pixel", "full_3d"] | None = None
     """Which tokens of different views attend to each other; None takes what the model was made with."""
+    normals: str | None = None
+    """What estimates normals for the normal loss: a folder of normal maps named like the grid's pictures
+    (view00_frame0000.png, camera axes as in docs/optimisation.md), or a diffusers pipeline on this machine (its folder,
+    or its name in the local cache, e.g. prs-eth/marigold-normals-v1-1)."""
     leave_out: bool = True
     """Where the silhouettes of all views but a few (one in four) agree, fit the field to those and leave out the rest.
     Views that come with a confidence, as the embedded model's do, are all kept."""
@@ -414,7 +418,19 @@ class SV4DDataManager(VanillaDataManager):
 
         config = BatchConfig(rays=rays, patches=patches)
         views = train_views(self.grid, self.device, self.config.leave_out)
+        if self.config.normals is not None and self.test_mode == "val":
+            views = self._with_normals(views, self.config.normals)
         return BatchSampler(views, config, ScheduleConfig(), self.config.seed)
+
+    def _with_normals(self, views: "list[TrainView]", source: str) -> "list[TrainView]":
+        from sv4d_ns.normals import estimated_normals
+        from sv4d_ns.progress import bar
+
+        assert self.config.run_dir is not None
+        store = windows_folder(self.config.run_dir, "normals")
+        with bar("Estimating normals") as progress:
+            normals = estimated_normals(self.grid, source, store, str(self.device), progress)
+        return [replace(view, normals=torch.from_numpy(normals[view.number]).to(self.device)) for view in views]
 
     def _first_frame_rays(self) -> RayBundle:
         """What ns-export pointcloud and poisson fuse: one moment, seen from everywhere."""

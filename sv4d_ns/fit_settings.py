@@ -15,7 +15,16 @@ class LossWeights:
     mask: float = 0.2
     """Mean squared error of opacity (SV4D L_mask)."""
     structure: float = 0.05
-    """D-SSIM on patches, in place of LPIPS."""
+    """D-SSIM on patches."""
+    perceptual: float = 0.05
+    """LPIPS (VGG16) on patches (SV4D L_lpips), where its weights are on this machine; the run says whether they are.
+    Not measured."""
+    normal: float = 0.02
+    """Against estimated normals on patches (SV4D L_normal), with --pipeline.datamanager.normals. Not measured."""
+    depth_smoothness: float = 0.0
+    """Of rendered depth on patches (SV4D L_depth)."""
+    bilateral_normal: float = 0.0
+    """Smoothness of rendered normals on patches except at edges of the picture (SV4D L_bilateral)."""
     opacity: float = 0.03
     """Alpha away from 1/2."""
     distortion: float = 0.03

@@ -16,7 +16,7 @@ from torch.nn import functional
 from sv4d_ns import losses, sampling
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.fields.motion import KeyframeGrid
-from sv4d_ns.losses import LossWeights
+from sv4d_ns.losses import LossWeights, Perceptual
 from sv4d_ns.occupancy import DISTANCE_REACH, HullView, OccupancyGrid
 from sv4d_ns.rendering import RenderOutput, pixel_rays
 from sv4d_ns.sampling import PixelSampler, ScheduleConfig, Window
@@ -68,6 +68,8 @@ class TrainView:
     """How far a pixel is believed, 0..1: 1 in the input view, else the grid's own confidence."""
     weight: Float[Tensor, "t h w"]
     """How much a pixel counts: confidence times visibility (by angle alone until the surface is known)."""
+    normals: Float[Tensor, "t h w 3"] | None
+    """Estimated unit normals in world space, zero where unknown."""
     trusted: bool
     """Believed like the input: in full weight, and its silhouette as it is."""
     vote: float
@@ -88,6 +90,8 @@ class Batch:
     background: Float[Tensor, " 3"]
     """A new colour in every step: on a fixed one, an object of that colour might as well be transparent."""
     jitter: Float[Tensor, " n"]
+    normals: Float[Tensor, "n 3"] | None
+    """Estimated unit normals in world space, zero where unknown; None where there is no estimator."""
     view: Int[Tensor, " n"]
     """Number of each ray's view in the grid; 0 is the input."""
     frames: tuple[int, ...]
@@ -173,6 +177,7 @@ def train_views(grid: ViewGrid, device: torch.device | str, leave_out: bool = Tr
                 alpha=alpha,
                 confidence=confidence,
                 weight=confidence * trust,
+                normals=None,
                 trusted=trusted,
                 # generated silhouettes wander: it takes two of them to carve, a trusted one alone may
                 vote=1.0 if trusted else 0.5,
@@ -271,12 +276,15 @@ class BatchSampler:
         rgb = torch.empty(count, 3, device=device)
         alpha, weight, focal = (torch.empty(count, device=device) for _ in range(3))
         c2w, size = torch.empty(count, 4, 4, device=device), torch.empty(count, 2, device=device)
+        normals = None if all(view.normals is None for view in self.views) else torch.zeros_like(rgb)
         for number in np.unique(view):
             source = self.views[number]
             at = torch.from_numpy(np.flatnonzero(view == number)).to(device)
             index = tuple(torch.from_numpy(values[view == number]).to(device) for values in (frame, row, column))
             rgb[at], alpha[at], weight[at] = source.rgb[index], source.alpha[index], source.weight[index]
             c2w[at], focal[at] = source.c2w, source.focal
+            if normals is not None and source.normals is not None:
+                normals[at] = source.normals[index]
             size[at] = torch.tensor([source.rgb.shape[2], source.rgb.shape[1]], device=device).float()
         xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float() + 0.5
         origins, directions = pixel_rays(xy, c2w, focal, size)
@@ -292,6 +300,7 @@ class BatchSampler:
             weight=weight,
             background=background,
             jitter=sampling.uniform(self.seed, step, (count,), stream=1).to(device),
+            normals=normals,
             view=torch.from_numpy(np.array([source.number for source in self.views])[view]).to(device),
             frames=frames,
             n_frames=first.rgb.shape[0],
@@ -408,17 +417,19 @@ def loss_terms(
     weights: LossWeights,
     seed: int,
     step: int,
+    perceptual: Perceptual | None = None,
 ) -> dict[str, Tensor]:
-    """Every loss that is switched on, times its weight; their sum is what a step minimises."""
+    """Every loss that is switched on, times its weight; their sum is what a step minimises.
+
+    Args:
+        perceptual: LPIPS, where it is at hand.
+    """
     terms = {
         "photometric": losses.photometric(rendered.rgb, batch.rgb, batch.weight),
         "mask": losses.mask(rendered.alpha, batch.alpha, batch.weight),
     }
-    if weights.structure and batch.patches:
-        shape = (batch.patches, batch.patch_side, batch.patch_side, 3)
-        made, target = rendered.rgb[batch.rays :].reshape(shape), batch.rgb[batch.rays :].reshape(shape)
-        per_patch = batch.weight[batch.rays :].reshape(shape[:-1]).mean((1, 2))
-        terms["structure"] = losses.dssim(made, target, per_patch)
+    if batch.patches:
+        terms.update(_patch_terms(field, rendered, batch, weights, perceptual))
     if weights.opacity:
         terms["opacity"] = losses.opacity_entropy(rendered.alpha)
     if weights.distortion:
@@ -428,6 +439,43 @@ def loss_terms(
     terms.update(_surface_terms(field, rendered, batch, weights, seed, step))
     terms.update(_band_terms(field, occupancy, batch, weights, seed, step))
     return {name: getattr(weights, name) * value for name, value in terms.items()}
+
+
+def _patch_terms(
+    field: DeformableField,
+    rendered: RenderOutput,
+    batch: Batch,
+    weights: LossWeights,
+    perceptual: Perceptual | None,
+) -> dict[str, Tensor]:
+    """What is asked of the batch's patches: how they look, and how smooth the surface in them is."""
+    side = batch.patch_side
+
+    def patches(values: Tensor) -> Tensor:
+        return values[batch.rays :].reshape(batch.patches, side, side, *values.shape[1:])
+
+    made, target, per_patch = patches(rendered.rgb), patches(batch.rgb), patches(batch.weight).mean((1, 2))
+    terms = {}
+    if weights.structure:
+        terms["structure"] = losses.dssim(made, target, per_patch)
+    if weights.perceptual and perceptual is not None:
+        terms["perceptual"] = losses.perceptual(perceptual, made, target, per_patch)
+    seen = (patches(rendered.alpha.detach()) > 0.5) & (patches(batch.alpha) > 0.5)
+    if weights.depth_smoothness:
+        terms["depth_smoothness"] = losses.depth_smoothness(patches(rendered.depth), seen)
+    has_estimate = bool(weights.normal) and batch.normals is not None
+    if not (has_estimate or weights.bilateral_normal) or not bool(seen.any()):
+        return terms
+    surface = batch.origins + rendered.depth.detach()[:, None] * batch.directions
+    normals = torch.zeros_like(made)
+    normals[seen] = field.normals(patches(surface)[seen], patches(batch.times)[seen])
+    if has_estimate:
+        assert batch.normals is not None
+        estimated = patches(batch.normals)[seen]
+        terms["normal"] = losses.normal(normals[seen], estimated, patches(batch.weight)[seen])
+    if weights.bilateral_normal:
+        terms["bilateral_normal"] = losses.bilateral_normal(normals, target, seen)
+    return terms
 
 
 def _surface_terms(

@@ -1,18 +1,23 @@
 """Each loss of the 4D optimisation, a small pure function, with its source. All return a scalar.
 
-No perceptual network is involved: where the papers use LPIPS, the structural loss on patches (`dssim`) stands in, and
-the log of a run says so.
+Where the papers use LPIPS, `perceptual` does so too if the network's weights are on this machine; `dssim`, the structural
+loss on patches, needs none. The printout of a run says which it has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.fit_settings import LossWeights as LossWeights
+
+Perceptual = Callable[[Float[Tensor, "p 3 h w"], Float[Tensor, "p 3 h w"]], Float[Tensor, " p"]]
+"""Distance of each pair of pictures in [0, 1]."""
 from sv4d_ns.rendering import RaySamples
 
 
@@ -51,6 +56,57 @@ def dssim(
     ssim = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     per_patch = ((1 - ssim) / 2).mean((1, 2, 3))
     return (weight * per_patch).sum() / weight.sum().clamp(min=1e-8)
+
+
+def perceptual(
+    network: Perceptual,
+    rendered: Float[Tensor, "p s s 3"],
+    target: Float[Tensor, "p s s 3"],
+    weight: Float[Tensor, " p"],
+) -> Tensor:
+    """Distance of patches in the eyes of a network (SV4D L_lpips), weighted per patch."""
+    distance = network(rendered.permute(0, 3, 1, 2), target.permute(0, 3, 1, 2))
+    return (weight * distance).sum() / weight.sum().clamp(min=1e-8)
+
+
+def normal(
+    rendered: Float[Tensor, "n 3"], estimated: Float[Tensor, "n 3"], weight: Float[Tensor, " n"]
+) -> Tensor:
+    """Weighted mean 1 - n . n_estimated (SV4D L_normal) of unit vectors; estimates of length zero do not count."""
+    weight = weight * (estimated.square().sum(-1) > 0.5)
+    return (weight * (1 - (rendered * estimated).sum(-1))).sum() / weight.sum().clamp(min=1e-8)
+
+
+def depth_smoothness(depth: Float[Tensor, "p s s"], seen: Bool[Tensor, "p s s"]) -> Tensor:
+    """Mean squared difference of neighbouring depths of patches (SV4D L_depth, from RegNeRF, Niemeyer et al. 2022), in
+    pixels of `depth` on the surface only: against the background it would be about the outline."""
+    across, down = seen[:, :, 1:] & seen[:, :, :-1], seen[:, 1:] & seen[:, :-1]
+    square_across, square_down = (depth[:, :, 1:] - depth[:, :, :-1]).square(), (depth[:, 1:] - depth[:, :-1]).square()
+    total = square_across[across].sum() + square_down[down].sum()
+    return total / (across.sum() + down.sum()).clamp(min=1)
+
+
+def bilateral_normal(
+    normals: Float[Tensor, "p s s 3"], image: Float[Tensor, "p s s 3"], seen: Bool[Tensor, "p s s"]
+) -> Tensor:
+    """Mean exp(-3 |grad I|) sqrt(1 + |grad n|) - 1 of patches (SV4D L_bilateral, after Boss et al. 2022): normals may
+    turn where the picture has an edge. Gradients are Sobel's, divided by 8 (per pixel); the -1 only lets a plane cost
+    nothing. Where the 3x3 neighbourhood is not all surface, nothing is asked."""
+    inside = -functional.max_pool2d(-seen[:, None].float(), 3, 1)[:, 0] > 0
+    edge = torch.exp(-3 * _sobel(image))
+    turning = (1 + _sobel(normals)).sqrt() - 1
+    return (edge * turning)[inside].sum() / inside.sum().clamp(min=1)
+
+
+def _sobel(values: Float[Tensor, "p s s c"]) -> Float[Tensor, "p t t"]:
+    """Length of Sobel's gradient over both directions and all channels, [p, s - 2, s - 2]."""
+    row = values.new_tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    kernels = torch.stack([row, row.t()])[:, None]
+    channels = values.permute(0, 3, 1, 2)
+    gradient = functional.conv2d(channels.reshape(-1, 1, *channels.shape[2:]), kernels)
+    # a root's slope at zero is infinite
+    squares = gradient.reshape(len(values), -1, *gradient.shape[2:]).square().sum(1)
+    return (squares + 1e-8).sqrt() - 1e-4
 
 
 def opacity_entropy(alpha: Float[Tensor, " n"]) -> Tensor:

@@ -5,6 +5,7 @@ Only configuration is imported at the top; nerfstudio imports this file for ever
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import Model, ModelConfig
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -21,6 +23,7 @@ from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
 
 if TYPE_CHECKING:
     from sv4d_ns.channels import GridWitnesses
+    from sv4d_ns.losses import Perceptual
     from sv4d_ns.rendering import RenderOutput
     from sv4d_ns.sampling import Window
     from sv4d_ns.views import ViewGrid
@@ -198,8 +201,28 @@ class SV4DModel(Model):
         from sv4d_ns.fitting import loss_terms
 
         rendered, seen = self.corrections.corrected(outputs["rendered"], batch["batch"])
-        terms = loss_terms(self.field, self.occupancy, rendered, seen, self.config.losses, self.config.seed, self.step)
+        terms = loss_terms(
+            self.field,
+            self.occupancy,
+            rendered,
+            seen,
+            self.config.losses,
+            self.config.seed,
+            self.step,
+            self._perceptual,
+        )
         return terms | self.corrections.penalties()
+
+    @cached_property
+    def _perceptual(self) -> "Perceptual | None":
+        """LPIPS, if its network is at hand; looked for at the first training step, and said aloud."""
+        from sv4d_ns.perceptual import perceptual_network
+
+        if not self.config.losses.perceptual:
+            return None
+        network, sentence = perceptual_network(self.device)
+        CONSOLE.print(sentence)
+        return network
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of a training step's rays."""
