@@ -48,8 +48,10 @@ class BatchConfig:
     patch_side: int = 16
     input_share: float = 0.5
     """Share of the single rays that look through the input camera, while it is the only view to be trusted."""
-    frames_per_step: int = 3
-    """SV4D draws 4 frames of 4 views."""
+    frames_per_step: int = 4
+    """As many as SV4D draws, and views."""
+    orthogonal: bool = True
+    """Whether the views of a step are a base view and those nearest to quarter turns from it; else four by chance."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class BatchSampler:
         config = self.config
         rng = sampling.generator(self.seed, step)
         frames = sampling.sample_frames(rng, config.frames_per_step, window, canonical, self.schedule)
-        turn = sampling.orthogonal_views(self.azimuths, int(rng.integers(len(self.views))))
+        turn = self._draw_views(rng)
         from_input = 0 if all(view.trusted for view in self.views) else int(config.rays * config.input_share)
         view = np.concatenate([np.full(from_input, INPUT_VIEW), np.resize(turn, config.rays - from_input)])
         frame = rng.choice(frames, config.rays)
@@ -248,6 +250,12 @@ class BatchSampler:
         full = functional.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
         for view, visibility in zip(generated, full, strict=True):
             view.weight[frame] = view.confidence[frame] * visibility
+
+    def _draw_views(self, rng: np.random.Generator) -> list[int]:
+        base = int(rng.integers(len(self.views)))
+        if self.config.orthogonal:
+            return sampling.orthogonal_views(self.azimuths, base)
+        return rng.choice(len(self.views), min(4, len(self.views)), replace=False).tolist()
 
     def _draw_patches(
         self, rng: np.random.Generator, frames: Int[np.ndarray, " f"], turn: list[int]
