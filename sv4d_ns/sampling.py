@@ -36,7 +36,8 @@ class ScheduleConfig:
     canonical_probability: float = 0.25
     """Chance that a step draws the canonical frame, so that the shape is not forgotten while the window grows."""
     frontier_probability: float = 0.9
-    """Chance that a step draws one of the frames newest to the window (the badly fitted ones)."""
+    """Chance that a step draws the frames newest to the window, on both sides (the badly fitted ones): a frame is newest
+    for a few dozen steps only, and its motion is found in these."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ def admissions(before: Window, now: Window, canonical: int) -> list[Admission]:
 def sample_frames(
     rng: np.random.Generator, count: int, window: Window, canonical: int, config: ScheduleConfig
 ) -> Int[np.ndarray, " count"]:
-    """Frames for one step, without repetition while the window is large enough: mostly uniform, some at the window's
-    growing edge, one canonical now and then."""
+    """Frames for one step: those at the window's growing edges, one canonical now and then, the others uniform (without
+    repetition among them while the window is large enough)."""
     frames = np.arange(window.first, window.last + 1)
     chosen = rng.choice(frames, count, replace=len(frames) < count)
     edge = [f for f in (window.first, window.last) if f != canonical]
     draw = rng.random(2)
-    if edge and draw[0] < config.frontier_probability:
-        chosen[0] = edge[rng.integers(len(edge))]
+    if draw[0] < config.frontier_probability:
+        chosen[: len(edge)] = edge[:count]
     if draw[1] < config.canonical_probability:
         chosen[-1] = canonical
     return chosen
