@@ -1,7 +1,8 @@
 """`sv4d cache`: what runs have left on the disk; which files are whole; making room.
 
-Kept: the finished windows of the diffusion model (`.windows`, shared by the runs of a video), and of every run its view
-grids and checkpoints. A process that is at work holds its run's lock; such runs are never touched.
+Kept: the finished windows of the diffusion model and the fields at the end of stage 1 (`.windows` and `.stages`, shared
+by the runs of a video), and of every run its view grids and checkpoints. A process that is at work holds its run's
+lock; such runs, and what they share, are never touched.
 """
 
 import shutil
@@ -14,11 +15,11 @@ import tyro
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.files import check_zip
-from sv4d_ns.runs import RUN_FILE, SUMMARY_FILE, VIEW_FOLDERS, claim_lock, release_run
+from sv4d_ns.runs import RUN_FILE, STAGES, SUMMARY_FILE, VIEW_FOLDERS, WINDOWS, claim_lock, release_run
 
-WINDOWS = ".windows"
-
-State = Literal["finished", "unfinished", "in use", "windows"]
+State = Literal["finished", "unfinished", "in use", "windows", "stage 1"]
+SHARED: dict[str, State] = {WINDOWS: "windows", STAGES: "stage 1"}
+"""Folders that the runs of a video share, and what each of their entries is."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Entry:
 
     path: Path
     state: State
-    """Of a run; "windows" for the shared windows of one piece of work."""
+    """Of a run; "windows" or "stage 1" for what runs share."""
     size: int
     """Bytes."""
 
 
 def entries(output_dir: Path) -> list[Entry]:
-    """Every run and every set of windows below an output folder, by path.
+    """Every run, set of windows and stage 1 below an output folder, by path.
 
     Raises:
         InputError: there is no such folder.
@@ -41,13 +42,14 @@ def entries(output_dir: Path) -> list[Entry]:
     if not output_dir.is_dir():
         raise InputError(f"{output_dir} is not a folder: give the output folder of ns-train (outputs by default).")
     runs = [Entry(record.parent, _state(record.parent), _size(record.parent)) for record in _records(output_dir)]
-    windows = [
-        Entry(folder, "windows", _size(folder))
-        for shared in output_dir.rglob(WINDOWS)
-        for folder in shared.iterdir()
+    shared = [
+        Entry(folder, state, _size(folder))
+        for name, state in SHARED.items()
+        for place in output_dir.rglob(name)
+        for folder in place.iterdir()
         if folder.is_dir()
     ]
-    return sorted([*runs, *windows], key=lambda entry: entry.path)
+    return sorted([*runs, *shared], key=lambda entry: entry.path)
 
 
 def _records(output_dir: Path) -> Iterator[Path]:
@@ -81,7 +83,8 @@ def flaws(entry: Entry) -> Iterator[str]:
                 ViewGrid.load(entry.path / name)
             except InputError as error:
                 yield str(error)
-    for checkpoint in sorted((entry.path / "nerfstudio_models").glob("*.ckpt")):
+    checkpoints = entry.path if entry.state == "stage 1" else entry.path / "nerfstudio_models"
+    for checkpoint in sorted(checkpoints.glob("*.ckpt")):
         flaw = _checkpoint_flaw(checkpoint)
         if flaw:
             yield flaw
@@ -97,9 +100,8 @@ def _checkpoint_flaw(path: Path) -> str | None:
 
 def leftovers(output_dir: Path) -> list[Path]:
     """Half-written files of processes that were killed: nothing reads them."""
-    hidden = [path for path in output_dir.rglob(".*") if path.name != WINDOWS and WINDOWS not in path.parts[-2:-1]]
-    partial = [*hidden, *output_dir.rglob("checkpoint.partial"), *output_dir.rglob(f"{WINDOWS}/*/.*")]
-    return sorted(path for path in set(partial) if path.name != ".writable")
+    hidden = [path for path in output_dir.rglob(".*") if path.name not in (*SHARED, ".writable")]
+    return sorted({*hidden, *output_dir.rglob("checkpoint.partial")})
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Verify:
 
 @dataclass
 class Prune:
-    """Delete shared windows, half-written files and, on request, unfinished runs. Finished runs are always kept."""
+    """Delete what runs share, half-written files and, on request, unfinished runs. Finished runs are always kept."""
 
     output_dir: Annotated[Path, tyro.conf.Positional] = Path("outputs")
     """The output folder of ns-train."""
@@ -152,16 +154,31 @@ class Prune:
         """Print, and with --yes delete, what is not needed any more."""
         found = entries(self.output_dir)
         busy = {entry.path.parent for entry in found if entry.state == "in use"}
-        doomed = [entry.path for entry in found if entry.state == "windows" and entry.path.parent.parent not in busy]
+        shared = SHARED.values()
+        doomed = [entry.path for entry in found if entry.state in shared and entry.path.parent.parent not in busy]
         doomed += [entry.path for entry in found if self.unfinished and entry.state == "unfinished"]
         doomed += [path for path in leftovers(self.output_dir) if not any(parent in path.parents for parent in busy)]
         size = sum(_size(path) if path.is_dir() else path.lstat().st_size for path in doomed)
         for path in doomed:
             print(path)
             if self.yes:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _delete(path)
         done = "deleted" if self.yes else "would be deleted (--yes deletes them)"
         print(f"{len(doomed)} files and folders, {size / 1e6:.1f} MB, {done}.")
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder; a run that somebody has begun to continue meanwhile is left alone."""
+    is_run = (path / RUN_FILE).is_file()
+    if is_run and not claim_lock(path):
+        print(f"{path} is in use now and stays.")
+        return
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if is_run:
+        release_run(path)
 
 
 def command(arguments: Sequence[str]) -> None:

@@ -1,7 +1,20 @@
 """The one exception users see: a sentence that names the file or flag and the remedy."""
 
-from collections.abc import Iterator
+import errno
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+INTERRUPTED = 130
+"""Exit code of a command that was stopped by Ctrl-C, as of every shell."""
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+_PERMISSION_ERRORS = frozenset({errno.EACCES, errno.EPERM})
 
 
 class InputError(ValueError):
@@ -23,8 +36,60 @@ class NotFiniteError(ArithmeticError):
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """For command-line entry points: end the process with the sentence of an `InputError` and exit code 1."""
+    """For command-line entry points: end the process with one sentence, and no traceback, where the user can help it.
+
+    An `InputError`, a full or read-only disk, and missing permissions end it with exit code 1; Ctrl-C with 130.
+    """
     try:
         yield
     except InputError as error:
         raise SystemExit(f"Error: {error}") from error
+    except OSError as error:
+        sentence = disk_sentence(error)
+        if sentence is None:
+            raise
+        raise SystemExit(f"Error: {sentence}") from error
+    except KeyboardInterrupt:
+        leave("Stopped. The same command goes on from what is finished.")
+
+
+def disk_sentence(error: OSError) -> str | None:
+    """What to tell the user of an error of the disk or of permissions; None for any other error."""
+    if isinstance(error, shutil.Error):  # several files at once: (source, target, reason) of each
+        reasons = [str(reason) for *_, reason in error.args[0]] if error.args else []
+        return f"Files cannot be copied ({reasons[0] if reasons else error}): check the disk's space and permissions."
+    what = os.fspath(error.filename) if error.filename is not None else "A file"
+    if error.errno in _DISK_ERRORS:
+        return (
+            f"{what!s} cannot be written ({error.strerror}): free some space on the disk, or choose a folder on "
+            "another one; the same command goes on from what is finished."
+        )
+    if error.errno in _PERMISSION_ERRORS:
+        return f"{what!s} cannot be opened ({error.strerror}): check the permissions of it and of its folder."
+    return None
+
+
+@contextmanager
+def interrupts_handled_by(handler: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `handler` in this block, as often as it is pressed. Nothing changes outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ours(*_: object) -> None:
+        handler()
+
+    before = signal.signal(signal.SIGINT, ours)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is ours:  # `leave` may have put its own in the place
+            signal.signal(signal.SIGINT, before)
+
+
+def leave(sentence: str) -> NoReturn:
+    """After an interrupt: say a sentence and end; one more Ctrl-C then ends the process at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(INTERRUPTED)

@@ -209,12 +209,14 @@ def closed(alpha: Float[Tensor, "t h w"], radius: int = 3) -> Float[Tensor, "t h
 
 
 class BatchSampler:
-    """Draws the rays of a step. Stateless but for the pixel lists: a step's batch follows from (seed, step)."""
+    """Draws the rays of a step: its batch follows from (seed, step) and the weights of the views."""
 
     def __init__(self, views: list[TrainView], config: BatchConfig, schedule: ScheduleConfig, seed: int) -> None:
         self.views, self.config, self.schedule, self.seed = views, config, schedule, seed
         self.azimuths = [view.azimuth_deg for view in views]
         self.pixels = [PixelSampler(view.alpha) for view in views]
+        self.visibility: dict[int, Tensor] = {}
+        """What `update_visibility` found last for each frame, [v, s, s]; what a resumed run has to be given."""
 
     def draw(self, step: int, window: Window, canonical: int) -> Batch:
         """The batch of a step whose frames lie in `window`; orthogonal views, most pixels near the object."""
@@ -247,6 +249,13 @@ class BatchSampler:
         cameras = torch.stack([view.c2w for view in generated])
         half_width = size / 2 / generated[0].focal
         maps = view_weights(field, occupancy, self.views[INPUT_VIEW].c2w, cameras, half_width, size, time)
+        self.use_visibility(frame, maps)
+
+    def use_visibility(self, frame: int, maps: Float[Tensor, "v s s"]) -> None:
+        """Weight the generated pixels of a frame by maps of their visibility, in [0, 1]."""
+        generated = [view for view in self.views if not view.trusted]
+        self.visibility[frame] = maps
+        size = generated[0].rgb.shape[2]
         full = functional.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
         for view, visibility in zip(generated, full, strict=True):
             view.weight[frame] = view.confidence[frame] * visibility
@@ -344,7 +353,8 @@ def advance(
         field.open_residual()
     field.set_progress(sampling.frequency_progress(fraction, schedule))
     if step % occupancy_every == 0:
-        occupancy.update(field, window.first + step // occupancy_every % len(window))
+        frame = window.first + step // occupancy_every % len(window)
+        occupancy.update(field, frame, torch.Generator().manual_seed(step))
     return window
 
 

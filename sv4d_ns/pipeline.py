@@ -28,6 +28,7 @@ from sv4d_ns.viewing import Playback, StartCamera
 if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
 
+    from sv4d_ns.movies import Subject
     from sv4d_ns.trainer import SV4DTrainer
     from sv4d_ns.views import ViewGrid
 
@@ -82,6 +83,8 @@ class SV4DPipeline(VanillaPipeline):
             super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
         from sv4d_ns.channels import GridWitnesses
 
+        self.resumed_visibility: dict[int, Any] = {}
+        """The sampler's visibility of views as it was when the checkpoint was saved that the run goes on from."""
         self.start_camera = StartCamera()
         self.playback = Playback(self.sv4d_model, lambda: self.datamanager.grid)
         self.sv4d_model.views = GridWitnesses(lambda: self.datamanager.grid)
@@ -104,15 +107,24 @@ class SV4DPipeline(VanillaPipeline):
         canonical, frames = self.sv4d_model.canonical_frame, self.sv4d_model.num_frames
         CONSOLE.print(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
         callbacks = super().get_training_callbacks(training_callback_attributes)
+        saves: list[TrainingCallback] = []
         for number, step in enumerate(self.config.refine_steps, start=1):
+            # before anything of the next step is done: a kill during the refinement then resumes with the same field
+            save = TrainingCallback(
+                where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
+                func=lambda step: trainer.save_checkpoint(step),
+                iters=(step - 1,),
+            )
             refine = TrainingCallback(
                 where_to_run=[TrainingCallbackLocation.BEFORE_TRAIN_ITERATION],
                 func=self._refine_views,
                 iters=(step,),
                 args=[trainer, number],
             )
+            saves.append(save)
             callbacks.append(refine)
-        show = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.show_progress)
+        begin = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], func=trainer.begin_step)
+        end = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.end_step)
         if self.config.visibility_every > 0:
             weigh = TrainingCallback(
                 [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION],
@@ -121,7 +133,7 @@ class SV4DPipeline(VanillaPipeline):
             )
             callbacks.append(weigh)
         finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
-        return [*callbacks, show, finish]
+        return [begin, *callbacks, *saves, end, finish]
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """nerfstudio's; raises `NotFiniteError` before the loss can spoil the field."""
@@ -146,7 +158,12 @@ class SV4DPipeline(VanillaPipeline):
     def _use_views_of_step(self, step: int) -> None:
         """After a resume: the grid the field was being fitted to at that step."""
         rounds = sum(step > refine_step for refine_step in self.config.refine_steps)
+        occupied = self.sv4d_model.occupancy.occupied.clone()
         self._use_saved_views(rounds)
+        if step > 0:  # carving opens the whole hull; where the field was found empty is in the checkpoint
+            self.sv4d_model.occupancy.occupied.copy_(occupied)
+        for frame, maps in self.resumed_visibility.items():
+            self.datamanager.batch_sampler.use_visibility(frame, maps.to(self.device))
 
     def _use_saved_views(self, number: int) -> None:
         from sv4d_ns.views import ViewGrid
@@ -166,10 +183,10 @@ class SV4DPipeline(VanillaPipeline):
             folder = self._run_dir / VIEW_FOLDERS[number]
             trainer.bar.close()
             if not folder.is_dir():
-                if step > trainer._start_step:
-                    # a kill during the refinement then resumes right here, with the same field
-                    trainer.save_checkpoint(step - 1)
-                self._make_refined_views(number).save(folder)
+                if number == 1:
+                    trainer.keep_stage_1(step - 1)
+                with trainer.between_steps():
+                    self._make_refined_views(number).save(folder)
             self._use_saved_views(number)
 
     def _make_refined_views(self, number: int) -> "ViewGrid":
@@ -212,23 +229,22 @@ class SV4DPipeline(VanillaPipeline):
         )
 
     def finish(self, trainer: "SV4DTrainer") -> None:
-        """Write the contact sheet and the summary, and print what to do next."""
+        """Write what of contact sheet, movies and summary is not there yet, and print what to do next."""
         from sv4d_ns.export.cli import installed_command
         from sv4d_ns.files import atomic_path
-        from sv4d_ns.progress import bar
-        from sv4d_ns.renders import result_sheet
 
         self.eval()
         trainer.bar.close()
-        with bar("Rendering the contact sheet") as progress:
-            sheet, summary = result_sheet(
-                self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress
-            )
-        with atomic_path(self._run_dir / "contact_sheet.png") as path:
-            sheet.save(path, format="PNG")
-        self._make_movies()
-        with atomic_path(self._run_dir / SUMMARY_FILE) as path:
-            path.write_text(json.dumps({"steps": trainer.config.max_num_iterations, **summary}, indent=2))
+        identity = self._subject().identity()
+        summary = self._finished_summary(identity)
+        if summary is None:
+            made = {"steps": trainer.total_steps, **self._make_sheet(), "field": identity}
+            self._make_movies()
+            with atomic_path(self._run_dir / SUMMARY_FILE) as path:
+                path.write_text(json.dumps(made, indent=2))
+            summary = made
+        else:
+            self._make_movies()
         config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
         CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
         print(
@@ -240,16 +256,44 @@ class SV4DPipeline(VanillaPipeline):
             flush=True,
         )
 
+    def _finished_summary(self, identity: str) -> dict[str, Any] | None:
+        """The figures of this very field, if they and the contact sheet were made before."""
+        try:
+            summary = json.loads((self._run_dir / SUMMARY_FILE).read_text())
+            same = summary["field"] == identity and {"input_view_psnr", "input_view_iou"} <= set(summary)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return summary if same and (self._run_dir / "contact_sheet.png").is_file() else None
+
+    def _make_sheet(self) -> dict[str, Any]:
+        """Write the contact sheet; returns its figures."""
+        from sv4d_ns.files import atomic_path
+        from sv4d_ns.progress import bar
+        from sv4d_ns.renders import result_sheet
+
+        with bar("Rendering the contact sheet") as progress:
+            sheet, figures = result_sheet(
+                self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress
+            )
+        with atomic_path(self._run_dir / "contact_sheet.png") as path:
+            sheet.save(path, format="PNG")
+        return figures
+
+    def _subject(self) -> "Subject":
+        from sv4d_ns.movies import Subject
+
+        model = self.sv4d_model
+        time = model.canonical_frame / max(model.num_frames - 1, 1)
+        return Subject(model.field, model.occupancy, self.datamanager.grid, time)
+
     def _make_movies(self) -> None:
         """Write the movies of the run that are not there yet, and say where they are."""
         if not self.config.movies:
             return
-        from sv4d_ns.movies import MOVIE_FOLDER, MovieOptions, Subject, write_run_movies
+        from sv4d_ns.movies import MOVIE_FOLDER, MovieOptions, write_run_movies
         from sv4d_ns.progress import bar
 
-        model, folder = self.sv4d_model, self._run_dir / MOVIE_FOLDER
-        time = model.canonical_frame / max(model.num_frames - 1, 1)
-        subject = Subject(model.field, model.occupancy, self.datamanager.grid, time)
+        folder, subject = self._run_dir / MOVIE_FOLDER, self._subject()
         options = MovieOptions(size=self.config.movie_size)
         with one_sentence_errors(), bar("Rendering the movies") as progress:
             files, sentences = write_run_movies(folder, subject, self.config.movies, options, progress)

@@ -7,10 +7,11 @@ outputs/<video>/sv4d/<timestamp>/
     contact_sheet.png  summary.json               what came out; written last
     run.json  run.lock                            the fingerprint of data and settings; held while the run is alive
 outputs/<video>/sv4d/.windows/<content hash>/     finished diffusion windows, shared by runs of the same video
+outputs/<video>/sv4d/.stages/<fingerprint>/       the field at the end of stage 1, shared likewise
 
 The same command finds its run again by the fingerprint: an unfinished one is continued where it stopped, a finished
-one is not made a second time. What a changed setting does not touch (the windows of the diffusion model) is found by
-its own content hash.
+one is not made a second time. What a changed setting does not touch is found by a hash of its own: the windows of the
+diffusion model by everything they are made from, stage 1 by all settings but those of stage 2.
 """
 
 import dataclasses
@@ -18,8 +19,10 @@ import enum
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from filelock import FileLock, Timeout
 from sv4d_ns import __version__
 from sv4d_ns.files import atomic_path, content_hash
 
+WINDOWS = ".windows"
+STAGES = ".stages"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 SUMMARY_FILE = "summary.json"
@@ -46,7 +51,22 @@ def newest_views(run_dir: Path) -> Path | None:
 
 def windows_folder(run_dir: Path, key: str) -> Path:
     """Where finished diffusion windows of the work `key` are kept between runs."""
-    return run_dir.parent / ".windows" / key
+    return run_dir.parent / WINDOWS / key
+
+
+def stage_folder(run_dir: Path, key: str) -> Path:
+    """Where the checkpoints at the end of stage 1 are kept between runs that share it."""
+    return run_dir.parent / STAGES / key
+
+
+def keep_stage(checkpoint: Path, folder: Path) -> None:
+    """Keep a checkpoint in a folder of stages, too: by a second name of the same file where the disk can do that."""
+    with atomic_path(folder / checkpoint.name) as temporary:
+        temporary.unlink()
+        try:
+            temporary.hardlink_to(checkpoint)
+        except OSError:
+            shutil.copyfile(checkpoint, temporary)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -66,19 +86,31 @@ def claim_run(runs: Path, name: str, fingerprint: str | None) -> tuple[str, str]
     Returns:
         Its name, and a sentence about it (empty for a new run).
     """
+    sentence = ""
     for folder in _same_runs(runs, fingerprint) if fingerprint else ():
         if not claim_lock(folder):
-            continue  # another process is at it: this command becomes a run of its own
+            sentence = (
+                f"Another process is at work on the same data and settings in {folder}: this is a run of its own."
+            )
+            continue
         if (folder / SUMMARY_FILE).is_file():
             return folder.name, (
                 f"{folder} was made from the same data and settings and is finished: nothing is made again "
                 "(--timestamp NAME makes another run)."
             )
         return folder.name, f"Continuing the unfinished run {folder}, which has the same data and settings."
-    candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, 1000))
-    # two commands of the same second
-    free = next(candidate for candidate in candidates if not (runs / candidate).exists())
-    return free, ""
+    return free_name(runs, name), sentence
+
+
+def free_name(runs: Path, name: str) -> str:
+    """`name`, or with a number after it where two commands of the same second would have the same folder."""
+    candidates = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(candidate for candidate in candidates if not (runs / candidate).exists())
+
+
+def is_dated(name: str) -> bool:
+    """Whether a run was named after the time it began, not by the user."""
+    return re.fullmatch(r"\d{4}-\d\d-\d\d_\d{6}(-\d+)?", name) is not None
 
 
 def record_run(folder: Path, fingerprint: str | None) -> None:
@@ -127,27 +159,35 @@ def _same_runs(runs: Path, fingerprint: str) -> Iterator[Path]:
                 yield record.parent
 
 
-def fingerprint(settings: Any, *data: Path | None) -> str:
+NO_INFLUENCE = frozenset({"data", "masks", "run_dir", "expected_steps", "movies", "movie_size"})
+"""Fields that do not decide the field: paths (their content counts), what the run fills in itself, and what is made
+from the finished field (a run that is found again makes what is missing of it)."""
+STAGE_2 = frozenset({"refine_steps", "refine_strength"})
+"""Fields that decide nothing before stage 2 begins."""
+
+
+def fingerprint(settings: Any, *data: Path | None, without: frozenset[str] = frozenset()) -> str:
     """Hash of nested settings and of the content of files, folders and patterns; the same in every process.
 
     Args:
         settings: dataclasses, containers and plain values; fields named in `NO_INFLUENCE` are left out.
+        without: other fields to leave out.
+
+    Raises:
+        OSError: a file cannot be read.
     """
-    return content_hash(__version__, _plain(settings), *(_files_hash(path) for path in data))
+    plain = _plain(settings, NO_INFLUENCE | without)
+    return content_hash(__version__, plain, *(_files_hash(path) for path in data))
 
 
-NO_INFLUENCE = frozenset({"data", "masks", "run_dir", "expected_steps"})
-"""Fields that do not decide the result: paths (their content counts) and what the run fills in itself."""
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: Any, left_out: frozenset[str]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field.name for field in dataclasses.fields(value) if field.name not in NO_INFLUENCE]
-        return [type(value).__qualname__, {name: _plain(getattr(value, name)) for name in fields}]
+        fields = [field.name for field in dataclasses.fields(value) if field.name not in left_out]
+        return [type(value).__qualname__, {name: _plain(getattr(value, name), left_out) for name in fields}]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, left_out) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, left_out) for item in value]
     if isinstance(value, enum.Enum):
         return str(value)
     if isinstance(value, type) or callable(value):

@@ -3,12 +3,12 @@
 import pickle
 import shlex
 import shutil
-import signal
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -17,11 +17,24 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
-from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
+from sv4d_ns.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.files import check_zip
+from sv4d_ns.limits import check_settings
 from sv4d_ns.model import SV4DModelConfig
 from sv4d_ns.progress import TrainingBar
-from sv4d_ns.runs import VIEW_FOLDERS, checkpoint_steps, claim_run, fingerprint, record_run
+from sv4d_ns.runs import (
+    STAGE_2,
+    SUMMARY_FILE,
+    VIEW_FOLDERS,
+    checkpoint_steps,
+    claim_run,
+    fingerprint,
+    free_name,
+    is_dated,
+    keep_stage,
+    record_run,
+    stage_folder,
+)
 from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.viewing import local_unless_asked
 
@@ -57,12 +70,13 @@ class SV4DTrainerConfig(TrainerConfig):
         if not new:
             return
         with one_sentence_errors():
+            check_settings(self)
             name, sentence = claim_run(self.get_base_dir().parent, self.timestamp, self._fingerprint())
         self.timestamp = name
         if sentence:
             CONSOLE.print(sentence)
 
-    def _fingerprint(self) -> str | None:
+    def _fingerprint(self, without: frozenset[str] = frozenset()) -> str | None:
         """What decides the result of the run; None where it continues another one or has no data (an error later)."""
         datamanager = self.pipeline.datamanager
         assert isinstance(datamanager, SV4DDataManagerConfig)
@@ -77,28 +91,39 @@ class SV4DTrainerConfig(TrainerConfig):
             self.max_num_iterations,
             self.machine.seed,
             device,
+            self.mixed_precision,
         ]
         try:
-            return fingerprint([*settings, self.mixed_precision], datamanager.data, datamanager.masks)
+            return fingerprint(settings, datamanager.data, datamanager.masks, without=without)
         except OSError as error:
             raise InputError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
+
+    def stage_1(self) -> Path | None:
+        """Where the end of stage 1 is shared with runs that differ in stage 2 only; None where nobody can share it.
+
+        Raises:
+            InputError: the data cannot be read any more.
+        """
+        key = self._fingerprint(STAGE_2)
+        return None if key is None else stage_folder(self.get_base_dir(), key)
 
     def save_config(self) -> None:
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
+            check_settings(self)
             self.machine.device_type, sentence = choose_device(self.device)
             CONSOLE.print(sentence)
             identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()
             datamanager = self.pipeline.datamanager
             assert isinstance(datamanager, SV4DDataManagerConfig)
-            datamanager.run_dir = self.get_base_dir()
             datamanager.expected_steps = self.max_num_iterations
             self._spread_schedules()  # also where a run is continued
             if not self._has_views():
                 datamanager.check_data()
             self._make_folder(identity)
-        super().save_config()
+            datamanager.run_dir = self.get_base_dir()
+            super().save_config()
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -139,11 +164,17 @@ class SV4DTrainerConfig(TrainerConfig):
 
     def _make_folder(self, identity: str | None) -> None:
         try:
-            record_run(self.get_base_dir(), identity)
+            while True:
+                try:
+                    return record_run(self.get_base_dir(), identity)
+                except RuntimeError:  # another command of the same second was quicker
+                    if not is_dated(self.timestamp):
+                        raise
+                    self.timestamp = free_name(self.get_base_dir().parent, self.timestamp)
         except OSError as error:
             raise InputError(
                 f"--output-dir {self.output_dir} cannot be written ({error.strerror}): choose a folder you "
-                "may write to."
+                "may write to, on a disk with free space."
             ) from error
         except RuntimeError as error:
             raise InputError(f"{error}: wait for it, or start another run (--timestamp NAME).") from error
@@ -158,10 +189,34 @@ class SV4DTrainer(Trainer):
         super().__init__(config, local_rank, world_size)
         self.bar = TrainingBar()
         self.total_steps = config.max_num_iterations
+        self._last_step: int | None = None
+        self._in_step = False
+        self._interrupted = False
 
-    def show_progress(self, step: int) -> None:
-        """Advance the training bar."""
+    def begin_step(self, step: int) -> None:
+        """The first thing done in a step: an interrupt waits for the step's end, for half a step cannot be repeated."""
+        self._in_step = True
+
+    def end_step(self, step: int) -> None:
+        """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
         self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._psnr:.1f} dB")
+        self._last_step, self._in_step = step, False
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Inside a step's callbacks: something long that may be interrupted and is done again from the beginning."""
+        self._in_step = False
+        if self._interrupted:
+            raise KeyboardInterrupt
+        yield
+        self._in_step = True
+
+    def _interrupt(self) -> None:
+        again, self._interrupted = self._interrupted, True
+        if not again and not self._in_step:
+            raise KeyboardInterrupt
 
     def train_iteration(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """nerfstudio's iteration; its PSNR is shown in the bar.
@@ -178,6 +233,7 @@ class SV4DTrainer(Trainer):
         # the deformation takes no step in the static phase, but its schedule runs
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         with one_sentence_errors():
+            self._stage_1 = self.config.stage_1()
             self._adopt_views()
             self._resume_in_place()
             super().setup(test_mode)
@@ -195,13 +251,37 @@ class SV4DTrainer(Trainer):
                 partial.rename(self.base_dir / name)
 
     def _resume_in_place(self) -> None:
-        """`--load-config RUN/config.yml` names the run itself: go on from its newest checkpoint."""
-        fresh = self.config.load_dir is None and self.config.load_checkpoint is None
-        if fresh and checkpoint_steps(self.checkpoint_dir):
+        """Go on from the run's own newest checkpoint, or from a stage 1 another run has finished."""
+        if self.config.load_dir is not None or self.config.load_checkpoint is not None:
+            return
+        if checkpoint_steps(self.checkpoint_dir):
             self.config.load_dir = self.checkpoint_dir
+            return
+        shared = self._stage_1
+        rounds = getattr(self.config.pipeline, "refine_steps", ())
+        usable = [step for step in checkpoint_steps(shared) if step < min(rounds, default=step + 1)] if shared else []
+        if shared is None or not usable:
+            return
+        try:
+            check_zip(shared / f"step-{usable[-1]:09d}.ckpt")
+        except (ValueError, OSError) as error:
+            CONSOLE.print(f"The stage 1 kept in {shared} cannot be used ({error}); it is fitted again.")
+            return
+        self.config.load_dir, self.config.load_step = shared, usable[-1]
+        CONSOLE.print("Stage 1 is taken from a run that differs in stage 2 only.")
+
+    def keep_stage_1(self, step: int) -> None:
+        """Before stage 2: let runs with another stage 2 begin where stage 1 ended, after this step."""
+        checkpoint = self.checkpoint_dir / f"step-{step:09d}.ckpt"
+        if self._stage_1 is not None and checkpoint.is_file():
+            keep_stage(checkpoint, self._stage_1)
 
     def train(self) -> None:
         """Run what is left of the schedule; an interrupt saves a checkpoint and says how to go on."""
+        with one_sentence_errors():
+            self._train()
+
+    def _train(self) -> None:
         total = self.total_steps
         remaining = total - self._start_step
         pipeline: Any = self.pipeline
@@ -210,13 +290,13 @@ class SV4DTrainer(Trainer):
             CONSOLE.print(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
             pipeline.finish(self)
             return
-        try:
-            with one_sentence_errors():
+        with interrupts_handled_by(self._interrupt):
+            try:
                 self._train_with_one_way_back(total)
-        except KeyboardInterrupt:
-            self._stop(total)
-        finally:
-            self.config.max_num_iterations = total
+            except KeyboardInterrupt:
+                self._stop(total)
+            finally:
+                self.config.max_num_iterations = total
 
     def _train_with_one_way_back(self, total: int) -> None:
         """nerfstudio's loop; a loss that is not finite sends it back to the newest checkpoint, once."""
@@ -245,23 +325,20 @@ class SV4DTrainer(Trainer):
         self._load_checkpoint()
         pipeline.go_back(self._start_step)
 
-    def _stop(self, total: int) -> None:
-        """After an interrupt: save, say how to go on, end. A second interrupt does not disturb the saving."""
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self.bar.close()
+    def _stop(self, total: int) -> NoReturn:
+        """After an interrupt: save what was fitted, say how to go on, end. Further interrupts do not disturb it."""
+        self.bar.close()
+        if (self.base_dir / SUMMARY_FILE).is_file() and self.training_state == "completed":
+            raise SystemExit(0)  # the viewer stays open after the end until Ctrl-C
+        if self._last_step is not None and self._last_step not in checkpoint_steps(self.checkpoint_dir):
             CONSOLE.print("Stopping; the state is being saved.")
-            with one_sentence_errors():
-                if self.step > self._start_step:
-                    self.save_checkpoint(self.step)
-        finally:
-            signal.signal(signal.SIGINT, before)
+            self.save_checkpoint(self._last_step)
+        done = self._start_step if self._last_step is None else self._last_step + 1
         config_file = shlex.quote(str(self.base_dir / "config.yml"))
-        CONSOLE.print(
-            f"Stopped at step {self.step} of {total}. Go on with the same command, or:\n"
+        leave(
+            f"Stopped after {done} of {total} steps. Go on with the same command, or:\n"
             f"  ns-train {self.config.method_name} --load-config {config_file}"
         )
-        raise SystemExit(130) from None
 
     def _load_checkpoint(self) -> None:
         """Load field, optimizers and schedules, reading plain tensors only.
@@ -281,6 +358,8 @@ class SV4DTrainer(Trainer):
             if "schedulers" in state and self.config.load_scheduler:
                 self.optimizers.load_schedulers(state["schedulers"])
             self.grad_scaler.load_state_dict(state["scalers"])
+            pipeline: Any = self.pipeline
+            pipeline.resumed_visibility = state.get("visibility", {})
         except pickle.UnpicklingError as error:
             raise InputError(
                 f"{path} is damaged, or holds more than tensors and is not opened for safety: give a checkpoint of "
@@ -309,12 +388,14 @@ class SV4DTrainer(Trainer):
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
         partial = self.base_dir / "checkpoint.partial"
+        pipeline: Any = self.pipeline
         state = {
             "step": step,
             "pipeline": self.pipeline.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
+            "visibility": pipeline.datamanager.batch_sampler.visibility,
         }
         try:
             torch.save(state, partial)

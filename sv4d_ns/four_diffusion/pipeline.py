@@ -87,9 +87,10 @@ class FourDiffusionPipeline(SV4DPipeline):
         with one_sentence_errors():
             self._objective = self._make_objective()
         callbacks = VanillaPipeline.get_training_callbacks(self, training_callback_attributes)
-        show = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.show_progress)
+        begin = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], func=trainer.begin_step)
+        end = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.end_step)
         finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
-        return [*callbacks, show, finish]
+        return [begin, *callbacks, end, finish]
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """The terms of a step; raises `NotFiniteError` before one of them can spoil the field."""

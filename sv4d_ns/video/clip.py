@@ -209,8 +209,16 @@ def take(film: Film, chosen: list[int], region: Region | None = None) -> Clip:
 
 
 def open_film(path: Path) -> Film:
-    """Open a source and walk through it once, to know that it is whole and when its frames are shown."""
-    return _open(Path(path))
+    """Open a source and walk through it once, to know that it is whole and when its frames are shown.
+
+    Raises:
+        InputError: it is missing, unreadable, not a moving picture, or damaged.
+    """
+    try:
+        return _open(Path(path))
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long, links in a circle
+        place = error.filename if isinstance(error.filename, str) and len(error.filename) < 200 else path.name[:100]
+        raise InputError(f"{place} cannot be read ({error.strerror}): check the path and its permissions.") from error
 
 
 def _open(path: Path) -> Film:
@@ -224,8 +232,10 @@ def _open(path: Path) -> Film:
         if not pictures:
             raise InputError(f"No file matches {path}: check the pattern.")
         return _open_pictures(path, pictures)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path} does not exist: check the path of the video.")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file or folder of pictures (but a device or pipe): save the video first.")
     try:
         with path.open("rb") as file:
             head = file.read(16)
@@ -251,8 +261,8 @@ def _evenly_spaced(times: list[float], max_frames: int | None) -> list[int]:
     count = len(times)
     if max_frames is None or count <= max_frames:
         return list(range(count))
-    wanted = np.linspace(times[0], times[-1], max_frames)
-    nearest = np.abs(np.asarray(times)[None, :] - wanted[:, None]).argmin(axis=1)
+    starts = np.asarray(times)
+    nearest = np.array([np.abs(starts - wanted).argmin() for wanted in np.linspace(times[0], times[-1], max_frames)])
     # where the rate varies two times may want one frame: move the later ones on, leaving room for those to come
     for k in range(max_frames):
         lowest = nearest[k - 1] + 1 if k else 0
@@ -263,11 +273,11 @@ def _evenly_spaced(times: list[float], max_frames: int | None) -> list[int]:
 def _at_rate(times: list[float], fps: float) -> list[int]:
     """Indices of the frames shown at 0, 1/fps, 2/fps ... seconds, each once."""
     starts = np.asarray(times)
-    last_interval = float(np.median(np.diff(starts)))  # the last frame stays on the screen too
-    wanted = np.arange(times[0], times[-1] + last_interval - 1e-3, 1 / fps)
-    # the frame on the screen is the last one that began, with half a millisecond for rounded time stamps
-    shown = np.searchsorted(starts, wanted + 5e-4, side="right") - 1
-    return np.unique(shown.clip(0)).tolist()
+    end = times[-1] + float(np.median(np.diff(starts))) - 1e-3  # the last frame stays on the screen too
+    # a frame is kept if such a moment falls between its start and the next one's, with half a millisecond for rounded
+    # time stamps; counting the moments before each start needs no list of them, however many a rate makes
+    before = np.ceil((np.append(starts, end + 5e-4) - 5e-4 - times[0]) * fps).clip(0)
+    return np.flatnonzero(np.diff(before) > 0).tolist()
 
 
 def _rate(times: list[float], nominal_fps: float | None) -> float:
