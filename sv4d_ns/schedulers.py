@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 LEARNING_RATES = {
     "encoding": 2e-2,
     "heads": 1e-2,
-    "deformation": 5e-3,
+    "deformation": 1e-2,
     "appearance": 2e-2,
     "density_residual": 3e-2,
     "views": 1e-2,
