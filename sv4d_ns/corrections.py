@@ -23,6 +23,10 @@ COLOR_RANGE = 0.3
 """Change of a colour by a correction of 1, in each entry of the map."""
 MEMORY = 0.98
 """Share of a view's running error that is kept from one step to the next."""
+SMALLEST_ERROR = 1e-5
+"""Errors up to this one are none (50 dB)."""
+UNKNOWN = -1.0
+"""Running error of a view that no step has looked at yet."""
 
 
 class ViewCorrections(nn.Module):
@@ -35,7 +39,7 @@ class ViewCorrections(nn.Module):
         self.config = config
         self.pose = nn.Parameter(torch.zeros(views, 4), requires_grad=config.pose)
         self.color = nn.Parameter(torch.zeros(views, 3, 4), requires_grad=config.color)
-        self.register_buffer("error", torch.zeros(views))
+        self.register_buffer("error", torch.full((views,), UNKNOWN))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What is to be learned, as the group "views"; no group if nothing is switched on."""
@@ -108,18 +112,19 @@ class ViewCorrections(nn.Module):
         error = (rendered.rgb - batch.rgb).square().mean(-1) + (rendered.alpha - batch.alpha).square()
         count = torch.zeros_like(self.error).index_add(0, batch.view, torch.ones_like(error))
         mean = torch.zeros_like(self.error).index_add(0, batch.view, error) / count.clamp(min=1)
-        kept = torch.where(self.error > 0, MEMORY, 0.0)
+        kept = torch.where(self.error >= 0, MEMORY, 0.0)
         self.error.copy_(torch.where(count > 0, kept * self.error + (1 - kept) * mean, self.error))
 
 
 def robust_weights(error: Float[Tensor, " v"], tolerance: float) -> Float[Tensor, " v"]:
     """Weights of views from their errors: 1 up to `tolerance` times the median of the generated views' errors, then
-    falling with the square of the error. The input view (the first) counts in full."""
+    falling with the square of the error. The input view (the first) counts in full, and so do views whose error is not
+    known (negative)."""
     known = error[INPUT_VIEW + 1 :]
-    known = known[known > 0]
+    known = known[known >= 0]
     if not len(known):
         return torch.ones_like(error)
-    excess = functional.relu(error / (tolerance * known.median()) - 1)
+    excess = functional.relu(error / (tolerance * known.median()).clamp(min=SMALLEST_ERROR) - 1)
     weights = (1 + excess).square().reciprocal()
     weights[INPUT_VIEW] = 1
     return weights

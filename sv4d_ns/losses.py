@@ -1,7 +1,7 @@
 """Each loss of the 4D optimisation, a small pure function, with its source. All return a scalar.
 
-Where the papers use LPIPS, `perceptual` does so too if the network's weights are on this machine; `dssim`, the structural
-loss on patches, needs none. The printout of a run says which it has.
+Where the papers use LPIPS, `perceptual` does so too if the network's weights are on this machine; `dssim`, the
+structural loss on patches, needs none. The printout of a run says which it has.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.fit_settings import LossWeights as LossWeights
+from sv4d_ns.rendering import RaySamples
 
 Perceptual = Callable[[Float[Tensor, "p 3 h w"], Float[Tensor, "p 3 h w"]], Float[Tensor, " p"]]
 """Distance of each pair of pictures in [0, 1]."""
-from sv4d_ns.rendering import RaySamples
 
 
 def photometric(
@@ -69,9 +69,7 @@ def perceptual(
     return (weight * distance).sum() / weight.sum().clamp(min=1e-8)
 
 
-def normal(
-    rendered: Float[Tensor, "n 3"], estimated: Float[Tensor, "n 3"], weight: Float[Tensor, " n"]
-) -> Tensor:
+def normal(rendered: Float[Tensor, "n 3"], estimated: Float[Tensor, "n 3"], weight: Float[Tensor, " n"]) -> Tensor:
     """Weighted mean 1 - n . n_estimated (SV4D L_normal) of unit vectors; estimates of length zero do not count."""
     weight = weight * (estimated.square().sum(-1) > 0.5)
     return (weight * (1 - (rendered * estimated).sum(-1))).sum() / weight.sum().clamp(min=1e-8)

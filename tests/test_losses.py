@@ -135,3 +135,43 @@ def test_registration_pulls_points_outside_onto_the_hull_and_leaves_what_fits() 
 
 def test_density_residual_is_its_mean_square() -> None:
     assert losses.density_residual(torch.tensor([1.0, -3.0])) == 5
+
+
+def test_perceptual_distance_is_a_weighted_mean_over_patches() -> None:
+    network = lambda a, b: (a - b).abs().mean((1, 2, 3))  # noqa: E731
+    made = torch.stack([torch.full((4, 4, 3), 0.2), torch.full((4, 4, 3), 0.6)])
+    value = losses.perceptual(network, made, torch.zeros_like(made), torch.tensor([3.0, 1.0]))
+    assert value.item() == pytest.approx((3 * 0.2 + 0.6) / 4)
+
+
+def test_normal_loss_counts_only_estimated_normals() -> None:
+    up, side = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0])
+    rendered, estimated = torch.stack([up, up, up]), torch.stack([up, side, torch.zeros(3)])
+    value = losses.normal(rendered, estimated, torch.tensor([1.0, 3.0, 100.0]))
+    assert value.item() == pytest.approx(0.75)
+
+
+def test_depth_smoothness_is_the_mean_square_step_on_the_surface() -> None:
+    depth = torch.arange(4.0)[None, None].expand(1, 4, 4) * 0.5  # a slope across, none down
+    seen = torch.ones(1, 4, 4, dtype=torch.bool)
+    assert losses.depth_smoothness(depth, seen).item() == pytest.approx(0.5 * 0.25)
+    seen[..., 2:] = False
+    far = depth.clone()
+    far[..., 2:] = 1000.0
+    assert losses.depth_smoothness(far, seen).item() == pytest.approx(4 * 0.25 / (4 + 6))
+
+
+def test_bilateral_smoothness_lets_normals_turn_at_edges_of_the_picture() -> None:
+    angle = torch.linspace(0, 1, 8)
+    normals = torch.stack([torch.sin(angle), torch.zeros(8), torch.cos(angle)], -1).expand(1, 8, 8, 3)
+    plain, edge = torch.full((1, 8, 8, 3), 0.5), torch.zeros(1, 8, 8, 3)
+    edge[:, :, ::2] = 1.0
+    edge[:, :, 1::4] = 1.0
+    seen = torch.ones(1, 8, 8, dtype=torch.bool)
+    flat = normals[:, :, :1].expand(1, 8, 8, 3)
+    assert losses.bilateral_normal(flat, plain, seen).item() == pytest.approx(0, abs=1e-6)
+    turned = losses.bilateral_normal(normals, plain, seen)
+    # Sobel's central difference of a circle: |n(a + h) - n(a - h)| / 2 = sin h
+    assert turned.item() == pytest.approx(math.sqrt(1 + math.sin(1 / 7)) - 1, rel=1e-3)
+    assert losses.bilateral_normal(normals, edge, seen) < 0.7 * turned
+    assert losses.bilateral_normal(normals, plain, torch.zeros_like(seen)) == 0
