@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,6 +106,7 @@ class FitConfig:
     lr_appearance: float = LEARNING_RATES["appearance"]
     lr_density_residual: float = LEARNING_RATES["density_residual"]
     occupancy_every: int = 2
+    canonical: Literal["largest", "first"] = "largest"
     hull_margin: float | None = None
     occupancy_threshold: float = 0.05
     occupancy_decay: float = 0.7
@@ -133,7 +135,7 @@ def fit(
 ) -> tuple[DeformableField, OccupancyGrid, dict]:
     torch.manual_seed(config.seed)
     n_frames = views[0].rgb.shape[0]
-    canonical = int(views[0].alpha.sum((1, 2)).argmax())
+    canonical = int(views[0].alpha.sum((1, 2)).argmax()) if config.canonical == "largest" else 0
     field_config = replace(field_config, canonical_time=canonical / (n_frames - 1), keyframes=n_frames)
     field = DeformableField(field_config)
     occupancy = OccupancyGrid(n_frames, threshold=config.occupancy_threshold, decay=config.occupancy_decay)
@@ -142,7 +144,9 @@ def fit(
     for number, v in enumerate(views):
         ones = torch.ones_like(v.alpha)
         train.append(
-            TrainView(number, v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, None, v.vote >= 1, v.vote)
+            TrainView(
+                number, v.azimuth, v.c2w, v.focal, v.rgb, v.alpha, ones, v.weight * ones, None, v.vote >= 1, v.vote
+            )
         )
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])

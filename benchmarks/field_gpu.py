@@ -4,25 +4,28 @@
 
 Fits a procedural creature (or a case) with the package's own steps and writes field_gpu.md: steps per second, time to
 30 dB on two elevated views, peak memory, and the share of time of each kernel (torch.profiler). With `--compile` the
-heads and the compositing run through torch.compile. Encodings take the torch path on CUDA; the table says whether
-tinycudann and nerfacc are importable, but the field does not use them yet.
+heads run through torch.compile. The canonical hash grid is tiny-cuda-nn's where tinycudann can be imported, rays are
+walked by nerfacc where its extension works (`rendering.marcher`); the table says which of them ran. `--encoding numba`
+and an environment without nerfacc measure the torch paths.
 
 `--device cpu` with small sizes exercises the same code without a GPU.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from sv4d_ns.errors import InputError, one_sentence_errors
+from sv4d_ns.fields.hash_grid import tinycudann_works
 from sv4d_ns.files import atomic_path
+from sv4d_ns.rendering import marcher
 
 sys.path.insert(0, str(Path(__file__).parent))
 from field import FieldBenchmark, Ours, fit, seconds_to
@@ -50,6 +53,9 @@ class FieldOnGpu:
     """Rays of a step."""
     seconds: float = 180.0
     """Time to fit."""
+    encoding: Literal["auto", "numba", "tinycudann"] = "auto"
+    """Who evaluates the canonical hash grid; auto takes tinycudann on CUDA where it can be imported. numba means torch
+    there."""
     compile: bool = False
     """Compile the heads with torch.compile."""
     profiled_steps: int = 10
@@ -63,7 +69,10 @@ class FieldOnGpu:
             )
         views = FieldBenchmark(out=self.out, case=self.case, size=self.size, frames=self.frames)
         grid, held_out = views.views()
-        build = Ours(grid, self.rays, self.steps, self.device)
+        encoding = self.encoding
+        if encoding == "auto":
+            encoding = "tinycudann" if self.device.startswith("cuda") and tinycudann_works() else "numba"
+        build = Ours(grid, self.rays, self.steps, self.device, encoding)
         if self.compile:
             build.field.density_head = torch.compile(build.field.density_head)
             build.field.color_head = torch.compile(build.field.color_head)
@@ -75,8 +84,8 @@ class FieldOnGpu:
         lines = [
             f"{name}, torch {torch.__version__}, {self.size}x{self.size}, {grid.num_frames} frames, "
             f"{grid.num_views + 1} views, {self.rays} rays a step, torch.compile {'on' if self.compile else 'off'}.",
-            *(f"{module}: {'importable' if importlib.util.find_spec(module) else 'not installed'}, not used."
-              for module in ("tinycudann", "nerfacc")),
+            f"Canonical hash grid: {encoding if on_gpu and encoding == 'tinycudann' else 'torch' if on_gpu else 'numba'}; "
+            f"rays walked by {marcher(torch.zeros(1, 3, device=self.device))}.",
             "",
             f"- {1 / report['seconds_per_step']:.1f} steps/s",
             f"- {TARGET_PSNR:g} dB: {'not reached' if reached is None else f'{reached:.0f} s'}",
