@@ -84,7 +84,7 @@ class FieldOnGpu:
         lines = [
             f"{name}, torch {torch.__version__}, {self.size}x{self.size}, {grid.num_frames} frames, "
             f"{grid.num_views + 1} views, {self.rays} rays a step, torch.compile {'on' if self.compile else 'off'}.",
-            f"Canonical hash grid: {encoding if on_gpu and encoding == 'tinycudann' else 'torch' if on_gpu else 'numba'}; "
+            f"Canonical hash grid: {'torch' if on_gpu and encoding == 'numba' else encoding}; "
             f"rays walked by {marcher(torch.zeros(1, 3, device=self.device))}.",
             "",
             f"- {1 / report['seconds_per_step']:.1f} steps/s",
