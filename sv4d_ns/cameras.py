@@ -148,7 +148,7 @@ class ViewPlan:
             return cls(**values)
         except TypeError as error:
             raise InputError(f"The view plan cannot be read ({error}): write it with ViewPlan.to_dict.") from error
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"The view plan holds something that is not a number ({error}).") from error

@@ -30,6 +30,9 @@ TRANSFORMS_FILE = "transforms.json"
 FORMAT = "sv4d-view-grid"
 FORMAT_VERSION = 1
 
+LARGEST = 16384
+"""Frames, and pixels along a side, that a grid holds at most."""
+
 PNG_COMPRESSION = 3
 """zlib level: twice as fast as PIL's default for files about 5 % larger (own choice; a grid is written often)."""
 
@@ -140,8 +143,14 @@ class ViewGrid:
             )
             fps, framing, provenance = float(description["fps"]), description["framing"], description["provenance"]
             has_confidence, content_id = bool(description["confidence"]), description["content_id"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{folder / GRID_FILE} lacks or garbles {error}: make the views again.") from error
+        # before anything of the promised number is built: a forged one could ask for memory without end
+        last = folder / image_name("images", plan.num_views, num_frames - 1)
+        if not last.is_file():
+            raise InputError(f"The view grid lacks {last}: make the views again.")
         _check_transforms(folder / TRANSFORMS_FILE, _transforms(plan, num_frames, input_size, view_size))
 
         def read(kind: str, view: int, size: int, mode: str) -> list[np.ndarray]:
@@ -299,8 +308,11 @@ def _read_plan(values: dict[str, Any], path: Path) -> ViewPlan:
 
 def _positive_integer(description: dict[str, Any], name: str, folder: Path) -> int:
     value = description[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{folder / GRID_FILE} has {name} = {value!r}, not a positive integer: make the views again.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+        raise InputError(
+            f"{folder / GRID_FILE} has {name} = {str(value)[:20]!r}, not an integer from 1 to {LARGEST}: make the "
+            "views again."
+        )
     return value
 
 

@@ -86,7 +86,8 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
-        assert claim_run(tmp_path, "tuesday", "x") == ("tuesday", "")
+        name, sentence = claim_run(tmp_path, "tuesday", "x")
+        assert name == "tuesday" and "Another process is at work" in sentence
         with pytest.raises(RuntimeError, match="in use by another process"):
             record_run(tmp_path / "monday", "x")
         process.kill()

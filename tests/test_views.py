@@ -180,7 +180,7 @@ DAMAGE = {
     "nested without end": (lambda f: (f / "grid.json").write_text("[" * 100_000), "cannot be read"),
     "newer format": (rewrite("grid.json", lambda g: g.update(version=99)), "another format"),
     "key missing": (rewrite("grid.json", lambda g: g.pop("fps")), "fps"),
-    "no frames": (rewrite("grid.json", lambda g: g.update(num_frames=0)), "num_frames = 0"),
+    "no frames": (rewrite("grid.json", lambda g: g.update(num_frames=0)), "num_frames = '0'"),
     "frames a word": (rewrite("grid.json", lambda g: g.update(num_frames="3")), "num_frames = '3'"),
     "bad fps": (rewrite("grid.json", lambda g: g.update(fps=None)), "grid.json lacks or garbles"),
     "nan fps": (rewrite("grid.json", lambda g: g.update(fps=float("nan"))), "frame rate nan"),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sv4d_ns.errors import InputError
 from sv4d_ns.files import atomic_path, content_hash
 
 WHOLE = 65536
@@ -52,11 +53,21 @@ class WindowStore:
         return tensor
 
     def save(self, name: str, key: str, frames: Tensor) -> None:
-        """Keep a finished window."""
+        """Keep a finished window.
+
+        Raises:
+            InputError: there is no space for it.
+        """
         frames = frames.contiguous()
         metadata = {"key": key, "digest": content_hash(frames.numpy())}
-        with atomic_path(self._path(name)) as temporary:
-            save_file({"frames": frames}, temporary, metadata=metadata)
+        try:
+            with atomic_path(self._path(name)) as temporary:
+                save_file({"frames": frames}, temporary, metadata=metadata)
+        except SafetensorError as error:  # how a full disk is reported
+            raise InputError(
+                f"{self._path(name)} cannot be written ({error}): free some space on the disk; the same command goes "
+                "on from what is finished."
+            ) from error
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
