@@ -1,35 +1,44 @@
 """4Diffusion measured: what distillation and anchor add, how fast a step is, how much memory the released model takes.
 
-    python benchmarks/four_diffusion.py ablation --objects 4 --steps 400
+    python benchmarks/four_diffusion.py targets --object 100
+    python benchmarks/four_diffusion.py ablation --objects 3 --steps 200
     python benchmarks/four_diffusion.py speed
     python benchmarks/four_diffusion.py memory
 
-`ablation` fits held-out procedural creatures with the embedded model in the same number of steps: from its sampled
-views alone; the same with distillation and anchor added in the second half; and from the views and the input video.
+`targets` says at which noise the model knows more than a field fitted to its own sampled views.
+`ablation` fits held-out procedural creatures with the embedded model, every arm in the same number of steps. The first
+half is the same for all: the sampled views. Then the views go on alone; or distillation and anchor take their place,
+together or one of them; or the input video joins the views (what can be had without distillation).
 `speed` compares one step with the same step as the reference's code words it.
 `memory` runs the released model's networks on the meta device and adds up what is alive.
 """
 
+import copy
 import json
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sv4d_ns.cameras import ViewPlan
+from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.evaluation.protocols import PROTOCOLS
+from sv4d_ns.evaluation.scores import Backbones, Pictures, picture_figures, video_figures
 from sv4d_ns.fields.space_time import SpaceTimeField
 from sv4d_ns.files import atomic_path
 from sv4d_ns.fitting import BatchConfig, BatchSampler, hull_views, train_views
 from sv4d_ns.four_diffusion import losses
+from sv4d_ns.four_diffusion.cameras import DrawnViews
 from sv4d_ns.four_diffusion.model import field_config
 from sv4d_ns.four_diffusion.objective import Objective, ObjectiveConfig, make_anchor
 from sv4d_ns.four_diffusion.occupancy import SharedOccupancyGrid
@@ -40,142 +49,284 @@ from sv4d_ns.four_diffusion.schedules import own_weights
 from sv4d_ns.four_diffusion.warm_up import view_terms
 from sv4d_ns.occupancy import OccupancyGrid
 from sv4d_ns.rendering import RaySamples, accumulate, compositing_weights
-from sv4d_ns.renders import psnr, render_rgba, silhouette_iou
+from sv4d_ns.renders import psnr, render_rgba
 from sv4d_ns.sampling import ScheduleConfig, Window
 from sv4d_ns.schedulers import DecaySchedulerConfig, decay_factor
-from sv4d_ns.synthesis import load_synthesizer
-from sv4d_ns.training.evaluate import held_out_clip
+from sv4d_ns.synthesis import load_synthesizer, to_model_space
+from sv4d_ns.training.evaluate import as_floats, held_out_clip, motion_error, roughness
 from sv4d_ns.views import ViewGrid, over_white
 
 FRAMES, SIZE = 8, 64
-SAMPLED, WITH_INPUT = "sampled views", "sampled views and input video"
-BOTH = "sampled views, then also SDS + anchor"
-ARMS = (SAMPLED, BOTH, WITH_INPUT)
+SAMPLED, WITH_INPUT = "sampled views alone", "sampled views and input video"
+METHOD, NO_ANCHOR = "SDS + anchor", "SDS alone"
+ARMS = (SAMPLED, METHOD, WITH_INPUT, NO_ANCHOR)
+"""The second half of a run; the first is SAMPLED's."""
+SHOWN = ("psnr", "ssim", "dssim_box", "iou", "sharpness", "motion", "hull", "input_psnr")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out creature, what the embedded model makes of its video, and the truth."""
+    """A held-out creature, what the model makes of its video, and the truth."""
 
     grid: ViewGrid
     truth: np.ndarray
     prior: SV4DPrior
 
+    def pictures(self, made: np.ndarray) -> Pictures:
+        """Some pictures of the novel views, beside the truth."""
+        plan = self.grid.plan
+        return Pictures(
+            name="creature",
+            made=made,
+            truth=self.truth,
+            view_names=tuple(f"{azimuth:g}" for azimuth in plan.azimuths_deg),
+            azimuths_deg=np.asarray(plan.azimuths_deg),
+            elevations_deg=np.asarray(plan.elevations_deg),
+            times=np.linspace(0, 1, FRAMES),
+            c2w=plan.c2w()[1:],
+            focal_px=plan.focal_px(SIZE),
+        )
 
-def make_case(index: int) -> Case:
-    """The index-th held-out creature of the embedded model's evaluation."""
-    plan = ViewPlan.EMBEDDED
-    clip = held_out_clip(index, FRAMES, SIZE, plan)
+
+def make_case(index: int, model: Path | None = None) -> Case:
+    """The index-th held-out creature of the embedded model's evaluation, seen by that model or another one."""
+    clip = held_out_clip(index, FRAMES, SIZE)
     synthesizer: Any = load_synthesizer("embedded", "cpu")[0]
+    if model is not None:
+        synthesizer.pipeline = StableVideo4D2Pipeline.from_pretrained(model)
     with tempfile.TemporaryDirectory() as store:
-        views = synthesizer.generate(clip.inputs, plan, seed=0, store=Path(store), progress=lambda done, total: None)
-    grid = ViewGrid(clip.inputs, views.images, plan, 8.0, views.confidence)
-    return Case(grid, clip.views, SV4DPrior(synthesizer.pipeline, clip.inputs, plan.radius, plan.fov_deg))
+        views = synthesizer.generate(
+            clip.inputs, clip.plan, seed=0, store=Path(store), progress=lambda done, total: None
+        )
+    grid = ViewGrid(clip.inputs, views.images, clip.plan, 8.0, views.confidence)
+    return Case(grid, clip.views, sv4d_prior(synthesizer.pipeline, grid))
 
 
-def new_field(case: Case) -> tuple[SpaceTimeField, OccupancyGrid, torch.optim.Optimizer]:
-    """Untrained, bounded by the hull of the grid's silhouettes; the same for every arm."""
+def sv4d_prior(pipeline: StableVideo4D2Pipeline, grid: ViewGrid) -> SV4DPrior:
+    """The model that made a grid, ready to be asked about it."""
+    plan = grid.plan
+    return SV4DPrior(pipeline, grid.input_frames, plan.radius, plan.fov_deg, plan.input_elevation_deg)
+
+
+@dataclass
+class Fit:
+    """A field in the making."""
+
+    field: SpaceTimeField
+    occupancy: OccupancyGrid
+    optimizer: torch.optim.Optimizer
+
+
+def new_fit(case: Case) -> Fit:
+    """Untrained, bounded by the hull of the silhouettes of sampled views and input; the same for every arm."""
     torch.manual_seed(0)
     field, occupancy = SpaceTimeField(field_config(small=True)), OccupancyGrid(FRAMES)
     occupancy.carve(hull_views(train_views(case.grid, "cpu")))
     groups = [{"params": group, "lr": 1e-2 if name == "encoding" else 3e-3} for name, group in
               field.parameter_groups().items()]  # fmt: skip
-    return field, occupancy, torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
+    return Fit(field, occupancy, torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, fused=True))
 
 
-def fit(case: Case, arm: str, steps: int) -> tuple[SpaceTimeField, OccupancyGrid, float]:
-    """One arm; returns the seconds it took, too."""
-    field, occupancy, optimizer = new_field(case)
+def make_sampler(case: Case, arm: str) -> BatchSampler:
+    """Pixels of the sampled views, for WITH_INPUT also of the input video."""
     views = train_views(case.grid, "cpu")
-    batch = BatchConfig(rays=2048, patches=0, input_share=0.5 if arm == WITH_INPUT else 0.0)
-    sampler = BatchSampler(views if arm == WITH_INPUT else views[1:], batch, ScheduleConfig(), 0)
-    first = steps // 2 if arm == BOTH else steps
+    with_input = arm == WITH_INPUT
+    config = BatchConfig(rays=2048, patches=0, input_share=0.5 if with_input else 0.0)
+    return BatchSampler(views if with_input else views[1:], config, ScheduleConfig(), 0)
+
+
+def make_objective(case: Case, fit: Fit, arm: str, steps: int) -> Objective:
+    """What `ns-train 4diffusion` asks on a CPU after its warm-up, or a part of it."""
     config = ObjectiveConfig(
-        total_steps=max(steps - first, 1),
+        total_steps=steps,
         first_step=WARM_START,
         frames_per_step=4,
         weights=own_weights(short_run=True, perceptual=False),
+        noise=case.prior.noise,
         render=RenderSettings(samples=128, normals=1024),
     )
-    anchor = make_anchor(case.grid, 0, SIZE, "cpu")
-    objective = Objective(field, occupancy, case.prior, anchor, FRAMES, config)
-    decay = DecaySchedulerConfig(warmup_steps=0, max_steps=steps)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay_factor(decay, step))
-    began = time.monotonic()
-    for step in range(steps):
+    anchor = None if arm == NO_ANCHOR else make_anchor(case.grid, 0, SIZE, "cpu")
+    return Objective(fit.field, fit.occupancy, case.prior, anchor, FRAMES, config)
+
+
+def run_steps(case: Case, fit: Fit, arm: str, steps: range, total: int) -> None:
+    """Some of the `total` steps of an arm."""
+    objective = make_objective(case, fit, arm, len(steps)) if arm in (METHOD, NO_ANCHOR) else None
+    sampler = make_sampler(case, arm)
+    decay = DecaySchedulerConfig(warmup_steps=0, max_steps=total)
+    rates = [group.setdefault("initial_lr", group["lr"]) for group in fit.optimizer.param_groups]
+    for step in steps:
+        for group, rate in zip(fit.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * decay_factor(decay, step)
         if step % 2 == 0:
-            occupancy.update(field, step // 2 % FRAMES)
-        terms, _ = view_terms(field, occupancy, sampler.draw(step, Window(0, FRAMES - 1), 0))
-        if step >= first:
-            terms |= objective.terms(step - first)
-        optimizer.zero_grad()
+            fit.occupancy.update(fit.field, step // 2 % FRAMES)
+        if objective is not None:
+            terms = objective.terms(step - steps.start)
+        else:
+            terms, _ = view_terms(fit.field, fit.occupancy, sampler.draw(step, Window(0, FRAMES - 1), 0))
+        fit.optimizer.zero_grad()
         sum(terms.values(), torch.zeros(())).backward()
-        optimizer.step()
-        rates.step()
-    return field, occupancy, time.monotonic() - began
+        fit.optimizer.step()
 
 
-def score(case: Case, field: SpaceTimeField, occupancy: OccupancyGrid) -> dict[str, float]:
-    """Against the truth at the novel views (every second frame), and at the input view."""
-    plan, frames = case.grid.plan, range(0, FRAMES, 2)
-    c2w, focal = plan.c2w(), plan.focal_px(SIZE)
+def fit_pictures(case: Case, fit: Fit, views: range) -> np.ndarray:
+    """Renders of all frames at some of the grid's views (0 the input), [t, v, s, s, 4]."""
+    c2w, focal = case.grid.plan.c2w(), case.grid.plan.focal_px(SIZE)
+    return np.stack(
+        [
+            [render_rgba(fit.field, fit.occupancy, c2w[v], focal, SIZE, t / (FRAMES - 1)) for v in views]
+            for t in range(FRAMES)
+        ]
+    )
 
-    def picture(view: int, frame: int) -> np.ndarray:
-        return render_rgba(field, occupancy, c2w[view], focal, SIZE, frame / (FRAMES - 1))
 
-    novel = [(picture(v + 1, t), case.truth[t, v]) for t in frames for v in range(plan.num_views)]
-    known = [(picture(0, t), case.grid.input_frames[t]) for t in frames]
-
-    def decibel(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
-        return float(np.mean([psnr(over_white(a) / 255.0, over_white(b) / 255.0) for a, b in pairs]))
-
-    def structure(a: np.ndarray, b: np.ndarray) -> float:
-        x, y = (torch.from_numpy(over_white(p)).float().movedim(-1, 0)[None] / 255 for p in (a, b))
-        return losses.ssim(x, y).item()
-
-    return {
-        "novel_psnr": decibel(novel),
-        "novel_ssim": float(np.mean([structure(a, b) for a, b in novel])),
-        "novel_iou": float(np.mean([silhouette_iou(a[..., 3], b[..., 3]) for a, b in novel])),
-        "input_psnr": decibel(known),
+def score(case: Case, made: np.ndarray, at_input: np.ndarray) -> dict[str, float]:
+    """Means over the novel views, against the truth. `motion` and `sharpness` as in `training.evaluate.Scores`."""
+    figures = {
+        name: float(np.mean(values)) for name, values in picture_figures(case.pictures(made), Backbones()).items()
     }
+    floats, truth = as_floats(made), as_floats(case.truth)
+    figures["motion"] = motion_error(floats, truth)
+    figures["sharpness"] = roughness(floats[..., :3]) / roughness(truth[..., :3])
+    pairs = zip(at_input[:, 0], case.grid.input_frames, strict=True)
+    figures["input_psnr"] = float(np.mean([psnr(over_white(a) / 255.0, over_white(b) / 255.0) for a, b in pairs]))
+    return figures
 
 
 @dataclass(frozen=True)
 class Ablation:
     """What each part of the objective adds on held-out creatures."""
 
-    objects: int = 4
+    objects: int = 3
     """Held-out creatures."""
     first: int = 0
     """Number of the first one."""
-    steps: int = 400
+    steps: int = 200
     """Optimisation steps of every arm."""
+    arms: tuple[str, ...] = ARMS
+    """What to fit."""
+    model: Path | None = None
+    """Folder of another model than the embedded one, as `sv4d train` writes it."""
     threads: int = 1
     """CPU threads."""
-    output: Path = Path("four_diffusion_ablation.json")
-    """Where the rows go, after every arm; rows that are there are not made again."""
+    out: Path = Path("four_diffusion_ablation")
+    """Where figures and pictures go, after every arm; what is there is not made again."""
 
     def main(self) -> None:
         """Run what is missing, then print the means."""
         torch.set_num_threads(self.threads)
         torch.set_flush_denormal(True)
-        rows = json.loads(self.output.read_text()) if self.output.is_file() else []
+        self.out.mkdir(parents=True, exist_ok=True)
+        rows, videos = [], {arm: [] for arm in self.arms}
         for index in range(self.first, self.first + self.objects):
-            missing = [arm for arm in ARMS if not any((r["object"], r["arm"]) == (index, arm) for r in rows)]
-            case = make_case(index) if missing else None
-            for arm in missing:
-                assert case is not None
-                field, occupancy, seconds = fit(case, arm, self.steps)
-                rows.append({"object": index, "arm": arm, **score(case, field, occupancy), "seconds": seconds})
-                print(rows[-1], flush=True)
-                with atomic_path(self.output) as path:
-                    path.write_text(json.dumps(rows, indent=1))
-        names = ("novel_psnr", "novel_ssim", "novel_iou", "input_psnr")
-        for arm in ARMS:
+            case = make_case(index, self.model)
+            half: Fit | None = None
+            made = [case.truth, case.grid.novel_views]
+            for arm in self.arms:
+                path = self.out / f"{index:04d}_{arm.replace(' ', '_')}_{self.steps}.npz"
+                if not path.is_file():
+                    half = half or self._first_half(case)
+                    pictures, seconds = self._second_half(case, half, arm)
+                    with atomic_path(path) as temporary, temporary.open("wb") as file:
+                        np.savez_compressed(file, pictures=pictures, seconds=seconds)
+                kept = np.load(path)
+                views = kept["pictures"][:, 1:]
+                figures = score(case, views, kept["pictures"][:, :1])
+                rows.append({"object": index, "arm": arm, "cpu_s": float(kept["seconds"]), **figures})
+                made.append(views)
+                videos[arm].append(case.pictures(views))
+                print(index, arm, {name: round(figures[name], 4) for name in SHOWN}, flush=True)
+            sheet = np.concatenate([np.concatenate(list(over_white(views[FRAMES // 2])), 1) for views in made])
+            Image.fromarray(sheet).save(self.out / f"{index:04d}.png")
+        with atomic_path(self.out / "figures.json") as path:
+            path.write_text(json.dumps(rows, indent=1))
+        self._summarise(rows, videos)
+
+    def _first_half(self, case: Case) -> Fit:
+        fit = new_fit(case)
+        run_steps(case, fit, SAMPLED, range(self.steps // 2), self.steps)
+        return fit
+
+    def _second_half(self, case: Case, half: Fit, arm: str) -> tuple[np.ndarray, float]:
+        fit = new_fit(case)
+        fit.field.load_state_dict(half.field.state_dict())
+        fit.occupancy.load_state_dict(half.occupancy.state_dict())
+        fit.optimizer.load_state_dict(copy.deepcopy(half.optimizer.state_dict()))
+        began = time.process_time()
+        run_steps(case, fit, arm, range(self.steps // 2, self.steps), self.steps)
+        seconds = time.process_time() - began
+        return fit_pictures(case, fit, range(case.grid.num_views + 1)), seconds
+
+    def _summarise(self, rows: list[dict[str, Any]], videos: dict[str, list[Pictures]]) -> None:
+        # so few objects make no distribution: squared distances of the features of paired videos
+        protocol = replace(PROTOCOLS["benchmark"], fvd_of_each_video=True)
+        print("| | " + " | ".join([*SHOWN, "rfd_4d", "cpu_s"]) + " |\n" + "|---" * (len(SHOWN) + 3) + "|")
+        for arm in self.arms:
             mine = [row for row in rows if row["arm"] == arm]
-            means = ", ".join(f"{name} {np.mean([row[name] for row in mine]):.3f}" for name in names)
-            print(f"{arm} ({len(mine)} objects): {means}")
+            means = [f"{np.mean([row[name] for row in mine]):.3f}" for name in SHOWN]
+            apart = video_figures(videos[arm], Backbones(), protocol)["rfd_4d"].value
+            seconds = np.mean([row["cpu_s"] for row in mine])
+            print(f"| {arm} | " + " | ".join([*means, f"{apart:.4f}", f"{seconds:.0f}"]) + " |")
+
+
+# --------------------------------------------------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True)
+class Targets:
+    """At which noise the model knows more than a field fitted to its sampled views: PSNR, SSIM and silhouette IoU of
+    the field's renders at four orthogonal views, and of what the model sees behind them with noise."""
+
+    object: int = 100
+    """Held-out creature."""
+    steps: int = 200
+    """Of the field's fit to the sampled views."""
+    draws: int = 8
+    """Noises that are averaged, as distillation averages over its steps; one of them is shown alone, too."""
+    levels: tuple[int, ...] = (100, 300, 600, 850, 900, 980)
+    """Noise levels, of 1000."""
+    model: Path | None = None
+    """As for the ablation."""
+
+    def main(self) -> None:
+        """Print a row for each level."""
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+        case = make_case(self.object, self.model)
+        fit = new_fit(case)
+        run_steps(case, fit, SAMPLED, range(self.steps), self.steps)
+        frames, picked = list(range(0, FRAMES, 2)), list(range(0, case.grid.num_views, 2))
+        renders = fit_pictures(case, fit, range(1, case.grid.num_views + 1))
+        views = DrawnViews(
+            tuple(case.grid.plan.azimuths_deg[view] for view in picked), case.grid.plan.input_elevation_deg
+        )
+        truth = case.truth[frames][:, picked]
+        self._row("sampled views", case.grid.novel_views[frames][:, picked], truth)
+        shown = renders[frames][:, picked]
+        self._row("renders", shown, truth)
+        latents = case.prior.encode(to_model_space(shown, 4).flatten(0, 1), torch.Generator())
+        for level in self.levels:
+            seen = [
+                case.prior.target(latents, frames, views, level, torch.Generator().manual_seed(seed))
+                for seed in range(self.draws)
+            ]
+            for name, target in (("one draw", seen[0]), (f"mean of {self.draws}", torch.stack(seen).mean(0))):
+                self._row(f"noise {level}, {name}", self._decoded(case, target, truth.shape[:2]), truth)
+
+    @torch.no_grad()
+    def _decoded(self, case: Case, latents: Tensor, grid: tuple[int, int]) -> np.ndarray:
+        vae = case.prior.pipeline.vae
+        images = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1) / 2 + 0.5
+        values = images.movedim(1, -1).unflatten(0, grid)
+        alpha = values[..., 3:]
+        straight = (values[..., :3] - (1 - alpha)) / alpha.clamp(min=1e-3)
+        return (torch.cat([straight.clamp(0, 1), alpha], -1) * 255).round().byte().numpy()
+
+    def _row(self, name: str, made: np.ndarray, truth: np.ndarray) -> None:
+        from sv4d_ns.evaluation.scores import pair_figures
+
+        figures = pair_figures(made.reshape(-1, *made.shape[2:]), truth.reshape(-1, *truth.shape[2:]), Backbones())
+        print(name.ljust(26), *(f"{key} {figures[key].mean():.3f}" for key in ("psnr", "ssim", "iou")), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- speed
@@ -184,7 +335,7 @@ class Ablation:
 def literal_terms(case: Case, field: SpaceTimeField, occupancy: SharedOccupancyGrid, step: int) -> dict[str, Tensor]:
     """A step as the reference's code words it: conditions are encoded again, 32 + 1 + 4 pictures rendered, normals
     taken at every sample of the last four."""
-    prior = SV4DPrior(case.prior.pipeline, case.grid.input_frames, case.prior.radius, case.prior.fov_deg)
+    prior = sv4d_prior(case.prior.pipeline, case.grid)
     anchor = make_anchor(case.grid, 0, SIZE, "cpu")
     config = ObjectiveConfig(total_steps=100, frames_per_step=FRAMES, render=RenderSettings(normals=0))
     terms = Objective(field, occupancy, prior, anchor, FRAMES, config).terms(step)
@@ -226,7 +377,9 @@ class Speed:
         torch.set_num_threads(self.threads)
         torch.set_flush_denormal(True)
         case = make_case(0)
-        field, occupancy, _ = fit(case, WITH_INPUT, self.warm_steps)
+        made = new_fit(case)
+        run_steps(case, made, WITH_INPUT, range(self.warm_steps), self.warm_steps)
+        field, occupancy = made.field, made.occupancy
         shared = SharedOccupancyGrid(half_extent=field.config.half_extent)
         for step in range(0, 64, 16):
             shared.refresh(field, step)
@@ -351,7 +504,8 @@ class Memory:
 
 
 Command = (
-    Annotated[Ablation, tyro.conf.subcommand("ablation")]
+    Annotated[Targets, tyro.conf.subcommand("targets")]
+    | Annotated[Ablation, tyro.conf.subcommand("ablation")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
 )

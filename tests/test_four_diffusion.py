@@ -277,7 +277,7 @@ def test_lpips_without_weights_is_left_out(tmp_path, monkeypatch):
 class TruthPrior:
     """Knows what the views look like: its target is the truth, at any noise."""
 
-    num_frames, image_size, channels, highest_elevation_deg = 2, 16, 4, 0.0
+    num_frames, image_size, channels, base_elevation_deg, highest_elevation_deg = 2, 16, 4, 0.0, 0.0
     radius, fov_deg = ViewPlan.EMBEDDED.radius, ViewPlan.EMBEDDED.fov_deg
 
     def __init__(self, subject, times):

@@ -26,7 +26,7 @@ FRAMES, STEPS = 3, 6
 def short_config(output_dir: Path, **changes) -> FourDiffusionTrainerConfig:
     config = yaml.unsafe_load(yaml.dump(method.config))  # nerfstudio mutates the one it is given
     config.experiment_name, config.timestamp = None, "{timestamp}"
-    config.pipeline.frames_per_step, config.pipeline.anchor_size = 2, 32
+    config.pipeline.frames_per_step, config.pipeline.anchor_size, config.pipeline.movies = 2, 32, ()
     config.pipeline.model.train_samples = 48
     config.pipeline.datamanager.train_num_rays_per_batch = 256
     config.vis = "tensorboard"

@@ -6,6 +6,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
+from fourdm_fixture import NETWORK as TINY
 
 from sv4d_ns.diffusion.fourdm import official
 from sv4d_ns.diffusion.fourdm.checkpoints import MOTION, convert_network, keys_of
@@ -16,17 +17,6 @@ from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline, view_cameras
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
 from sv4d_ns.errors import InputError
 from sv4d_ns.four_diffusion.synthesizer import FourDMSynthesizer, fourdm_plan
-
-TINY = {
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "attention_levels": (True, False),
-    "attention_head_dim": 16,
-    "cross_attention_dim": 16,
-    "image_embed_dim": 24,
-    "image_tokens": 3,
-    "motion_heads": 4,
-}
 
 
 def tiny_network(seed: int = 0) -> FourDMUNet:

@@ -1,72 +1,19 @@
 """4DM with encoders, tiny and untrained: from frames and a prompt to views, and to a gradient in renders."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from test_fourdm import TINY
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from fourdm_fixture import fourdm_pipeline
+from fourdm_fixture import squares as frames
 
-from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
-from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
 from sv4d_ns.errors import InputError
 from sv4d_ns.four_diffusion.cameras import DrawnViews
 from sv4d_ns.four_diffusion.priors import FourDMPrior
 
-LENGTH = 300
-"""Tokens of a prompt; the tiny tokenizer spells."""
-
-
-def tokenizer(folder) -> CLIPTokenizer:
-    characters = [chr(c) for c in range(97, 123)]
-    words = [*characters, *[f"{c}</w>" for c in characters], "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH)
-
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> FourDMPipeline:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    torch.manual_seed(0)
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = CLIPTextConfig(vocab_size=54, max_position_embeddings=LENGTH, bos_token_id=52, eos_token_id=53, **tower)
-    vision = CLIPVisionConfig(**{**tower, "hidden_size": 24}, image_size=28, patch_size=14, projection_dim=8)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        scaling_factor=0.18215,
-    )
-    return FourDMPipeline(
-        vae.eval(),
-        CLIPTextModel(text).eval(),
-        tokenizer(tmp_path_factory.mktemp("tokenizer")),
-        CLIPVisionModelWithProjection(vision).eval(),
-        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
-        FourDMUNet(**TINY).eval(),
-        released_scheduler(),
-        num_frames=3,
-        image_size=16,
-    )
-
-
-def frames(count: int) -> np.ndarray:
-    pictures = np.zeros((count, 20, 20, 4), np.uint8)
-    for i in range(count):
-        pictures[i, 5:15, 3 + i : 12 + i] = (200, 40 * i, 30, 255)
-    return pictures
+    return fourdm_pipeline(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_views_of_a_video(pipeline):

@@ -6,7 +6,7 @@ Source: aejion/4Diffusion @ 627d0cd, its random-camera data module. The frame di
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -36,6 +36,10 @@ class DrawnViews:
 
     azimuths_deg: tuple[float, ...]
     elevation_deg: float
+
+    def raised(self, elevation_deg: float) -> "DrawnViews":
+        """The same views higher by so much."""
+        return replace(self, elevation_deg=self.elevation_deg + elevation_deg)
 
     def plan(self, radius: float, fov_deg: float) -> ViewPlan:
         """As cameras of this package, of which only the novel views count."""

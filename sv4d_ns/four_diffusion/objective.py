@@ -22,7 +22,7 @@ from sv4d_ns.four_diffusion.cameras import VIEWS, draw_views, draw_window
 from sv4d_ns.four_diffusion.perceptual import Perceptual
 from sv4d_ns.four_diffusion.priors import ViewPrior
 from sv4d_ns.four_diffusion.rendering import Rendered, RenderSettings, grid_rays, render
-from sv4d_ns.four_diffusion.schedules import LossRamps, noise_range, reference_step, render_size
+from sv4d_ns.four_diffusion.schedules import REFERENCE_NOISE, LossRamps, NoiseLevels, reference_step, render_size
 from sv4d_ns.occupancy import OccupancyGrid
 from sv4d_ns.synthesis import resize_rgba
 from sv4d_ns.views import ViewGrid
@@ -68,6 +68,7 @@ class ObjectiveConfig:
     """Consecutive frames of a step; None takes the model's window."""
     seed: int = 0
     weights: LossRamps = field(default_factory=LossRamps)
+    noise: NoiseLevels = REFERENCE_NOISE
     render: RenderSettings = field(default_factory=RenderSettings)
 
 
@@ -116,8 +117,8 @@ class Objective:
         """Score distillation on V views of a window, and what the same renders say of opacity and orientation."""
         length = self.config.frames_per_step or prior.num_frames
         frames = draw_window(rng, self.num_frames, length)
-        views = draw_views(rng, VIEWS, prior.highest_elevation_deg)
-        low, high = noise_range(place)
+        views = draw_views(rng, VIEWS, prior.highest_elevation_deg).raised(prior.base_elevation_deg)
+        low, high = self.config.noise.at(place)
         noise_step = int(rng.integers(low, high + 1))
         seed = int(rng.integers(2**31))
         size = max(round(render_size(place) * prior.image_size / REFERENCE_PICTURE), 8)

@@ -44,10 +44,10 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """Consecutive frames of a step; None takes the model's window, and half of it on a CPU."""
     warm_up: float | None = None
     """Share of the steps in which the field is first fitted to the grid's views pixel by pixel; distillation then
-    starts at the noise level the reference has after its first tenth. None takes 0 with 4DM, as the reference, and
-    half with an SV4D model."""
-    keep_views: bool | None = None
-    """Go on fitting the grid's views while distilling. None does so with an SV4D model; the reference does not."""
+    starts where the reference is after its first tenth. None takes 0 with 4DM, as the reference, and half with an SV4D
+    model."""
+    keep_views: bool = False
+    """Go on fitting the grid's views while distilling; the reference does not."""
 
 
 class FourDiffusionPipeline(SV4DPipeline):
@@ -111,7 +111,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         assert self._objective is not None
         terms: dict[str, Tensor] = {}
         psnr = 0.0
-        if step < self._warm_up_steps or self._keeps_views:
+        if step < self._warm_up_steps or self.config.keep_views:
             from sv4d_ns.four_diffusion.warm_up import view_terms
 
             batch = self.datamanager.batch_sampler.draw(step, self.space_model.frame_window(step), 0)
@@ -131,10 +131,6 @@ class FourDiffusionPipeline(SV4DPipeline):
         if share is None:
             share = 0.0 if self._is_fourdm else 0.5
         return int(share * self._total_steps)
-
-    @property
-    def _keeps_views(self) -> bool:
-        return not self._is_fourdm if self.config.keep_views is None else self.config.keep_views
 
     @property
     def _is_fourdm(self) -> bool:
@@ -171,6 +167,7 @@ class FourDiffusionPipeline(SV4DPipeline):
                 frames_per_step=frames,
                 seed=self.datamanager.config.seed,
                 weights=own_weights(short_run=not self._is_fourdm, perceptual=lpips is not None),
+                noise=prior.noise,
                 render=model.render_settings(),
             ),
             lpips,
@@ -186,8 +183,10 @@ class FourDiffusionPipeline(SV4DPipeline):
             front = grid.plan.azimuths_deg[0] if grid.provenance.get("model") == synthesizer.name else 0.0
             return FourDMPrior(synthesizer.pipeline, grid.input_frames, synthesizer.prompt, front)
         loaded: Any = synthesizer
-        return SV4DPrior(loaded.pipeline, grid.input_frames, grid.plan.radius, grid.plan.fov_deg)
+        plan = grid.plan
+        return SV4DPrior(loaded.pipeline, grid.input_frames, plan.radius, plan.fov_deg, plan.input_elevation_deg)
 
 
 WARM_START = 3500
-"""Step of the reference's run at which distillation starts after a warm-up: noise levels 308 to 469 of 1000."""
+"""Step of the reference's run at which distillation starts after a warm-up: noise levels 308 to 469 of 1000 where they
+are annealed."""

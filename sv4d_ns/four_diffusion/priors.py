@@ -15,6 +15,7 @@ from sv4d_ns.diffusion.conditioning import GridCondition, camera_angles, camera_
 from sv4d_ns.diffusion.fourdm import conditioning as fourdm
 from sv4d_ns.diffusion.fourdm import guidance
 from sv4d_ns.four_diffusion.cameras import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE, DrawnViews
+from sv4d_ns.four_diffusion.schedules import ONE_STEP_NOISE, REFERENCE_NOISE, NoiseLevels
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
@@ -36,8 +37,12 @@ class ViewPrior(Protocol):
     radius: float
     """Of the cameras of the pictures it knows, world units."""
     fov_deg: float
+    base_elevation_deg: float
+    """Elevation in this package's world of what the model takes for the horizon."""
     highest_elevation_deg: float
-    """Views are drawn at elevations between 0 and this."""
+    """Views are drawn at elevations up to this above the base."""
+    noise: NoiseLevels
+    """At which it is asked."""
 
     def encode(self, images: Float[Tensor, "n c s s"], generator: torch.Generator) -> Float[Tensor, "n d i j"]:
         """Latents of images in [0, 1], with gradient."""
@@ -55,7 +60,7 @@ class ViewPrior(Protocol):
 
         Args:
             frames: numbers of the f frames in the video.
-            views: their cameras, azimuths relative to the input view.
+            views: their cameras in this package's world (azimuths relative to the input view).
             noise_step: 0..999, how much noise, on the schedule of `guidance.alphas_cumprod`.
             generator: of the noise, on the CPU.
         """
@@ -81,7 +86,8 @@ class FourDMPrior:
 
     channels = 3
     radius, fov_deg = DISTANCE * WORLD_SCALE, FIELD_OF_VIEW
-    highest_elevation_deg = 5.0
+    base_elevation_deg, highest_elevation_deg = 0.0, 5.0
+    noise = REFERENCE_NOISE
 
     def __init__(
         self, pipeline: "FourDMPipeline", frames: UInt8[np.ndarray, "t s s 4"], prompt: str, front_deg: float
@@ -140,6 +146,7 @@ class SV4DPrior:
         pipeline: the model.
         frames: the matted input frames, at the model's size.
         radius, fov_deg: cameras it was trained with.
+        input_elevation_deg: of the input view; the model knows elevations relative to it.
     """
 
     highest_elevation_deg = 10.0
@@ -150,13 +157,16 @@ class SV4DPrior:
         frames: UInt8[np.ndarray, "t s s 4"],
         radius: float,
         fov_deg: float,
+        input_elevation_deg: float,
     ) -> None:
         from sv4d_ns.synthesis import resize_rgba, to_model_space
 
         self.pipeline, self.radius, self.fov_deg = pipeline, radius, fov_deg
+        self.base_elevation_deg = input_elevation_deg
         config: Any = pipeline.config
         self.num_frames, self.image_size = config.num_frames, config.image_size
         self.channels = pipeline.vae.config.in_channels
+        self.noise = ONE_STEP_NOISE if config.num_inference_steps == 1 else REFERENCE_NOISE
         video = to_model_space(resize_rgba(frames, self.image_size), self.channels).to(pipeline.device)
         with torch.no_grad():
             self.embeddings = embed_images(pipeline.image_encoder, video * 2 - 1)
@@ -196,7 +206,7 @@ class SV4DPrior:
 
     def _condition(self, frames: list[int], views: DrawnViews) -> GridCondition:
         count = len(views.azimuths_deg)
-        polar, azimuth = camera_angles(views.azimuths_deg, (views.elevation_deg,) * count)
+        polar, azimuth = camera_angles(views.azimuths_deg, (views.elevation_deg - self.base_elevation_deg,) * count)
         config: Any = self.pipeline.config
         cameras = camera_vectors(polar, azimuth, config.conditioning_sigma, config.camera_dims)
         latents = self.video_latents[frames]

@@ -58,7 +58,7 @@ class LossRamps:
 
 
 SHORT_RUN = 0.05
-"""Factor of everything but the anchor in runs of hundreds of steps: distillation's noise has no time to average out."""
+"""Factor of the regularisers in runs of hundreds of steps, whose anchor and views settle the shape early."""
 PIXELS = 10_000.0
 """Weight of the squared error of pixels in place of LPIPS; our judgement, not measured."""
 
@@ -72,14 +72,28 @@ def own_weights(short_run: bool, perceptual: bool) -> LossRamps:
     """
     weights = LossRamps()
     if short_run:
-        names = ("sds", "orientation", "sparsity", "opaque")
+        names = ("orientation", "sparsity", "opaque")
         weights = replace(weights, **{name: getattr(weights, name).scaled(SHORT_RUN) for name in names})
     return weights if perceptual else replace(weights, pixels=Ramp.constant(PIXELS))
 
 
-LOWEST_NOISE = Ramp(0, 0.98, 0.02, 5000)
-HIGHEST_NOISE = Ramp(0, 0.98, 0.25, 5000)
-"""Ends of the range of noise levels, as shares of the diffusion process."""
+@dataclass(frozen=True)
+class NoiseLevels:
+    """From which levels a step's noise is drawn, as shares of the diffusion process."""
+
+    lowest: Ramp
+    highest: Ramp
+
+    def at(self, step: float) -> tuple[int, int]:
+        """Lowest and highest diffusion step that may be drawn at a step of the reference's run, both inclusive."""
+        return int(NOISE_STEPS * self.lowest.at(step)), int(NOISE_STEPS * self.highest.at(step))
+
+
+REFERENCE_NOISE = NoiseLevels(Ramp(0, 0.98, 0.02, 5000), Ramp(0, 0.98, 0.25, 5000))
+"""Annealed: coarse shape first, then detail."""
+ONE_STEP_NOISE = NoiseLevels(Ramp.constant(0.85), Ramp.constant(0.98))
+"""For models that sample in one step (the shipped one). They were made to know best at the noise they start from;
+below it they repeat what they are shown. Measured in docs/4diffusion.md."""
 
 RENDER_SIZES = ((0, 64), (5000, 192), (10_000, 256))
 """(first step, pixels a side) of the renders."""
@@ -88,11 +102,6 @@ RENDER_SIZES = ((0, 64), (5000, 192), (10_000, 256))
 def reference_step(step: int, total_steps: int, first: int = 0) -> float:
     """Where a step of a run of `total_steps` is in the reference's run, of which it makes the part after `first`."""
     return first + step * (REFERENCE_STEPS - first) / total_steps
-
-
-def noise_range(step: float) -> tuple[int, int]:
-    """Lowest and highest diffusion step that may be drawn, both inclusive."""
-    return int(NOISE_STEPS * LOWEST_NOISE.at(step)), int(NOISE_STEPS * HIGHEST_NOISE.at(step))
 
 
 def render_size(step: float) -> int:

@@ -29,6 +29,9 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
     """Repository or folder of a diffusers image-to-video pipeline (for example Stable Video Diffusion)."""
     text_to_image_model: str | None = None
     """Repository or folder of a diffusers text-to-image pipeline, for --prompt without --data and --image."""
+    generated_size: int | None = None
+    """Pixels along the side of what these models make (of a square of the same area, for a picture that is not one);
+    None takes their own size."""
 
     def set_timestamp(self) -> None:
         """Settle what depends on other settings, before the run is given its name."""
@@ -70,12 +73,12 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
                     "MODEL), diffusers pipelines of your choice: none is built in. Give a video with --data otherwise."
                 )
             self._check_video_model("--prompt without --data")
-            image = text_to_image(self.prompt, self.text_to_image_model, folder, device)
+            image = text_to_image(self.prompt, self.text_to_image_model, folder, device, size=self.generated_size)
         if image is None:
             return None
         self._check_video_model("--image")
         assert self.image_to_video_model is not None
-        video = image_to_video(image, self.image_to_video_model, folder, device)
+        video = image_to_video(image, self.image_to_video_model, folder, device, size=self.generated_size)
         CONSOLE.print(f"Video: {video}.")
         return video
 

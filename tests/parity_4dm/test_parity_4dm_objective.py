@@ -12,7 +12,7 @@ from sv4d_ns.diffusion.fourdm.pipeline import spread_frames, view_cameras
 from sv4d_ns.four_diffusion.anchor import anchor_target
 from sv4d_ns.four_diffusion.cameras import DISTANCE, FIELD_OF_VIEW, HIGHEST_ELEVATION_DEG, evaluation_path
 from sv4d_ns.four_diffusion.losses import gaussian_window, ssim
-from sv4d_ns.four_diffusion.schedules import LossRamps, noise_range, render_size
+from sv4d_ns.four_diffusion.schedules import REFERENCE_NOISE, LossRamps, render_size
 from sv4d_ns.occupancy import project
 from sv4d_ns.rendering import pixel_rays
 
@@ -149,7 +149,7 @@ def test_schedules():
     lambdas = [name.removeprefix("lambda_") for name in recorded if name.startswith("lambda_")]
     assert lambdas
     for i, step in enumerate(recorded["step"].tolist()):
-        assert noise_range(step) == (recorded["min_step"][i], recorded["max_step"][i])
+        assert REFERENCE_NOISE.at(step) == (recorded["min_step"][i], recorded["max_step"][i])
         assert render_size(step) == recorded["render_size"][i]
         for name in lambdas:
             weight = LossRamps().at(step)[ours.get(name, name)]

@@ -46,12 +46,13 @@ class CheckpointReport:
     """What a checkpoint of 4Diffusion turned out to hold."""
 
     path: Path
-    contents: Literal["motion modules", "whole network"]
+    contents: Literal["motion modules", "whole network", "whole pipeline"]
     tensors: int
 
     def sentence(self) -> str:
         """One line for the log."""
         rest = " on top of ImageDream's weights" if self.contents == "motion modules" else ""
+        rest = " with its own encoders" if self.contents == "whole pipeline" else rest
         return f"{self.path.name} holds the {self.contents} ({self.tensors} tensors); used{rest}."
 
 
@@ -148,13 +149,15 @@ def load_fourdm_pipeline(
     The network and the image encoder are in `dtype`; the autoencoder is, too, as in the reference.
 
     Args:
-        checkpoint: 4dm.ckpt.
+        checkpoint: 4dm.ckpt, or a folder that `FourDMPipeline.save_pretrained` wrote (of a model of any size).
         imagedream: a repository on the hub, or a folder, with `vae`, `text_encoder`, `tokenizer`, `image_encoder` and
-            `unet` in it.
+            `unet` in it; not asked for where the checkpoint is a folder.
 
     Raises:
         InputError: a file cannot be had or does not fit.
     """
+    if checkpoint.is_dir():
+        return _load_saved(checkpoint, device, dtype)
     with init_empty_weights(include_buffers=False):
         network = FourDMUNet()
     base = read_tensors(_imagedream_weights(imagedream)) if holds_motion_only(checkpoint) else None
@@ -178,6 +181,23 @@ def load_fourdm_pipeline(
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"ImageDream's encoders could not be had from {imagedream} ({reason}): {REMEDY}.") from error
     return pipeline.to(device), report
+
+
+def _load_saved(
+    folder: Path, device: torch.device | str, dtype: torch.dtype
+) -> tuple[FourDMPipeline, CheckpointReport]:
+    """A pipeline that was saved as a whole."""
+    try:
+        pipeline = FourDMPipeline.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder} holds no 4DM pipeline ({reason}): give the path of 4dm.ckpt, or of a folder that "
+            f"FourDMPipeline.save_pretrained wrote, {REMEDY}."
+        ) from error
+    pipeline.unet.eval()
+    tensors = len(pipeline.unet.state_dict())
+    return pipeline.to(device), CheckpointReport(folder, "whole pipeline", tensors)
 
 
 def _imagedream_weights(source: str | Path) -> Path:
