@@ -5,13 +5,12 @@
 Takes the true novel views of a case and spoils them: every camera turned by 2 degrees about the object in a direction
 of its own and up to 2 % too near or far (`pose`), each view's hue turned by up to 20 degrees and its brightness changed
 by up to 10 % (`color`), one view replaced by that of another case (`replaced`). Each spoiled grid, and the true one, is
-fitted with the corrections off and on (the field alone, as in field_fit.py), and judged on two elevated views, which
+fitted with the corrections off and on (the field alone), and judged on two elevated views, which
 were in no fit. The switches are those of `--pipeline.model.corrections`
 and `--pipeline.datamanager.leave-out`.
 """
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,22 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from field_fit import FitConfig
+from grid_fit import FitOptions, GridFit
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch.nn import functional
 
-from sv4d_ns import fitting, renders
+from sv4d_ns import renders
 from sv4d_ns.corrections import ViewCorrections
 from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.evaluation.cases import Case, find_cases
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.files import atomic_path
-from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
+from sv4d_ns.fit_settings import CorrectionConfig
 from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import render_rays
-from sv4d_ns.sampling import ScheduleConfig
-from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 from sv4d_ns.views import ViewGrid, over_white
 
 POSE_ERROR_DEG = 2.0
@@ -90,7 +86,6 @@ class Robustness:
 
     def main(self) -> None:
         """Fit, judge and print a table, a row for each case and pair."""
-        torch.set_flush_denormal(True)
         rows = []
         for folder in find_cases(self.cases, self.only):
             case = Case.load(folder)
@@ -117,48 +112,16 @@ class Robustness:
 
     def fit(self, spoiled: "Spoiled", case: Case, switch: str, name: str) -> dict[str, Any]:
         """Fit one grid and judge the field on the elevated views."""
-        started, grid = time.process_time(), spoiled.grid
-        torch.manual_seed(0)
-        views = fitting.train_views(grid, "cpu", switch in LEAVING_OUT)
-        frames, canonical = grid.num_frames, fitting.largest_silhouette(grid)
-        field = DeformableField(DeformableFieldConfig(keyframes=frames, canonical_time=canonical / (frames - 1)))
-        occupancy = OccupancyGrid(frames)
-        occupancy.carve(fitting.hull_views(views))
-        field.confine(occupancy.hull[canonical])
-        corrections = ViewCorrections(grid.num_views + 1, SWITCHES[switch])
-        groups = field.parameter_groups() | corrections.parameter_groups()
-        optimizer = torch.optim.Adam(
-            [{"params": parameters, "lr": LEARNING_RATES[name]} for name, parameters in groups.items()],
-            betas=(0.9, 0.99),
-            eps=1e-15,
-            fused=True,
-        )
-        rates = [group["lr"] for group in optimizer.param_groups]
-        schedule, settings = ScheduleConfig(), FitConfig()
-        sampler = fitting.BatchSampler(views, fitting.BatchConfig(rays=self.rays), schedule, 0)
-        for step in range(self.steps):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * decay_factor(DecaySchedulerConfig(max_steps=self.steps), step)
-            window = fitting.advance(field, occupancy, schedule, step, self.steps, settings.occupancy_every)
-            batch = sampler.draw(step, window, canonical)
-            origins, directions = corrections.rays(batch.origins, batch.directions, batch.view)
-            out = render_rays(field, occupancy, origins, directions, batch.times, settings.n_samples,
-                              background=batch.background, jitter=batch.jitter)  # fmt: skip
-            terms = fitting.loss_terms(field, occupancy, *corrections.corrected(out, batch), LossWeights(), 0, step)
-            terms |= corrections.penalties()
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(terms.values())).sum().backward()
-            optimizer.step()
-            if step % 10 == 0 and len(window) > 1:  # as the pipeline does
-                sampler.update_visibility(field, occupancy, window.first + step // 10 % len(window))
-        spent = time.process_time() - started
-        figures = judge(field, occupancy, case, grid.times, self.size, self.out / f"{name}.png")
-        trust = [round(weight, 3) for weight in corrections.trust().tolist()]
+        grid = spoiled.grid
+        options = FitOptions(self.steps, self.rays, SWITCHES[switch], leave_out=switch in LEAVING_OUT)
+        fit = GridFit(grid, options).run(self.steps)
+        figures = judge(fit.field, fit.occupancy, case, grid.times, self.size, self.out / f"{name}.png")
+        trust = [round(weight, 3) for weight in fit.corrections.trust().tolist()]
         return {
             **figures,
-            **pose_left(corrections, spoiled),
-            "cpu_s": round(spent, 1),
-            "views": len(views),
+            **pose_left(fit.corrections, spoiled),
+            "cpu_s": round(fit.cpu_s, 1),
+            "views": len(fit.sampler.views),
             "trust": trust,
         }
 
