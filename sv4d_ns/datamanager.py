@@ -364,15 +364,15 @@ class SV4DDataManager(VanillaDataManager):
         self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
 
     def _say_what_is_left_out(self) -> None:
-        from sv4d_ns.fitting import agreeing_views
+        from sv4d_ns.fitting import views_to_fit
 
-        agreeing = agreeing_views(self.grid, self.config.leave_out)
         azimuths = (0.0, *self.grid.plan.azimuths_deg)
-        left_out = [azimuth for view, azimuth in enumerate(azimuths) if agreeing and view not in agreeing]
+        kept = views_to_fit(self.grid, self.config.leave_out)
+        left_out = [f"{azimuth:g}" for view, azimuth in enumerate(azimuths) if view not in kept]
         if left_out:
             CONSOLE.print(
-                f"The novel views at {', '.join(f'{azimuth:g}' for azimuth in left_out)} degrees contradict all others "
-                "and are left out (--pipeline.datamanager.leave-out False keeps them)."
+                f"The novel views at {', '.join(left_out)} degrees show nothing, or an object that contradicts all other "
+                "views: they are left out (--pipeline.datamanager.leave-out False keeps all but empty ones)."
             )
 
     def get_datapath(self) -> Path:

@@ -139,7 +139,7 @@ def agreeing_views(grid: ViewGrid, leave_out: bool = True) -> frozenset[int]:
         HullView(torch.from_numpy(rgba[..., 3] / np.float32(255)), camera, grid.plan.focal_px(rgba.shape[2]))
         for rgba, camera in zip(pictures, c2w, strict=True)
     ]
-    occupancy, rest = OccupancyGrid(grid.num_frames), list(range(len(silhouettes)))
+    occupancy, rest = OccupancyGrid(grid.num_frames), _showing_views(grid)
     for _ in range(1 + (grid.num_views // OUTLIERS if leave_out else 0)):
         shares = occupancy.agreement([silhouettes[number] for number in rest]).tolist()
         if min(shares) >= AGREEMENT:
@@ -149,8 +149,18 @@ def agreeing_views(grid: ViewGrid, leave_out: bool = True) -> frozenset[int]:
     return frozenset()
 
 
+def _showing_views(grid: ViewGrid) -> list[int]:
+    """The input view and those in which the object is to be seen in at least one frame."""
+    return [INPUT_VIEW, *(1 + view for view in range(grid.num_views) if grid.novel_views[:, view, ..., 3].any())]
+
+
+def views_to_fit(grid: ViewGrid, leave_out: bool = True) -> list[int]:
+    """Numbers of the views the field is fitted to: those that show the object and, if there are such, agree."""
+    return sorted(agreeing_views(grid, leave_out)) or _showing_views(grid)
+
+
 def train_views(grid: ViewGrid, device: torch.device | str, leave_out: bool = True) -> list[TrainView]:
-    """The views of a grid, the input first and in full weight, with confidence (if known) in the weights.
+    """The views a grid is fitted to, the input first and in full weight, with confidence (if known) in the weights.
 
     Views that agree with each other (`agreeing_views`) are trusted like the input, and with `leave_out` those that
     contradict them are not among the result.
@@ -159,7 +169,7 @@ def train_views(grid: ViewGrid, device: torch.device | str, leave_out: bool = Tr
     azimuths = (0.0, *grid.plan.azimuths_deg)
     agreeing = agreeing_views(grid, leave_out)
     views = []
-    for number in sorted(agreeing) or range(grid.num_views + 1):
+    for number in views_to_fit(grid, leave_out):
         is_input = number == INPUT_VIEW
         trusted = is_input or number in agreeing
         rgba = grid.input_frames if is_input else np.ascontiguousarray(grid.novel_views[:, number - 1])

@@ -231,6 +231,12 @@ def save_contact_sheet(grid: ViewGrid, path: Path, every: int | None = None) -> 
 
 
 def _check_images(name: str, images: np.ndarray, dimensions: int) -> None:
+    if images.dtype == object:
+        raise InputError(f"The view grid's {name} has pictures of different sizes: resize them to one size.")
+    if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
+        raise InputError(
+            f"The view grid's {name} holds values that are not finite (NaN): give 8-bit RGBA pictures without them."
+        )
     if images.dtype != np.uint8 or images.ndim != dimensions or images.shape[-1] != 4:
         raise InputError(
             f"The view grid's {name} must be 8-bit RGBA pictures, not {images.dtype} of shape {images.shape}."
