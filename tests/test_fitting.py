@@ -1,5 +1,7 @@
 """Which pixels a step draws, what they count, and how silhouettes bound the object."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,21 @@ def test_views_of_one_object_are_trusted_and_contradicting_or_doubted_ones_are_n
     batch = share.draw(0, Window(0, 3), 0)
     from_input = (batch.origins - views[0].c2w[:3, 3]).norm(dim=-1) < 1e-5
     assert 0 < from_input.float().mean() < 0.5
+
+
+def test_a_view_that_shows_nothing_is_left_out_and_one_view_is_enough() -> None:
+    grid = ball_grid(2)
+    blank = grid.novel_views.copy()
+    blank[:, 1] = 0
+    views = train_views(replace(grid, novel_views=blank), "cpu")
+    assert [view.number for view in views] == [0, 1, 3, 4, 5] and all(view.trusted for view in views)
+    one = ViewGrid(grid.input_frames, grid.novel_views[:, 1:2], ViewPlan.ring((120.0,)), fps=10.0)
+    views = train_views(one, "cpu")
+    assert len(views) == 2
+    occupancy = OccupancyGrid(2, resolution=16)
+    occupancy.carve(hull_views(views))
+    batch = BatchSampler(views, BatchConfig(rays=64, patches=2), ScheduleConfig(), 0).draw(0, Window(0, 1), 0)
+    assert set(batch.view.tolist()) == {0, 1} and occupancy.hull.any()
 
 
 @pytest.mark.parametrize("empty_frame", [None, 1])

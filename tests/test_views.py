@@ -232,6 +232,9 @@ def test_arrays_that_do_not_belong_together_are_refused():
         ((frames.astype(np.float32), views), "8-bit RGBA"),
         ((frames[..., :3], views), "8-bit RGBA"),
         ((clear, views), "fully transparent"),
+        ((frames, np.zeros_like(views)), "novel_views is fully transparent"),
+        ((np.full(frames.shape, np.nan, np.float32), views), "not finite"),
+        ((np.array([frames[0], frames[1, :2]], dtype=object), views), "different sizes"),
     ]:
         with pytest.raises(InputError, match=says):
             ViewGrid(*arguments, PLAN, 10.0)
