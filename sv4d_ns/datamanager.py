@@ -120,13 +120,17 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
         if self.data is None:
             raise InputError("--data is missing: give a video file, a folder of images, or a folder with a view grid.")
         view_plan(self)
-        if not is_grid(self.data):
+        if is_grid(self.data):
+            from sv4d_ns.views import ViewGrid
+
+            ViewGrid.load(self.data)
+        else:
             read_video(self)
 
 
 def is_grid(data: Path) -> bool:
-    """Whether `data` is a view grid made earlier (its views are then used as they are)."""
-    return (data / "grid.json").is_file()
+    """Whether `data` is a view grid made earlier (its views are then used as they are), or what is left of one."""
+    return any((data / name).is_file() for name in ("grid.json", "transforms.json"))
 
 
 def read_video(config: SV4DDataManagerConfig) -> "ObjectVideo":
@@ -371,8 +375,8 @@ class SV4DDataManager(VanillaDataManager):
         left_out = [f"{azimuth:g}" for view, azimuth in enumerate(azimuths) if view not in kept]
         if left_out:
             CONSOLE.print(
-                f"The novel views at {', '.join(left_out)} degrees show nothing, or an object that contradicts all other "
-                "views: they are left out (--pipeline.datamanager.leave-out False keeps all but empty ones)."
+                f"The novel views at {', '.join(left_out)} degrees show nothing, or an object that contradicts all "
+                "other views: they are left out (--pipeline.datamanager.leave-out False keeps all but empty ones)."
             )
 
     def get_datapath(self) -> Path:
