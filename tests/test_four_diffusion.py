@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sv4d_ns.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
+from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 from sv4d_ns.errors import InputError
 from sv4d_ns.fields.hash_grid import HashGrid
 from sv4d_ns.fields.space_time import SpaceTimeField, SpaceTimeFieldConfig
@@ -25,6 +26,7 @@ from sv4d_ns.four_diffusion.motion import motion_loss
 from sv4d_ns.four_diffusion.objective import Objective, ObjectiveConfig, make_anchor
 from sv4d_ns.four_diffusion.occupancy import SharedOccupancyGrid
 from sv4d_ns.four_diffusion.perceptual import load_lpips
+from sv4d_ns.four_diffusion.priors import SV4DPrior
 from sv4d_ns.four_diffusion.rendering import RenderSettings, grid_rays, render
 from sv4d_ns.four_diffusion.schedules import reference_step
 from sv4d_ns.occupancy import OccupancyGrid
@@ -330,3 +332,16 @@ def test_a_step_follows_from_seed_and_number():
         objective = Objective(field, OccupancyGrid(3, resolution=8), prior, make_anchor(grid, 0, 16, "cpu"), 3, config)
         values.append({name: value.item() for name, value in objective.terms(4).items()})
     assert values[0] == values[1]
+
+
+def test_the_shipped_model_knows_elevations_relative_to_the_input():
+    pipeline = load_embedded_pipeline()
+    frames = creature_grid((90.0,), 0.0, known=True).input_frames
+    latents = torch.rand(4, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for base, elevation in ((0.0, 5.0), (20.0, 25.0), (0.0, 25.0)):
+        prior = SV4DPrior(pipeline, frames, 2.0, 33.9, input_elevation_deg=base)
+        views = DrawnViews((0.0, 90.0, 180.0, 270.0), elevation)
+        seen.append(prior.target(latents, [0], views, 900, torch.Generator().manual_seed(1)))
+    assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=1e-3)
+    assert prior.noise.at(0) == prior.noise.at(35_000) == (850, 980), "it samples in one step"

@@ -229,8 +229,9 @@ class PaintingPipeline:
     class config:
         num_frames, image_size = 8, 16
 
-    def __init__(self):
+    def __init__(self, weight: float = 0.0):
         self.calls = []
+        self.unet = self.vae = torch.nn.PReLU(init=weight)
 
     def condition(self, frames, prompt, generator):
         return FourDMCondition(*(torch.zeros(1, 1),) * 2, torch.zeros(len(frames), 1, 1), torch.zeros(1, 1),
@@ -276,6 +277,10 @@ def test_long_videos_are_made_in_windows_that_share_a_frame(tmp_path):
     resumed = FourDMSynthesizer(again, "test", num_inference_steps=2)  # type: ignore[arg-type]
     second = resumed.generate(frames, resumed.default_plan(), seed=0, store=tmp_path, progress=lambda a, b: None)
     assert not again.calls and np.array_equal(second.images, views.images)
+    other = PaintingPipeline(weight=1.0)
+    trained_on = FourDMSynthesizer(other, "test", num_inference_steps=2)  # type: ignore[arg-type]
+    trained_on.generate(frames, trained_on.default_plan(), seed=0, store=tmp_path, progress=lambda a, b: None)
+    assert len(other.calls) == 3, "windows of other weights are not used"
 
 
 def test_plans_4dm_has_no_views_for(tmp_path):

@@ -6,6 +6,7 @@ view stays 4DM's front, so that later calls know where that is.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,20 @@ class FourDMSynthesizer:
         """Views a quarter turn apart, as if the input camera saw the front; `generate` says what it found."""
         return fourdm_plan()
 
+    @cached_property
+    def weights(self) -> str:
+        """Hash of the weights: windows of another checkpoint are not to be used again."""
+        from sv4d_ns.diffusion.store import weights_fingerprint
+
+        return weights_fingerprint(self.pipeline.unet, self.pipeline.vae)
+
     def describe(self) -> dict[str, Any]:
         """Plain facts for the grid's provenance."""
         from sv4d_ns import __version__
 
         return {
             "model": self.name,
+            "weights": self.weights,
             "code": __version__,
             "num_inference_steps": self.num_inference_steps,
             "prompt": self.prompt,
