@@ -146,34 +146,8 @@ class OccupancyGrid(nn.Module):
             hull[k] = kept[max(nearest - 1, 0) : nearest + 2].any(0)
         self.hull.copy_(hull)
         self.occupied.copy_(hull)
-        # Wavering silhouettes need the dilated hull's tolerance; true ones bound the object to a fraction of a cell.
-        exact = frames == self.bins and all(view.vote >= 1 for view in views)
         for k in range(self.bins):
-            cells = self._undilated(views, hull[k], k) if exact else hull[k]
-            if not bool(cells.any()):  # thinner than a cell
-                cells = hull[k]
-            distance = _signed_distance(cells.cpu().numpy(), 2 * self.half_extent / len(cells))
-            self.distance[k] = functional.avg_pool3d(distance[None], len(cells) // self.resolution)[0].to(self.distance)
-
-    def _undilated(
-        self, views: Sequence[HullView], hull: Bool[Tensor, "r r r"], frame: int
-    ) -> Bool[Tensor, "{2*r} {2*r} {2*r}"]:
-        """Of a frame's hull, what lies in all silhouettes as they are (alpha over 1/2), in cells half as large."""
-        octants = torch.cartesian_prod(*[torch.arange(2, device=hull.device)] * 3)
-        cells = (2 * hull.nonzero()[:, None] + octants).reshape(-1, 3)
-        points = (cells + 0.5) * (self.cell_size / 2) - self.half_extent
-        inside = torch.ones(len(points), dtype=torch.bool, device=points.device)
-        for view in views:
-            height, width = view.alpha.shape[1:]
-            uv, _ = project(points, view.camera_to_world.to(points), view.focal, height, width)
-            grid = 2 * uv / uv.new_tensor([width, height]) - 1
-            alpha = view.alpha[frame].to(points)[None, None]
-            seen = functional.grid_sample(alpha, grid[None, None], padding_mode="border", align_corners=False)
-            inside &= seen.flatten() > 0.5
-        i, j, k = cells[inside].unbind(-1)
-        undilated = torch.zeros([2 * self.resolution] * 3, dtype=torch.bool, device=hull.device)
-        undilated[i, j, k] = True
-        return undilated
+            self.distance[k] = _signed_distance(hull[k].cpu().numpy(), self.cell_size).to(self.distance)
 
     @torch.no_grad()
     def agreement(self, views: Sequence[HullView]) -> Float[Tensor, " v"]:

@@ -243,22 +243,6 @@ def test_carving_keeps_the_object_at_its_time_and_drops_the_rest() -> None:
     assert torch.equal(occupancy.occupied, occupancy.hull)
 
 
-@pytest.mark.parametrize(("vote", "error_in_cells"), [(1.0, 0.3), (0.5, 2.5)])
-def test_distances_of_true_silhouettes_are_finer_than_cells(vote: float, error_in_cells: float) -> None:
-    centre, radius = torch.tensor([0.1, 0.0, 0.0]), 0.2
-    angles = range(0, 360, 30)
-    views = [HullView(ball_mask(camera(a), 128, centre, radius)[None], camera(a), 64 / FOV_TAN, vote) for a in angles]
-    occupancy = OccupancyGrid(bins=1, resolution=32)
-    occupancy.carve(views)
-    turn = torch.linspace(0, 2 * math.pi, 40)[:, None]
-    around = torch.cat([turn.cos(), turn.sin(), torch.zeros_like(turn)], 1)
-    for offset in (-0.03, 0.0, 0.04):
-        gap = occupancy.distance_at(centre + (radius + offset) * around, 0) - offset
-        assert gap.abs().mean() < error_in_cells * occupancy.cell_size
-        if vote < 1:
-            assert gap.mean() < -0.5 * occupancy.cell_size, "the dilated hull is wider"
-
-
 def test_wrong_generated_masks_never_empty_a_ray_of_the_input_view() -> None:
     limb = torch.tensor([0.0, 0.2, 0.1])
     seen = ball_mask(camera(0), 96, limb, 0.1)[None]
