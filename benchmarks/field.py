@@ -18,7 +18,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,12 @@ class FieldBenchmark:
     """Length of our schedule; as many steps as fit into `seconds` on a free machine is best."""
     size: int = 128
     """Pixels along the side of the views."""
+    judged_size: int = 64
+    """Pixels along the side of the held-out views: the literal build takes minutes for a picture of 128."""
+    judged_frames: int = 5
+    """Frames of each of them that are judged."""
+    looks: int = 6
+    """How often each build is judged."""
     frames: int = 21
     """Frames of the procedural creature."""
     seed: int = 7
@@ -86,14 +92,17 @@ class FieldBenchmark:
         report: dict[str, Any] = {
             "threads": self.threads,
             "clock": self.clock,
-            "ours": fit(Ours(grid, self.rays, self.steps), held_out, self.seconds),
+            "ours": fit(Ours(grid, self.rays, self.steps), held_out, self.seconds, self.looks, self.judged_frames),
         }
         if self.literal:
-            report["literal"] = fit(LiteralBuild(grid, self.rays), held_out, self.literal_seconds or self.seconds)
+            seconds = self.literal_seconds or self.seconds
+            report["literal"] = fit(LiteralBuild(grid, self.rays), held_out, seconds, self.looks, self.judged_frames)
         self._write(report)
-        report["rays"] = {n: step_time(Ours(grid, n, 100), 30) for n in (512, 1024, 2048, 4096)}
+        build = Ours(grid, self.rays, 100)
+        report["rays"] = {n: step_time(build, 20, n) for n in (512, 1024, 2048, 4096)}
         report["frames"] = {
-            n: step_time(Ours(longer(grid, n), self.rays, 100), 30) for n in (self.frames, 10 * self.frames)
+            n: step_time(Ours(longer(grid, n), self.rays, 100), 20, self.rays)
+            for n in (grid.num_frames, 10 * grid.num_frames)
         }
         report["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self._write(report)
@@ -116,7 +125,7 @@ class FieldBenchmark:
 
             case = Case.load(self.case)
             grid = case.grid(case.with_role("nv8"), self.size)
-            shown = [(view.c2w, case.frames(view, self.size)) for view in case.with_role("elev")]
+            shown = [(view.c2w, case.frames(view, self.judged_size)) for view in case.with_role("elev")]
         else:
             from sv4d_ns.procedural import creature, render
 
@@ -124,9 +133,9 @@ class FieldBenchmark:
             animal, times = creature(self.seed), np.linspace(0, 1, self.frames)
             pictures = render(animal, times, plan.c2w(), self.size)
             grid = ViewGrid(pictures[:, 0], np.ascontiguousarray(pictures[:, 1:]), plan, fps=10.0)
-            extra = render(animal, times, elevated.c2w(), self.size)
+            extra = render(animal, times, elevated.c2w(), self.judged_size)
             shown = [(elevated.c2w()[k], extra[:, k]) for k in (1, 2)]
-        focal = grid.plan.focal_px(self.size)
+        focal = grid.plan.focal_px(self.judged_size)
         return grid, [HeldOut(c2w, focal, pictures, grid.times) for c2w, pictures in shown]
 
 
@@ -286,11 +295,13 @@ class LiteralBuild(nn.Module):
         return made.reshape(size, size, 3).numpy()
 
 
-def fit(build: Ours | LiteralBuild, held_out: list[HeldOut], seconds: float) -> dict[str, Any]:
+def fit(
+    build: Ours | LiteralBuild, held_out: list[HeldOut], seconds: float, look_times: int = 6, judged_frames: int = 5
+) -> dict[str, Any]:
     """Step for `seconds` (the time of looking at the result not counted) and note the PSNR on the way."""
     build.step(0)  # kernels are compiled or loaded
-    spent, number, curve, looks = 0.0, 1, [], list(np.geomspace(max(seconds / 32, 2), seconds, 6))
-    frames = np.unique(np.linspace(0, len(held_out[0].times) - 1, 5).round().astype(int))
+    spent, number, curve, looks = 0.0, 1, [], list(np.geomspace(max(seconds / 32, 2), seconds, look_times))
+    frames = np.unique(np.linspace(0, len(held_out[0].times) - 1, judged_frames).round().astype(int))
     while spent < seconds:
         begun = now()
         build.step(number)
@@ -308,8 +319,9 @@ def fit(build: Ours | LiteralBuild, held_out: list[HeldOut], seconds: float) -> 
     return {"seconds_per_step": spent / number, "samples_per_step": build.evaluated, "curve": curve}
 
 
-def step_time(build: Ours, steps: int) -> float:
-    """Median seconds of a step in the middle of the schedule, every frame in use."""
+def step_time(build: Ours, steps: int, rays: int) -> float:
+    """Median seconds of a step of so many rays, at the end of the schedule: every frame in use."""
+    build.sampler.config = replace(build.sampler.config, rays=rays)
     times = []
     for number in range(build.total - steps, build.total):
         begun = now()
@@ -473,7 +485,7 @@ def tables(report: dict[str, Any]) -> str:
             lines += ["", f"| {what} | ms a step |", "|---|---|"]
             lines += [f"| {n} | {1e3 * s:.0f} |" for n, s in report[what].items()]
     if "peak_mb" in report:
-        lines += ["", f"Peak memory of all of this, {10 * min(report['frames'])} frames included: "
+        lines += ["", f"Peak memory of all of this, {max(report['frames'])} frames included: "
                   f"{report['peak_mb']:.0f} MB."]  # fmt: skip
     if "roofline" not in report:
         return "\n".join(lines) + "\n"
