@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -71,7 +71,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     the picture."""
     input_size: int = 256
     """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
-    synthesis: Literal["auto", "embedded", "official", "fourdm"] = "auto"
+    synthesis: Annotated[
+        Literal["auto", "embedded", "official", "fourdm"], tyro.conf.arg(aliases=["--pipeline.synthesis"])
+    ] = "auto"
     """The model that makes the views: auto takes the official weights on CUDA and the embedded ones on a CPU; fourdm
     is 4Diffusion's."""
     fourdm_checkpoint: Path | None = None
@@ -315,7 +317,9 @@ class SV4DDataManager(VanillaDataManager):
             )
         folder = run_dir / "views"
         assert self.config.data is not None
-        grid = ViewGrid.load(self.config.data) if is_grid(self.config.data) else self._generate_grid(run_dir)
+        # the field starts from random numbers, too: from the same ones whether or not the views had to be made
+        with torch.random.fork_rng():
+            grid = ViewGrid.load(self.config.data) if is_grid(self.config.data) else self._generate_grid(run_dir)
         grid.save(folder)
         return grid, folder
 
