@@ -69,6 +69,21 @@ def test_half_of_the_single_rays_look_through_the_input_camera() -> None:
     assert float(from_input.float().mean()) >= 0.5
 
 
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_a_step_looks_through_four_cameras(orthogonal: bool) -> None:
+    plan = ViewPlan.ring((40.0, 80.0, 120.0, 160.0, 200.0, 240.0, 280.0, 320.0))
+    pictures = np.full((2, 9, 32, 32, 4), 255, np.uint8)
+    views = train_views(ViewGrid(pictures[:, 0], pictures[:, 1:], plan, fps=10.0), "cpu")
+    config = BatchConfig(rays=400, patches=0, input_share=0.0, orthogonal=orthogonal)
+    sampler = BatchSampler(views, config, ScheduleConfig(), 0)
+    spreads = []
+    for step in range(8):
+        eyes = sampler.draw(step, Window(0, 1), 0).origins.unique(dim=0)
+        assert len(eyes) == 4 or not orthogonal
+        spreads.append(float(eyes.mean(0).norm()))
+    assert (max(spreads) < 0.8) == orthogonal, "quarter turns surround the object, chance does not always"
+
+
 def test_targets_stand_on_the_step_s_background() -> None:
     views = train_views(grid(), "cpu")
     batch = BatchSampler(views, BatchConfig(rays=400, patches=0), ScheduleConfig(), 0).draw(3, Window(0, 2), 1)

@@ -1,5 +1,6 @@
 """Schedules and draws: deterministic in (seed, step), and shaped as described."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -60,6 +61,15 @@ def test_frames_are_in_the_window_and_favour_its_edge_and_the_canonical_frame() 
     assert share[0] > 1.2 * share[5] and share[12] > 1.5 * share[5] and share[1:12].min() > 0.2
     alone = sample_frames(generator(7, 0), 4, Window(3, 3), 3, CONFIG)
     assert alone.tolist() == [3, 3, 3, 3]
+
+
+def test_both_newest_frames_are_drawn_together_and_the_canonical_one_beside_them() -> None:
+    always = replace(CONFIG, frontier_probability=1.0, canonical_probability=1.0)
+    for step in range(20):
+        chosen = sample_frames(generator(0, step), 4, Window(3, 9), 6, always)
+        assert {3, 6, 9} <= set(chosen.tolist())
+        assert set(sample_frames(generator(0, step), 1, Window(3, 9), 6, always).tolist()) == {6}
+        assert {0, 9} <= set(sample_frames(generator(0, step), 3, Window(0, 9), 0, always).tolist())
 
 
 def test_same_seed_and_step_give_the_same_draw_and_others_do_not() -> None:
