@@ -10,6 +10,7 @@ faults that did not pass. Linux; as root the jobs without permission run without
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -27,6 +28,7 @@ from typing import Any
 
 import av
 import numpy as np
+import psutil
 import tyro
 
 FLAGS = {
@@ -113,6 +115,21 @@ class Running:
         """Return when it has imported everything and begins (or has ended)."""
         while self.code is None and FIRST_LINE not in self.said():
             time.sleep(0.05)
+
+    def work(self, most: float = math.inf) -> float:
+        """Return when it has used so many more seconds of CPU time (or has ended), with those it has used.
+
+        CPU time, because other programs on the machine do not change how far it brings a job.
+        """
+        used, began = 0.0, None
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            while self.code is None and used < most:
+                times = process.cpu_times()
+                began = times.user + times.system if began is None else began
+                used = times.user + times.system - began
+                time.sleep(0.02)
+        return used
 
     def wait(self) -> tuple[int, str]:
         """Its exit code and what it printed."""
@@ -241,10 +258,10 @@ def _follow_remedy(said: str) -> bool:
 
 
 def kill_at(job: Job, moment: float) -> str | None:
-    """SIGKILL so many seconds after the job went to work; how far it had come, or None if it had ended by itself."""
+    """SIGKILL after so many seconds of CPU time at work; how far it had come, or None if it had ended by itself."""
     running = job.start()
     running.wait_for_work()
-    time.sleep(moment)
+    running.work(moment)
     if running.code is not None:
         return None
     running.signal(signal.SIGKILL)
@@ -254,9 +271,9 @@ def kill_at(job: Job, moment: float) -> str | None:
 
 def interrupt_twice(job: Job, moment: float) -> str:
     """SIGINT, and again while the first is being handled."""
-    running = job.start()
+    running = job.start(executable=True)
     running.wait_for_work()
-    time.sleep(moment)
+    running.work(moment)
     stage = job.stage()
     for _ in range(2):
         running.signal(signal.SIGINT)
@@ -319,7 +336,7 @@ class Bench:
     """The undisturbed job."""
     expected: dict[str, float]
     duration: float
-    """Seconds it was at work."""
+    """Seconds of CPU time it was at work."""
     rows: list[tuple[str, str]] = field(default_factory=list)
 
     def wanted(self, fault: str) -> bool:
@@ -450,14 +467,14 @@ def undisturbed(settings: Settings, folder: Path) -> Bench:
     video = folder / "creature.mp4"
     write_video(video)
     job = Job(video, folder / "whole")
-    running = job.start(executable=True)
+    running = job.start()
     running.wait_for_work()
-    began = time.monotonic()
+    duration = running.work()
     code, said = running.wait()
-    duration, expected = time.monotonic() - began, job.summary()
+    expected = job.summary()
     if code or expected is None:
         raise SystemExit(said)
-    print(f"undisturbed: {duration:.0f} s at work, {expected}", flush=True)
+    print(f"undisturbed: {duration:.0f} s of CPU time at work, {expected}", flush=True)
     return Bench(settings, folder, job, expected, duration)
 
 

@@ -20,9 +20,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManager, SV4DDataManagerConfig
 from sv4d_ns.devices import ensure_ffmpeg_on_path
-from sv4d_ns.errors import NotFiniteError, one_sentence_errors
+from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
-from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, windows_folder
+from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
 from sv4d_ns.viewing import Playback, StartCamera
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class SV4DPipeline(VanillaPipeline):
             ensure_ffmpeg_on_path()
         with one_sentence_errors():
             super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+            if test_mode != "val":
+                self._check_checkpoint()
         from sv4d_ns.channels import GridWitnesses
 
         self.resumed_visibility: dict[int, Any] = {}
@@ -91,6 +93,24 @@ class SV4DPipeline(VanillaPipeline):
         self.datamanager.frame_window = self.sv4d_model.frame_window
         self.datamanager.canonical_frame = self.sv4d_model.canonical_frame
         self.sv4d_model.clip_duration = self.datamanager.grid.num_frames / self.datamanager.grid.fps
+
+    def _check_checkpoint(self) -> None:
+        """nerfstudio's commands open the newest checkpoint without looking: look before they do.
+
+        Raises:
+            InputError: it is damaged, holds more than tensors, or belongs to another model.
+        """
+        folder = self._run_dir / "nerfstudio_models"
+        for step in checkpoint_steps(folder)[-1:]:
+            path = folder / f"step-{step:09d}.ckpt"
+            state = read_checkpoint(path)
+            try:
+                self.load_pipeline(state["pipeline"], step)
+            except (RuntimeError, AttributeError, TypeError) as error:
+                raise InputError(
+                    f"{path} does not fit the run's config.yml ({str(error).splitlines()[0][:120]}): give the config "
+                    "it was made with."
+                ) from error
 
     @property
     def sv4d_model(self) -> SV4DModel:

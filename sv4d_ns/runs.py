@@ -18,6 +18,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sv4d_ns import __version__
-from sv4d_ns.files import atomic_path, content_hash
+from sv4d_ns.errors import InputError
+from sv4d_ns.files import atomic_path, check_zip, content_hash
 
 WINDOWS = ".windows"
 STAGES = ".stages"
@@ -73,6 +75,28 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a nerfstudio_models folder, ascending (empty if there is no such folder)."""
     names = (re.fullmatch(r"step-(\d+)\.ckpt", path.name) for path in folder.glob("step-*.ckpt"))
     return sorted(int(name.group(1)) for name in names if name)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of ns-train, read as plain tensors and compared with its checksums.
+
+    Raises:
+        InputError: it cannot be read, is damaged, holds more than tensors, or is no checkpoint of a run.
+    """
+    import torch
+
+    remedy = "give a checkpoint of ns-train, or delete it and start again (the views are kept)."
+    try:
+        check_zip(path)  # torch does not look at the checksums it writes
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} holds more than tensors and is not opened for safety: {remedy}") from error
+    except (RuntimeError, KeyError, ValueError, TypeError, EOFError, OSError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise InputError(f"{path} cannot be read ({reason}): {remedy}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int) or "pipeline" not in state:
+        raise InputError(f"{path} is not a checkpoint of a run: {remedy}")
+    return state
 
 
 def claim_run(runs: Path, name: str, fingerprint: str | None) -> tuple[str, str]:

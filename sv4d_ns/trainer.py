@@ -1,6 +1,5 @@
 """nerfstudio's trainer with the manners of a long job: checks first, whole checkpoints, resume, next commands."""
 
-import pickle
 import shlex
 import shutil
 import warnings
@@ -32,6 +31,7 @@ from sv4d_ns.runs import (
     free_name,
     is_dated,
     keep_stage,
+    read_checkpoint,
     record_run,
     stage_folder,
 )
@@ -349,27 +349,21 @@ class SV4DTrainer(Trainer):
         path = self._checkpoint_to_load()
         if path is None:
             return
+        state = read_checkpoint(path)
+        pipeline: Any = self.pipeline
         try:
-            check_zip(path)  # torch does not look at the checksums it writes
-            state = torch.load(path, map_location="cpu", weights_only=True)
             self._start_step = state["step"] + 1
-            self.pipeline.load_pipeline(state["pipeline"], state["step"])
+            pipeline.load_pipeline(state["pipeline"], state["step"])
+            pipeline.resumed_visibility = state.get("visibility", {})
             self.optimizers.load_optimizers(state["optimizers"])
             if "schedulers" in state and self.config.load_scheduler:
                 self.optimizers.load_schedulers(state["schedulers"])
             self.grad_scaler.load_state_dict(state["scalers"])
-            pipeline: Any = self.pipeline
-            pipeline.resumed_visibility = state.get("visibility", {})
-        except pickle.UnpicklingError as error:
-            raise InputError(
-                f"{path} is damaged, or holds more than tensors and is not opened for safety: give a checkpoint of "
-                f"ns-train {self.config.method_name}, or delete it and start again (the views are kept)."
-            ) from error
-        except (RuntimeError, KeyError, ValueError, EOFError, OSError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [""])[0][:160]
             raise InputError(
-                f"{path} cannot be loaded ({reason}): it is damaged or belongs to other settings; delete it and start "
-                "again (the views are kept), or give the settings it was made with."
+                f"{path} belongs to other settings ({reason}): give the settings it was made with, or delete it and "
+                "start again (the views are kept)."
             ) from error
         CONSOLE.print(f"Continuing from {path}.")
 
