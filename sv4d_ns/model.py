@@ -6,7 +6,7 @@ Only configuration is imported at the top; nerfstudio imports this file for ever
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import tyro
@@ -48,6 +48,9 @@ class SV4DModelConfig(ModelConfig):
     """Steps along the box's diagonal in training; only those in occupied space are evaluated."""
     render_samples: int = 192
     """The same for pictures."""
+    encoding: Literal["numba", "tinycudann"] = "numba"
+    """Who evaluates the canonical hash grid. numba is the compiled loop on a CPU and plain torch on a GPU; tinycudann
+    stands for tiny-cuda-nn's kernels on a GPU (install it first), and what they trained opens on a CPU too."""
     occupancy_every: int = 2
     """Training steps between updates of the occupancy grid (one moment each)."""
     losses: LossWeights = field(default_factory=LossWeights)
@@ -82,7 +85,11 @@ class SV4DModel(Model):
         self.num_frames: int = self.kwargs["metadata"]["num_frames"]
         self.canonical_frame: int = self.kwargs["metadata"]["canonical_frame"]
         canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
-        self.field = DeformableField(DeformableFieldConfig(keyframes=self.num_frames, canonical_time=canonical_time))
+        self.field = DeformableField(
+            DeformableFieldConfig(
+                keyframes=self.num_frames, canonical_time=canonical_time, encoding_backend=self.config.encoding
+            )
+        )
         self.occupancy = OccupancyGrid(self.num_frames)
         self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()

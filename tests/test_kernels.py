@@ -13,6 +13,7 @@ from sv4d_ns import rendering
 from sv4d_ns.errors import InputError
 from sv4d_ns.fields import hash_grid, kernels
 from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.fields.encoding import HashEncoding
 from sv4d_ns.fields.hash_grid import HashGrid
 from sv4d_ns.occupancy import OccupancyGrid
 
@@ -130,6 +131,16 @@ def test_a_table_of_tinycudann_opens_on_the_cpu() -> None:
     torch.testing.assert_close(trained(x), twin(x), atol=1e-6, rtol=1e-4)
     field = DeformableField(DeformableFieldConfig(encoding_backend="tinycudann", keyframes=2, motion_resolutions=(2,)))
     assert field.density(x - 0.5, torch.ones(100, 1)).shape == (100,)
+
+
+def test_a_run_s_configuration_names_the_layout_of_its_table() -> None:
+    from sv4d_ns.datamanager import object_box
+    from sv4d_ns.model import SV4DModelConfig
+
+    metadata = {"num_frames": 2, "canonical_frame": 0, "num_views": 1}
+    for encoding, layout in (("numba", HashEncoding), ("tinycudann", HashGrid)):
+        model = SV4DModelConfig(encoding=encoding).setup(scene_box=object_box(), num_train_data=1, metadata=metadata)
+        assert isinstance(model.field.encoding, layout)
 
 
 def test_without_tinycudann_its_back_end_says_what_to_do() -> None:
