@@ -30,7 +30,7 @@ from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.evaluation.cases import Case, find_cases
 from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.files import atomic_path
-from sv4d_ns.fit_settings import CorrectionConfig
+from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
 from sv4d_ns.occupancy import OccupancyGrid
 from sv4d_ns.views import ViewGrid, over_white
 
@@ -50,6 +50,8 @@ SWITCHES = {
     "default": CorrectionConfig(),
 }
 LEAVING_OUT = {"leave_out", "all", "default"}
+LOSSES = {"depth_smoothness": LossWeights(depth_smoothness=0.1), "bilateral_normal": LossWeights(bilateral_normal=0.02)}
+"""Losses that are off by default, with the weights they are tried with; everything else is as for "off"."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Robustness:
         "none:all",
     )
     """What is wrong (none, pose, color, replaced) and what is switched on (off, pose, color, leave_out, robust, all,
-    default)."""
+    default, or a loss of `LOSSES`)."""
     steps: int = 500
     """Optimisation steps of each fit."""
     rays: int = 768
@@ -113,7 +115,13 @@ class Robustness:
     def fit(self, spoiled: "Spoiled", case: Case, switch: str, name: str) -> dict[str, Any]:
         """Fit one grid and judge the field on the elevated views."""
         grid = spoiled.grid
-        options = FitOptions(self.steps, self.rays, SWITCHES[switch], leave_out=switch in LEAVING_OUT)
+        options = FitOptions(
+            self.steps,
+            self.rays,
+            SWITCHES.get(switch, OFF),
+            LOSSES.get(switch, LossWeights()),
+            leave_out=switch in LEAVING_OUT,
+        )
         fit = GridFit(grid, options).run(self.steps)
         figures = judge(fit.field, fit.occupancy, case, grid.times, self.size, self.out / f"{name}.png")
         trust = [round(weight, 3) for weight in fit.corrections.trust().tolist()]

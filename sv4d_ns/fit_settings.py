@@ -52,7 +52,7 @@ class CorrectionConfig:
     Our own design; docs/optimisation.md has what each is worth on a corrupted grid.
     """
 
-    pose: bool = False
+    pose: bool = True
     """Learn a small rotation about the object and a scale for the camera of each generated view."""
     pose_range_deg: float = 3.0
     """Largest angle of that rotation about each axis, degrees."""
