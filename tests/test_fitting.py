@@ -207,3 +207,25 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
         came_from = (point + field.deformation(point, torch.ones(1, 1)))[0, 2]
     assert came_from < 0.0
     assert field.residual_open
+
+
+def test_visibility_is_computed_when_asked_and_kept_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = ball_grid(2)
+    doubted = replace(grid, confidence=np.full(grid.novel_views.shape[:-1], 255, np.uint8))
+    sampler = BatchSampler(train_views(doubted, "cpu"), BatchConfig(rays=64, patches=0), ScheduleConfig(), 0)
+    before = [view.weight.clone() for view in sampler.views]
+    calls = []
+
+    def seen(field, occupancy, input_camera, cameras, *_):  # type: ignore[no-untyped-def]
+        calls.append(len(cameras))
+        return torch.full((len(cameras), 24, 24), 0.25)
+
+    monkeypatch.setattr("sv4d_ns.fitting.view_weights", seen)
+    sampler.update_visibility(None, None, 1)  # type: ignore[arg-type]
+    for step in range(5):
+        sampler.draw(step, Window(0, 1), 0)
+    assert calls == [5]  # all generated views at once, and not for the rays of a step
+    assert torch.equal(sampler.views[0].weight, before[0])
+    for view, old in zip(sampler.views[1:], before[1:], strict=True):
+        assert torch.equal(view.weight[0], old[0])
+        assert torch.equal(view.weight[1], 0.25 * view.confidence[1])
