@@ -11,7 +11,7 @@ folder. The libraries' own C code (FFmpeg, Pillow, torch) is not instrumented.
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 
 def main(
-    target: Literal["mp4", "gif", "png", "grid", "transforms", "cameras", "checkpoint", "config"],
+    target: Annotated[
+        Literal["mp4", "gif", "png", "grid", "transforms", "cameras", "checkpoint", "config"], tyro.conf.Positional
+    ],
     seconds: int = 120,
 ) -> None:
     """Fuzz one target.

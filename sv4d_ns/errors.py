@@ -71,8 +71,12 @@ def disk_sentence(error: OSError) -> str | None:
 
 @contextmanager
 def interrupts_handled_by(handler: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `handler` in this block, as often as it is pressed. Nothing changes outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
+    """Ctrl-C calls `handler` in this block, as often as it is pressed.
+
+    Nothing changes outside the main thread, and where the process was started to ignore it (a shell's background job).
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
 

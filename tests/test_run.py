@@ -1,8 +1,10 @@
 """The main job and everything after it, through nerfstudio's own entry points, on a very short schedule."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from sv4d_ns.method_configs.sv4d import method
 from sv4d_ns import channels
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.procedural import creature, render
-from sv4d_ns.runs import checkpoint_steps, newest_views
+from sv4d_ns.runs import checkpoint_steps, newest_views, release_run
 from sv4d_ns.trainer import SV4DTrainerConfig
 from sv4d_ns.views import ViewGrid
 
@@ -141,11 +143,18 @@ def test_time_moves_in_paths_without_times(finished: Path, monkeypatch: pytest.M
     assert asked == pytest.approx([0.0, 1 / 24 / duration, 2 / 24 / duration])
 
 
+def figures(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("stop_at", [2, REFINE_AT, REFINE_AT + 3], ids=["stage 1", "refinement", "stage 2"])
 def test_a_killed_run_resumes_where_it_stopped(
     tmp_path: Path, video: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    """Killed before step `stop_at`; continued by --load-config in place, and by --load-dir in a new folder."""
+    """Killed before step `stop_at`; continued by --load-config in place, and by --load-dir in a new folder.
+
+    What comes out is that of the undisturbed run to the last bit: the figures and the hash of the field.
+    """
     from sv4d_ns.synthesis import DiffusionSynthesizer
     from sv4d_ns.trainer import SV4DTrainer
 
@@ -179,6 +188,80 @@ def test_a_killed_run_resumes_where_it_stopped(
     run(yaml.unsafe_load((folder / "config.yml").read_text()))
     assert checkpoint_steps(folder / "nerfstudio_models") == [STEPS - 1]
     assert "generate" not in calls
+    assert figures(folder) == figures(finished)
+
+
+def test_ctrl_c_twice_saves_a_whole_step(
+    tmp_path: Path, video: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from sv4d_ns.trainer import SV4DTrainer
+
+    iterate, before = SV4DTrainer.train_iteration, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self: SV4DTrainer, step: int):  # type: ignore[no-untyped-def]
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return iterate(self, step)
+
+    config = short_config(tmp_path, data=video)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(SV4DTrainer, "train_iteration", interrupted)
+            run(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    folder = config.get_base_dir()
+    assert ended.value.code == 130
+    assert f"Stopped after 6 of {STEPS} steps. Go on with the same command" in capfd.readouterr().err
+    assert checkpoint_steps(folder / "nerfstudio_models") == [5]
+    release_run(folder)
+    assert run(short_config(tmp_path, data=video)) == folder
+    assert figures(folder) == figures(finished)
+
+
+def test_a_setting_of_stage_2_keeps_stage_1(
+    finished: Path, video: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another strength of stage 2 begins where stage 1 ended; other movies are made for the run that is there."""
+    from sv4d_ns.trainer import SV4DTrainer
+
+    iterate, steps = SV4DTrainer.train_iteration, []
+    monkeypatch.setattr(SV4DTrainer, "train_iteration", lambda self, step: steps.append(step) or iterate(self, step))
+    other = short_config(finished.parents[2], data=video)
+    other.pipeline.refine_strength, other.pipeline.movies = 0.8, ()
+    folder = run(other)
+    said = capfd.readouterr().out.replace("\n", " ")
+    assert folder != finished and steps == list(range(REFINE_AT, STEPS))
+    assert "Stage 1 is taken from a run that differs in stage 2 only." in said
+    assert figures(folder)["field"] != figures(finished)["field"]
+    assert ViewGrid.load(folder / "views").content_id == ViewGrid.load(finished / "views").content_id
+    again = short_config(finished.parents[2], data=video)
+    again.pipeline.movies = ("time",)
+    assert run(again) == finished and steps == list(range(REFINE_AT, STEPS))
+
+
+@pytest.mark.parametrize("harm", ["code", "other model", "cut"])
+def test_nerfstudios_commands_refuse_a_checkpoint_that_is_none(finished: Path, tmp_path: Path, harm: str) -> None:
+    """ns-viewer, ns-eval and ns-render open checkpoints by `eval_setup`."""
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    path = finished / "nerfstudio_models" / f"step-{STEPS - 1:09d}.ckpt"
+    whole = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    try:
+        if harm == "code":
+            torch.save({**state, "more": Path("/a/path/is/no/tensor")}, path)
+        elif harm == "other model":
+            name = next(name for name, value in state["pipeline"].items() if value.ndim == 2)
+            state["pipeline"][name] = state["pipeline"][name][:-1]
+            torch.save(state, path)
+        else:
+            path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(SystemExit, match=rf"^Error: .*{path.name} (holds more|does not fit|cannot be read)"):
+            eval_setup(finished / "config.yml")
+    finally:
+        path.write_bytes(whole)
 
 
 def test_the_same_command_finds_its_run_again(

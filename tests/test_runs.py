@@ -2,12 +2,23 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from sv4d_ns.runs import RUN_FILE, SUMMARY_FILE, claim_run, fingerprint, record_run, release_run
+from sv4d_ns.runs import (
+    RUN_FILE,
+    STAGE_2,
+    SUMMARY_FILE,
+    checkpoint_steps,
+    claim_run,
+    fingerprint,
+    keep_stage,
+    record_run,
+    release_run,
+    stage_folder,
+)
 
 
 @dataclass
@@ -76,6 +87,50 @@ def test_a_run_is_found_by_its_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "monday" / RUN_FILE).write_text("half a fi")
     assert claim_run(tmp_path, "tuesday", "x") == ("tuesday", ""), "a damaged record is nobody's run"
     release_run(tmp_path / "monday")
+
+
+def test_stage_1_is_what_stage_2_does_not_decide() -> None:
+    from sv4d_ns.method_configs.sv4d import method
+
+    def key(without: frozenset[str] = frozenset(), **changes: object) -> str:
+        return fingerprint(replace(method.config.pipeline, **changes), without=without)  # type: ignore[type-var]
+
+    assert key(refine_strength=0.1) != key() != key(refine_steps=())
+    assert key(STAGE_2, refine_strength=0.1) == key(STAGE_2) == key(STAGE_2, refine_steps=())
+    assert key(STAGE_2, visibility_every=1) != key(STAGE_2)
+    assert key(movies=(), movie_size=64) == key(), "movies are made from the finished field"
+
+
+def test_a_kept_stage_outlives_the_runs_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "step-000000007.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"field")
+    folder = stage_folder(tmp_path / "run", "key")
+    keep_stage(checkpoint, folder)
+    keep_stage(checkpoint, folder)
+    checkpoint.unlink()
+    assert checkpoint_steps(folder) == [7] and [path.read_bytes() for path in folder.iterdir()] == [b"field"]
+
+
+def test_two_commands_of_the_same_second_get_a_folder_each(tmp_path: Path) -> None:
+    """Both have chosen the same name before either has made its folder."""
+    from test_run import object_frames, short_config, write_video
+
+    config = short_config(tmp_path / "outputs", data=None)
+    config.pipeline.datamanager.data = write_video(tmp_path / "good.mp4", object_frames())
+    config.timestamp = "2026-01-02_030405"
+    taken = config.get_base_dir()
+    code = (
+        "import sys; from pathlib import Path; from sv4d_ns.runs import record_run; "
+        f"record_run(Path({str(taken)!r}), 'x'); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        config.save_config()
+        process.kill()
+    assert config.get_base_dir() == taken.with_name(f"{taken.name}-2")
+    assert config.pipeline.datamanager.run_dir == config.get_base_dir()
+    release_run(config.get_base_dir())
 
 
 def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
