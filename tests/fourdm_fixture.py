@@ -54,13 +54,14 @@ def text_encoder() -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
-def image_encoder(width: int, out: int) -> CLIPVisionModelWithProjection:
-    config = CLIPVisionConfig(**{**TOWER, "hidden_size": width}, image_size=28, patch_size=14, projection_dim=out)
+def image_encoder(width: int, out: int, side: int = 28) -> CLIPVisionModelWithProjection:
+    tower = {**TOWER, "hidden_size": width}
+    config = CLIPVisionConfig(**tower, image_size=side, patch_size=side // 2, projection_dim=out)
     return CLIPVisionModelWithProjection(config).eval()
 
 
-def image_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28)
+def image_processor(side: int = 28) -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 
 
 def autoencoder() -> AutoencoderKL:
@@ -116,7 +117,7 @@ def save_image_to_video(folder: Path) -> Path:
     unet = UNetSpatioTemporalConditionModel(
         sample_size=8,
         num_frames=4,
-        block_out_channels=(8, 16),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
@@ -125,9 +126,9 @@ def save_image_to_video(folder: Path) -> Path:
         projection_class_embeddings_input_dim=24,
         addition_time_embed_dim=8,
     )
-    vae = AutoencoderKLTemporalDecoder(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2)
+    vae = AutoencoderKLTemporalDecoder(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2)
     pipeline = StableVideoDiffusionPipeline(
-        vae, image_encoder(24, 16), unet, EulerDiscreteScheduler(), image_processor()
+        vae, image_encoder(24, 16, side=224), unet, EulerDiscreteScheduler(), image_processor(224)
     )
     pipeline.save_pretrained(folder)
     return folder

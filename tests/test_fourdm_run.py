@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import tyro
 import yaml
 from fourdm_fixture import fourdm_pipeline, save_image_to_video, save_text_to_image
 from PIL import Image
@@ -18,6 +19,7 @@ from test_run import object_frames, write_video
 from test_run import short_config as short_sv4d_config
 
 from sv4d_ns import renders
+from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.diffusion.fourdm.official import load_fourdm_pipeline
 from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation.command import Evaluate
@@ -157,9 +159,14 @@ def test_a_model_that_is_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("picture", "area", "sides"),
-    [((1000, 500), 576 * 1024, (576, 1088)), ((300, 300), 64**2, (64, 64)), ((4000, 10), 64**2, (64, 1280))],
+    [((1000, 500), 576 * 1024, (512, 1088)), ((300, 300), 64**2, (64, 64)), ((4000, 10), 64**2, (64, 1280))],
 )
 def test_a_video_keeps_the_proportions_of_its_picture(picture, area, sides):
     found = generation.video_sides(picture, area)
     assert (found["height"], found["width"]) == sides
     assert generation.video_sides(picture, None) == {}
+
+
+def test_the_short_name_of_the_synthesis_flag():
+    chosen = tyro.cli(SV4DDataManagerConfig, args=["--pipeline.synthesis", "fourdm"])
+    assert chosen.synthesis == "fourdm"

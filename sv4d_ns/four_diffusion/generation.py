@@ -105,7 +105,7 @@ def _load(model: str, device: str, flag: str) -> Any:
 def _call(pipeline: Any, model: str, flag: str, **arguments: Any) -> Any:
     try:
         return pipeline(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"{flag} {model} does not take {', '.join(arguments)} ({error}): give another one.") from error
 
 
