@@ -52,8 +52,10 @@ class Stage2:
     """Length of the whole schedule."""
     refine_at: float = 0.64
     """Share of it at which stage 2 begins (2300 of 3600, as in ns-train sv4d)."""
-    strengths: tuple[float, ...] = (0.2, 0.4, 0.6)
+    strengths: tuple[float, ...] = (0.4, 0.9)
     """Noise levels of stage 2 to compare."""
+    agreement: float = 0.0
+    """Sharpness of the weight of agreement; see the pipeline's `refine_agreement`."""
     rays: int = 1024
     """Single rays of a step."""
 
@@ -79,7 +81,7 @@ class Stage2:
         ways: dict[str, ViewGrid] = {"alone": grid}
         renders = render_grid(fit.field, fit.occupancy, grid, synthesizer.image_size, _quiet)
         for strength in self.strengths:
-            ways[f"refined {strength:g}"] = refined(synthesizer, grid, renders, strength, self.out)
+            ways[f"refined {strength:g}"] = self.refined(synthesizer, grid, renders, strength)
         rows, sheets = [], [over_white(truth.made[:, :-2])]
         for name, way in ways.items():
             one = fit.copy()
@@ -116,22 +118,21 @@ class Stage2:
         views = synthesizer.generate(frames, plan, seed=0, store=self.out / "windows" / str(seed), progress=_quiet)
         return truth, ViewGrid(made[:, 0], views.images, plan, fps=10.0, confidence=views.confidence)
 
+    def refined(
+        self, synthesizer: ViewSynthesizer, grid: ViewGrid, renders: UInt8[np.ndarray, "t v s s 4"], strength: float
+    ) -> ViewGrid:
+        """The grid of stage 2, as the pipeline makes it."""
+        frames = resize_rgba(grid.input_frames, synthesizer.image_size)
+        store = self.out / "windows" / f"{grid.content_id}-{strength}"
+        views = synthesizer.refine(frames, renders, grid.plan, strength=strength, seed=1, store=store, progress=_quiet)
+        confidence = joint_confidence(views.confidence, agreement(renders, views.images, self.agreement))
+        return replace(grid, novel_views=views.images, confidence=confidence)
+
     def pictures(self, fit: GridFit, truth: Pictures) -> Pictures:
         """The field at all judged views."""
         plan = ViewPlan(tuple(truth.azimuths_deg), tuple(truth.elevations_deg))
         everything = ViewGrid(truth.made[:, 0], truth.made, plan, fps=10.0)
         return replace(truth, made=render_grid(fit.field, fit.occupancy, everything, self.size, _quiet))
-
-
-def refined(
-    synthesizer: ViewSynthesizer, grid: ViewGrid, renders: UInt8[np.ndarray, "t v s s 4"], strength: float, out: Path
-) -> ViewGrid:
-    """The grid of stage 2, as the pipeline makes it."""
-    frames = resize_rgba(grid.input_frames, synthesizer.image_size)
-    store = out / "windows" / f"{grid.content_id}-{strength}"
-    views = synthesizer.refine(frames, renders, grid.plan, strength=strength, seed=1, store=store, progress=_quiet)
-    confidence = joint_confidence(views.confidence, agreement(renders, views.images))
-    return replace(grid, novel_views=views.images, confidence=confidence)
 
 
 def judge(made: Pictures, truth: Pictures, backbones: Backbones) -> dict[str, float]:

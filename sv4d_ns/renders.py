@@ -84,15 +84,15 @@ def render_grid(
 
 
 def agreement(
-    renders: UInt8[np.ndarray, "t v h w 4"], refined: UInt8[np.ndarray, "t v h w 4"]
+    renders: UInt8[np.ndarray, "t v h w 4"], refined: UInt8[np.ndarray, "t v h w 4"], sharpness: float
 ) -> UInt8[np.ndarray, "t v h w"]:
-    """Per-pixel confidence of refined views, 0..255: exp(-4 |render - refined|) on white.
+    """Per-pixel confidence of refined views, 0..255: exp(-sharpness |render - refined|) on white.
 
     Where the diffusion model keeps what the 3D-consistent render showed, both believe it. The exponential of the
-    difference follows the weighting a third party found to help SV4D 2.0 views; the factor is ours.
+    difference follows the weighting a third party found to help SV4D 2.0 views (with 16).
     """
     difference = np.abs(over_white(renders).astype(np.float32) - over_white(refined).astype(np.float32)) / 255.0
-    return np.round(255.0 * np.exp(-4.0 * difference.mean(-1))).astype(np.uint8)
+    return np.round(255.0 * np.exp(-sharpness * difference.mean(-1))).astype(np.uint8)
 
 
 def joint_confidence(*parts: UInt8[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:

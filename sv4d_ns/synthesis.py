@@ -23,7 +23,7 @@ from sv4d_ns.errors import InputError
 from sv4d_ns.views import over_white
 
 if TYPE_CHECKING:
-    from sv4d_ns.diffusion.grid import GridOptions
+    from sv4d_ns.diffusion.grid import GeneratedGrid, GridOptions
     from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
     from sv4d_ns.diffusion.plan import Offload, Plan
 
@@ -36,6 +36,8 @@ class ViewSynthesizer(Protocol):
 
     image_size: int
     """Pixels along the side of the square frames it reads and makes."""
+    refine_strength: float
+    """The `strength` of stage 2 this model is best at, in (0, 1]."""
 
     def default_plan(self) -> ViewPlan:
         """The views this model is best at."""
@@ -143,6 +145,10 @@ class DiffusionSynthesizer:
     """Denoising steps of `generate`; None takes the pipeline's own default."""
     refine_inference_steps: int | None = None
     """Denoising steps of `refine` from its noise level down; None takes the pipeline's own step size."""
+    refine_strength: float = 0.4
+    """Noise level of `refine` where the user names none (our choice; the paper does not say)."""
+    refine_draws: int = 1
+    """Draws of noise whose results `refine` averages."""
     options: "GridOptions | None" = None
     """How grids are generated; the defaults where None."""
 
@@ -173,6 +179,7 @@ class DiffusionSynthesizer:
             "code": __version__,
             "num_inference_steps": self.num_inference_steps,
             "refine_inference_steps": self.refine_inference_steps,
+            "refine_draws": self.refine_draws,
             "options": asdict(self._options),
             "pipeline": scalars,
         }
@@ -180,7 +187,8 @@ class DiffusionSynthesizer:
     def generate(
         self, frames: UInt8[np.ndarray, "t s s 4"], plan: ViewPlan, *, seed: int, store: Path, progress: Progress
     ) -> Views:
-        return self._run(frames, plan, self.num_inference_steps, seed=seed, store=store, progress=progress)
+        grid = self._run(frames, plan, self.num_inference_steps, seed=seed, store=store, progress=progress)
+        return replace(from_model_space(grid.images), drift=grid.drift)
 
     def refine(
         self,
@@ -199,10 +207,24 @@ class DiffusionSynthesizer:
         self.pipeline.scheduler = type(full_schedule).from_config(
             full_schedule.config, sigma_max=refine_sigma(full_schedule.config, strength)
         )
+        draws = self.refine_draws
         try:
-            return self._run(frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders)
+            grids = [
+                self._run(
+                    frames,
+                    plan,
+                    steps,
+                    seed=seed + DRAW_SEEDS * draw,
+                    store=store if draw == 0 else store / f"draw{draw}",
+                    progress=lambda done, total, draw=draw: progress(draw * total + done, draws * total),  # type: ignore[misc]
+                    initial_views=renders,
+                )
+                for draw in range(draws)
+            ]
         finally:
             self.pipeline.scheduler = full_schedule
+        mean = torch.stack([grid.images for grid in grids]).mean(0)
+        return replace(from_model_space(mean), drift=grids[0].drift)
 
     def _run(
         self,
@@ -214,7 +236,7 @@ class DiffusionSynthesizer:
         store: Path,
         progress: Progress,
         initial_views: UInt8[np.ndarray, "t v s s 4"] | None = None,
-    ) -> Views:
+    ) -> "GeneratedGrid":
         from sv4d_ns.diffusion.grid import generate_grid
         from sv4d_ns.diffusion.store import WindowStore
         from sv4d_ns.diffusion.windows import ViewReferences
@@ -225,7 +247,7 @@ class DiffusionSynthesizer:
             initial = to_model_space(resize_rgba(initial_views, self.image_size), channels)
             # renders of one field agree with each other already
             options = replace(options, references=ViewReferences.INDEPENDENT)
-        grid = generate_grid(
+        return generate_grid(
             self.pipeline,
             to_model_space(resize_rgba(frames, self.image_size), channels),
             plan.azimuths_deg,
@@ -236,11 +258,16 @@ class DiffusionSynthesizer:
             initial_views=initial,
             options=replace(options, num_inference_steps=num_inference_steps),
         )
-        return replace(from_model_space(grid.images), drift=grid.drift)
 
 
 EMBEDDED_REFINE_STEPS = 1
 """Denoising steps of the embedded model in stage 2: like its generation, best in one (more add grain)."""
+EMBEDDED_REFINE_STRENGTH = 0.9
+"""Its noise level in stage 2, by measurement (docs/optimisation.md)."""
+EMBEDDED_REFINE_DRAWS = 2
+"""It paints a mean, and two draws are nearer to that than one; four are no better."""
+DRAW_SEEDS = 1000
+"""Between the seeds of two draws; rounds of stage 2 are 1 apart."""
 
 
 def fitting_offload(plan: "Plan", memory: float) -> tuple["Offload", str]:
@@ -324,14 +351,20 @@ def load_synthesizer(
         place = device if offload is Offload.NONE else "cpu"
         pipeline, name = load_official_pipeline(place, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
         apply_offload(pipeline, offload, device)
-        plan, size, refine_steps, references = ViewPlan.OFFICIAL_8, 576, None, ViewReferences.ANCHORED
+        plan, size, references = ViewPlan.OFFICIAL_8, 576, ViewReferences.ANCHORED
+        stage_2: dict[str, Any] = {}
     else:
         from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 
         pipeline, name = load_embedded_pipeline(device), "sv4d_ns embedded"
-        plan, size, refine_steps = ViewPlan.EMBEDDED, 64, EMBEDDED_REFINE_STEPS
+        plan, size = ViewPlan.EMBEDDED, 64
+        stage_2 = {
+            "refine_inference_steps": EMBEDDED_REFINE_STEPS,
+            "refine_strength": EMBEDDED_REFINE_STRENGTH,
+            "refine_draws": EMBEDDED_REFINE_DRAWS,
+        }
         references = ViewReferences.INDEPENDENT  # measured: see docs/views.md
     given = {name: value for name, value in (options or {}).items() if value is not None}
     grid_options = GridOptions.from_values({"references": references, **given})
-    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, refine_steps, grid_options)
+    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, options=grid_options, **stage_2)
     return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.grid import GridOptions
+from sv4d_ns.diffusion.grid import GeneratedGrid, GridOptions
 from sv4d_ns.diffusion.plan import GIB, Offload, Plan
 from sv4d_ns.diffusion.windows import ViewReferences, WindowStride
 from sv4d_ns.errors import InputError
@@ -117,3 +117,30 @@ def test_the_way_of_offloading_is_chosen_by_the_memory_and_said() -> None:
         assert offload.value == way and f"'{way}'" in sentence and f"{memory}.0 GiB" in sentence
     with pytest.raises(InputError, match=r"needs 4\.0 GiB"):
         fitting_offload(plan, 2 * GIB)
+
+
+def test_stage_2_averages_the_draws_of_noise_and_leaves_the_schedule_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthesizer, _ = load_synthesizer("embedded", "cpu")
+    assert isinstance(synthesizer, DiffusionSynthesizer)
+    scheduler, asked, seen = synthesizer.pipeline.scheduler, [], []
+
+    def made(self, frames, plan, steps, *, seed, store, progress, initial_views):  # type: ignore[no-untyped-def]
+        asked.append((seed, store, self.pipeline.scheduler.config.sigma_max))
+        progress(1, 1)
+        return GeneratedGrid(torch.full((1, 1, 4, 8, 8), 0.8 if len(asked) == 1 else 1.0))
+
+    monkeypatch.setattr(DiffusionSynthesizer, "_run", made)
+    empty = np.zeros((1, 8, 8, 4), np.uint8)
+    views = synthesizer.refine(
+        empty, empty[:, None], ViewPlan.ring((90.0,)), strength=0.5, seed=3, store=tmp_path,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert len(asked) == synthesizer.refine_draws == 2
+    assert len({seed for seed, _, _ in asked}) == len({store for _, store, _ in asked}) == 2
+    assert all(sigma == pytest.approx(refine_sigma(scheduler.config, 0.5)) for _, _, sigma in asked)
+    assert seen == [(1, 2), (2, 2)]
+    assert synthesizer.pipeline.scheduler is scheduler
+    # the mean coverage is 0.9, believed as far as (2 * 0.9 - 1)^2
+    assert views.confidence.flatten()[0] == round(255 * 0.8**2)

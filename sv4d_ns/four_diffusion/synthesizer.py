@@ -45,6 +45,7 @@ class FourDMSynthesizer:
     name: str
     prompt: str = ""
     num_inference_steps: int = 100
+    refine_strength: float = 0.4
     image_size: int = field(init=False)
 
     def __post_init__(self) -> None:
