@@ -58,6 +58,11 @@ class Background:
         """Whether the borders are alike enough to tell an object by its colour."""
         return self.noise <= MAX_NOISE and self.plain_share >= MIN_PLAIN_SHARE
 
+    @property
+    def described(self) -> str:
+        """How the borders look, in a few words."""
+        return f"{self.plain_share:.0%} of the border looks alike, give or take {self.noise:.0f} levels"
+
     def distance(self, colours: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
         """The largest difference from the background in any channel, levels."""
         return np.abs(colours - self.colour).max(axis=-1)
@@ -124,7 +129,7 @@ def segment(
             foreground = _matted(clip, matting, background)
         else:
             raise InputError(
-                f"{clip.source} has no plain background ({background.plain_share:.0%} of its border looks alike): give "
+                f"{clip.source} has no plain background ({background.described}): give "
                 "a video with an alpha channel or one filmed before a single colour, a folder of masks "
                 "(--pipeline.datamanager.masks), or name a matting model (--pipeline.datamanager.matting "
                 "isnet-general-use)."
@@ -163,7 +168,7 @@ def _matted(clip: Clip, matting: Matting, background: Background) -> Foreground:
     seen = alpha[alpha >= 26]
     confidence = float(np.abs(seen / 127.5 - 1).mean()) if seen.size else 0.0
     message = (
-        f"The background is not plain ({background.plain_share:.0%} of the border looks alike): the object was found "
+        f"The background is not plain ({background.described}): the object was found "
         f"by the matting model, confidence {confidence:.2f}."
     )
     return _with_alpha(clip, alpha, "matting", confidence, message)
