@@ -43,14 +43,19 @@ def one_sentence_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise SystemExit(f"Error: {error}") from error
+        raise SystemExit(_line(str(error))) from error
     except OSError as error:
         sentence = disk_sentence(error)
         if sentence is None:
             raise
-        raise SystemExit(f"Error: {sentence}") from error
+        raise SystemExit(_line(sentence)) from error
     except KeyboardInterrupt:
         leave("Stopped. The same command goes on from what is finished.")
+
+
+def _line(sentence: str) -> str:
+    """On one line, also where the name of a file is not."""
+    return "Error: " + sentence.replace("\r", "\\r").replace("\n", "\\n")
 
 
 def disk_sentence(error: OSError) -> str | None:

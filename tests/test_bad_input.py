@@ -148,6 +148,7 @@ VIDEOS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "circle.mp4": (link_in_a_circle, "circle.mp4 (cannot be read|does not exist)"),
     "link.mp4": (broken_link, "link.mp4 does not exist"),
     "n" * 300 + ".mp4": (lambda path, good: None, "File name too long"),
+    "two\nlines.mp4": (lambda path, good: path.write_bytes(b"junk" * 50), r"two\\nlines.mp4 is not a video"),
     "forged": (forged_size, "0.png cannot be read as a picture"),
 }
 
