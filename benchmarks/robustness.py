@@ -50,8 +50,12 @@ SWITCHES = {
     "default": CorrectionConfig(),
 }
 LEAVING_OUT = {"leave_out", "all", "default"}
-LOSSES = {"depth_smoothness": LossWeights(depth_smoothness=0.1), "bilateral_normal": LossWeights(bilateral_normal=0.02)}
-"""Losses that are off by default, with the weights they are tried with; everything else is as for "off"."""
+LOSSES = {
+    "depth_smoothness": LossWeights(depth_smoothness=0.1),
+    "bilateral_normal": LossWeights(bilateral_normal=0.02),
+    "no_bilateral_normal": LossWeights(bilateral_normal=0.0),
+}
+"""Losses to compare with the default ones; everything else is as for "off"."""
 
 
 @dataclass

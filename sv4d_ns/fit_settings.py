@@ -22,9 +22,10 @@ class LossWeights:
     normal: float = 0.02
     """Against estimated normals on patches (SV4D L_normal), with --pipeline.datamanager.normals. Not measured."""
     depth_smoothness: float = 0.0
-    """Of rendered depth on patches (SV4D L_depth)."""
-    bilateral_normal: float = 0.0
-    """Smoothness of rendered normals on patches except at edges of the picture (SV4D L_bilateral)."""
+    """Of rendered depth on patches (SV4D L_depth); off: docs/optimisation.md has what little was measured."""
+    bilateral_normal: float = 0.02
+    """Smoothness of rendered normals on patches except at edges of the picture (SV4D L_bilateral); measured on two
+    cases."""
     opacity: float = 0.03
     """Alpha away from 1/2."""
     distortion: float = 0.03

@@ -46,6 +46,7 @@ class FourDMSynthesizer:
     prompt: str = ""
     num_inference_steps: int = 100
     refine_strength: float = 0.4
+    """Noise level of stage 2 where the user names none (our choice)."""
     image_size: int = field(init=False)
 
     def __post_init__(self) -> None:
