@@ -72,7 +72,7 @@ def flaws(entry: Entry) -> Iterator[str]:
     if entry.state == "windows":
         from sv4d_ns.diffusion.store import flaw_of
 
-        found = (flaw_of(file) for file in sorted(entry.path.glob("*.safetensors")))
+        found = (flaw_of(file) for file in sorted(entry.path.rglob("*.safetensors")))
         yield from (flaw for flaw in found if flaw is not None)
         return
     from sv4d_ns.views import ViewGrid
