@@ -36,8 +36,8 @@ class ScheduleConfig:
     canonical_probability: float = 0.25
     """Chance that a step draws the canonical frame, so that the shape is not forgotten while the window grows."""
     frontier_probability: float = 0.9
-    """Chance that a step draws the frames newest to the window, on both sides (the badly fitted ones): a frame is newest
-    for a few dozen steps only, and its motion is found in these."""
+    """Chance that a step draws the frames newest to the window, on both sides (the badly fitted ones): a frame is
+    newest for a few dozen steps only, and its motion is found in these."""
 
 
 @dataclass(frozen=True)
