@@ -226,7 +226,8 @@ def _files_hash(path: Path | None) -> str | None:
         folders = [path, *(path / name for name in ("images", "confidence"))]
         files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
     else:
-        files = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+        # a pattern may match what is no file: a pipe, for one, would never end
+        files = [path] if path.is_file() else sorted(file for file in path.parent.glob(path.name) if file.is_file())
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(str(file.relative_to(path if path.is_dir() else path.parent)).encode())

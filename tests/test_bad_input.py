@@ -30,7 +30,7 @@ from sv4d_ns.limits import LIMITS
 from sv4d_ns.runs import read_checkpoint
 from sv4d_ns.trainer import SV4DTrainerConfig
 
-LONGEST = 420
+LONGEST = 500
 """Characters of a sentence, with the folders of the tests."""
 
 
