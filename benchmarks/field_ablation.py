@@ -80,11 +80,11 @@ VARIANTS = (
     without("opacity"),
     without("distortion"),
     without("normal_smoothness"),
+    without("bilateral_normal"),
     without("registration", "band_rigidity"),
     without("deformation"),
     without("deformation_rigidity", "band_rigidity"),
     Variant("with depth smoothness", "loss", losses={"depth_smoothness": 0.01}),
-    Variant("with bilateral normal smoothness", "loss", losses={"bilateral_normal": 0.02}),
     Variant("with temporal smoothness", "loss", losses={"deformation_time": 1e-3}),
 )
 

@@ -205,6 +205,7 @@ def test_ctrl_c_twice_saves_a_whole_step(
         return iterate(self, step)
 
     config = short_config(tmp_path, data=video)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background have it ignored, as runs may
     try:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(SV4DTrainer, "train_iteration", interrupted)
