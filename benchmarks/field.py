@@ -175,6 +175,7 @@ class Ours:
         self.occupancy = OccupancyGrid(grid.num_frames).to(device)
         self.occupancy.carve(fitting.hull_views(views))
         self.field.confine(self.occupancy.hull[canonical])
+        self.flow = fitting.surface_flow(views, self.occupancy.half_extent)
         self.schedule, self.canonical = sampling.ScheduleConfig(), canonical
         self.sampler = fitting.BatchSampler(views, fitting.BatchConfig(rays=rays), self.schedule, 0)
         self.weights = losses.LossWeights()
@@ -189,7 +190,7 @@ class Ours:
 
     def step(self, number: int) -> None:
         number = min(number, self.total)
-        window = fitting.advance(self.field, self.occupancy, self.schedule, number, self.total, 2)
+        window = fitting.advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * decay_factor(self.decay, number)
         batch = self.sampler.draw(number, window, self.canonical)
@@ -197,7 +198,7 @@ class Ours:
             self.field, self.occupancy, batch.origins, batch.directions, batch.times,
             background=batch.background, jitter=batch.jitter,
         )  # fmt: skip
-        terms = fitting.loss_terms(self.field, self.occupancy, out, batch, self.weights, 0, number)
+        terms = fitting.loss_terms(self.field, self.occupancy, self.flow, out, batch, self.weights, 0, number)
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         self.optimizer.step()

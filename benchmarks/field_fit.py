@@ -28,7 +28,7 @@ from sv4d_ns.evaluation.alignment import Similarity
 from sv4d_ns.evaluation.cases import Case
 from sv4d_ns.evaluation.geometry import evaluate_geometry
 from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fitting import BatchConfig, BatchSampler, TrainView, advance, hull_views, loss_terms
+from sv4d_ns.fitting import BatchConfig, BatchSampler, TrainView, advance, hull_views, loss_terms, surface_flow
 from sv4d_ns.occupancy import OccupancyGrid
 from sv4d_ns.rendering import pixel_rays, render_rays, render_rays_chunked
 from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
@@ -150,6 +150,7 @@ def fit(
         )
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])
+    flow = surface_flow(train, occupancy.half_extent) if weights.scene_flow else None
     log(f"carve {time.perf_counter() - start:.2f} s, hull share {occupancy.hull.float().mean():.4f}")
     groups = field.parameter_groups()
     optimizer = torch.optim.Adam(
@@ -168,7 +169,7 @@ def fit(
         profile.mark = time.perf_counter()
         for group, lr in zip(optimizer.param_groups, base_lr, strict=True):
             group["lr"] = lr * decay_factor(DecaySchedulerConfig(max_steps=config.steps), step)
-        window = advance(field, occupancy, schedule, step, config.steps, config.occupancy_every)
+        window = advance(field, occupancy, flow, schedule, step, config.steps, config.occupancy_every)
         profile.lap("occupancy")
 
         batch = sampler.draw(step, window, canonical)
@@ -177,7 +178,7 @@ def fit(
                           background=batch.background, jitter=batch.jitter)  # fmt: skip
         n_evaluated += len(out.weights)
         profile.lap("render")
-        parts = loss_terms(field, occupancy, out, batch, weights, config.seed, step)
+        parts = loss_terms(field, occupancy, flow, out, batch, weights, config.seed, step)
         profile.lap("losses")
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(parts.values())).sum().backward()

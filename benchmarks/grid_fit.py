@@ -59,6 +59,8 @@ class GridFit:
         views = fitting.train_views(grid, "cpu", self.options.leave_out)
         self.occupancy.carve(fitting.hull_views(views))
         self.field.confine(self.occupancy.hull[self.canonical])
+        scene_flow = self.options.losses.scene_flow
+        self.flow = fitting.surface_flow(views, self.occupancy.half_extent) if scene_flow else None
         batch = fitting.BatchConfig(rays=self.options.rays)
         self.sampler = fitting.BatchSampler(views, batch, ScheduleConfig(), 0)
 
@@ -69,7 +71,9 @@ class GridFit:
         for step in range(self.step, until):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["rate"] * decay_factor(decay, step)
-            window = fitting.advance(self.field, self.occupancy, ScheduleConfig(), step, options.steps, OCCUPANCY_EVERY)
+            window = fitting.advance(
+                self.field, self.occupancy, self.flow, ScheduleConfig(), step, options.steps, OCCUPANCY_EVERY
+            )
             if options.visibility_every and len(window) > 1 and step % options.visibility_every == 0:
                 frame = window.first + step // options.visibility_every % len(window)
                 self.sampler.update_visibility(self.field, self.occupancy, frame)
@@ -78,7 +82,7 @@ class GridFit:
             out = render_rays(self.field, self.occupancy, origins, directions, batch.times, SAMPLES,
                               background=batch.background, jitter=batch.jitter)  # fmt: skip
             seen = self.corrections.corrected(out, batch)
-            terms = fitting.loss_terms(self.field, self.occupancy, *seen, options.losses, 0, step)
+            terms = fitting.loss_terms(self.field, self.occupancy, self.flow, *seen, options.losses, 0, step)
             terms |= self.corrections.penalties()
             self.optimizer.zero_grad(set_to_none=True)
             torch.stack(list(terms.values())).sum().backward()

@@ -34,6 +34,8 @@ class LossWeights:
     """Of canonical normals at surface points."""
     registration: float = 0.05
     """Of each frame's visual hull to the canonical one, through the deformation."""
+    scene_flow: float = 0.02
+    """Of the motion to the surface's flow from frame to frame, as the optical flow of true views shows it."""
     density_residual: float = 0.0005
     """Keeps what motion can explain out of the density residual."""
     deformation: float = 0.001

@@ -20,6 +20,7 @@ from sv4d_ns.losses import LossWeights, Perceptual
 from sv4d_ns.occupancy import DISTANCE_REACH, HullView, OccupancyGrid
 from sv4d_ns.rendering import RenderOutput, pixel_rays
 from sv4d_ns.sampling import PixelSampler, ScheduleConfig, Window
+from sv4d_ns.scene_flow import SceneFlow
 from sv4d_ns.views import ViewGrid
 from sv4d_ns.visibility import angular_weight, view_weights
 
@@ -33,6 +34,10 @@ BAND = 0.08
 """How far from a hull's surface the deformation is registered and kept rigid, world units."""
 BAND_POINTS = 512
 """Points of that band a step looks at in each of its frames."""
+FLOW_POINTS = 1024
+"""Followed surface points a new frame's start looks at in a step, and half as many of a batch's frames."""
+FLOW_VIEWS = 3
+"""Trusted views it takes to follow points of the surface in space."""
 TIME_STEP = 0.025
 """Half a frame of a 21-frame clip: the difference step of the temporal smoothness."""
 
@@ -210,6 +215,15 @@ def hull_views(views: list[TrainView]) -> list[HullView]:
     ]
 
 
+def surface_flow(views: list[TrainView], half_extent: float) -> SceneFlow | None:
+    """How the surface moves from frame to frame by the optical flow of the trusted views; None if they are too few.
+
+    Generated views that contradict each other have no surface in common that could be followed.
+    """
+    trusted = [view for view in views if view.trusted]
+    return SceneFlow(trusted, half_extent) if len(trusted) >= FLOW_VIEWS else None
+
+
 def closed(alpha: Float[Tensor, "t h w"], radius: int = 3) -> Float[Tensor, "t h w"]:
     """Morphological closing: gaps up to 2 * `radius` pixels wide are filled, the outline stays."""
     # a border wide enough that dilation does not end at the picture's edge
@@ -340,6 +354,7 @@ class BatchSampler:
 def advance(
     field: DeformableField,
     occupancy: OccupancyGrid,
+    flow: SceneFlow | None,
     schedule: ScheduleConfig,
     step: int,
     total_steps: int,
@@ -358,7 +373,7 @@ def advance(
     if step > 0:
         before = sampling.frame_window(min((step - 1) / total_steps, 1.0), frames, canonical, schedule)
         for admitted in sampling.admissions(before, window, canonical):
-            admit(field, occupancy, admitted, step)
+            admit(field, occupancy, flow, admitted, step)
     if fraction >= schedule.residual_from and field.density_residual is not None:
         field.open_residual()
     field.set_progress(sampling.frequency_progress(fraction, schedule))
@@ -368,34 +383,70 @@ def advance(
     return window
 
 
-REGISTRATION_STEPS = 60
-"""Steps of a new frame's motion toward its hull before its pixels are asked."""
-REGISTRATION_RIGIDITY = 30.0
-"""Weight of rigidity in those steps."""
+@dataclass(frozen=True)
+class _Start:
+    """How a new frame's motion is found before its pixels are asked."""
+
+    steps: int
+    rigidity: float
+    """Weights of rigidity and of landing on the canonical hull; that of the surface's flow is 1."""
+    landing: float
+
+
+BY_HULL = _Start(steps=60, rigidity=30.0, landing=1.0)
+"""The hulls alone say where matter went: rigid, or every limb goes to the nearest one."""
+BY_FLOW = _Start(steps=100, rigidity=0.03, landing=0.01)
+"""Followed points say it; hulls and rigidity fill in what nobody could follow."""
 REGISTRATION_RATE = 0.02
 """Adam's rate of those steps, in grid cells."""
 
 
-def admit(field: DeformableField, occupancy: OccupancyGrid, frame: sampling.Admission, seed: int) -> None:
-    """Start a new frame's motion: its neighbour's, moved as the hulls' middles did, then registered to its own hull.
+def admit(
+    field: DeformableField, occupancy: OccupancyGrid, flow: SceneFlow | None, frame: sampling.Admission, seed: int
+) -> None:
+    """Start a new frame's motion: its neighbour's, moved as the hulls' middles did, then registered to its own hull and
+    to where the views' optical flow says its surface came from.
 
-    Costs a fraction of a second, once per frame. Pixels could not do this: they pull on what already overlaps them.
+    Costs about a second, once per frame. Pixels could not do this: they pull on what already overlaps them.
     """
     shift = occupancy.centroid(frame.new) - occupancy.centroid(frame.known)
     if not field.admit(frame.new, frame.known, shift) or not isinstance(field.motion, KeyframeGrid):
         return
+    start = BY_HULL if flow is None else BY_FLOW
     parameter = field.motion.keyframes[frame.new]
     optimizer = torch.optim.Adam([parameter], lr=REGISTRATION_RATE, betas=(0.9, 0.99), eps=1e-15)
-    for number in range(REGISTRATION_STEPS):
-        band = _draw_band(occupancy, [frame.new], sampling.generator(seed, number, 5))
+    for number in range(start.steps):
+        rng = sampling.generator(seed, number, 5)
+        band = _draw_band(occupancy, [frame.new], rng)
         if band is None:
             return
-        optimizer.param_groups[0]["lr"] = REGISTRATION_RATE * (1 - number / REGISTRATION_STEPS)
+        optimizer.param_groups[0]["lr"] = REGISTRATION_RATE * (1 - number / start.steps)
         landing, rigidity = _band_losses(field, occupancy, band)
-        gradient = torch.autograd.grad(landing + REGISTRATION_RIGIDITY * rigidity, parameter)[0]
-        parameter.grad = gradient
+        loss = start.landing * landing + start.rigidity * rigidity
+        if flow is not None:
+            loss = loss + _flow_loss(field, occupancy, flow, frame, FLOW_POINTS, rng)
+        parameter.grad = torch.autograd.grad(loss, parameter)[0]
         optimizer.step()
     parameter.grad = None
+
+
+def _flow_loss(
+    field: DeformableField,
+    occupancy: OccupancyGrid,
+    flow: SceneFlow,
+    frame: sampling.Admission,
+    points: int,
+    rng: np.random.Generator,
+) -> Tensor:
+    """What followed points of `frame.new` owe: to come from where they came from in `frame.known`."""
+    known, new = flow.matches(frame.known, frame.new).draw(points, rng)
+    if not len(new):
+        return new.sum()  # nothing could be followed: nothing is owed
+    last = max(occupancy.bins - 1, 1)
+    with torch.no_grad():
+        origin = known + field.deformation(known, torch.full_like(known[:, :1], frame.known / last))
+    moved = field.deformation(new, torch.full_like(new[:, :1], frame.new / last))
+    return losses.scene_flow(new + moved, origin, occupancy.cell_size)
 
 
 @dataclass(frozen=True)
@@ -440,6 +491,7 @@ def _band_losses(field: DeformableField, occupancy: OccupancyGrid, band: _Band) 
 def loss_terms(
     field: DeformableField,
     occupancy: OccupancyGrid,
+    flow: SceneFlow | None,
     rendered: RenderOutput,
     batch: Batch,
     weights: LossWeights,
@@ -466,6 +518,8 @@ def loss_terms(
         terms["density_residual"] = losses.density_residual(rendered.residual)
     terms.update(_surface_terms(field, rendered, batch, weights, seed, step))
     terms.update(_band_terms(field, occupancy, batch, weights, seed, step))
+    if flow is not None and weights.scene_flow:
+        terms.update(_flow_terms(field, occupancy, flow, batch, seed, step))
     return {name: getattr(weights, name) * value for name, value in terms.items()}
 
 
@@ -552,3 +606,20 @@ def _band_terms(
         return {}
     landing, rigidity = _band_losses(field, occupancy, band)
     return {"registration": landing, "band_rigidity": rigidity}
+
+
+def _flow_terms(
+    field: DeformableField, occupancy: OccupancyGrid, flow: SceneFlow, batch: Batch, seed: int, step: int
+) -> dict[str, Tensor]:
+    """What the batch's frames owe to the surface's flow from their neighbours nearer to the canonical frame."""
+    canonical = round(field.config.canonical_time * max(batch.n_frames - 1, 1))
+    pairs = [
+        sampling.Admission(frame, frame - (1 if frame > canonical else -1))
+        for frame in batch.frames
+        if frame != canonical
+    ]
+    if not pairs:
+        return {}
+    rng = sampling.generator(seed, step, 7)
+    owed = [_flow_loss(field, occupancy, flow, pair, FLOW_POINTS // 2, rng) for pair in pairs]
+    return {"scene_flow": torch.stack(owed).mean()}

@@ -181,6 +181,13 @@ def registration(
     return (functional.relu(gap.abs() / tolerance - 1)).square().mean()
 
 
+def scene_flow(origin: Float[Tensor, "n 3"], expected: Float[Tensor, "n 3"], tolerance: float) -> Tensor:
+    """Distance of where points of this moment come from to where the same points of a neighbouring moment do (in
+    tolerances), quadratic within one and linear beyond it (pseudo-Huber). Our own design."""
+    squared = ((origin - expected) / tolerance).square().sum(-1)
+    return (torch.sqrt(1 + squared) - 1).mean()
+
+
 def density_residual(residual: Float[Tensor, " m"]) -> Tensor:
     """Mean square of what moments add to the density's logit, over all samples: the canonical shape and its motion come
     first."""

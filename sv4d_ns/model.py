@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sv4d_ns.losses import Perceptual
     from sv4d_ns.rendering import RenderOutput
     from sv4d_ns.sampling import Window
+    from sv4d_ns.scene_flow import SceneFlow
     from sv4d_ns.views import ViewGrid
 
 DYNAMIC_VIDEO_FPS = 24.0
@@ -93,6 +94,7 @@ class SV4DModel(Model):
         self.occupancy = OccupancyGrid(self.num_frames)
         self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()
+        self._flow: SceneFlow | None = None
         self.step = 0
         self._pictures_without_time = 0
 
@@ -121,14 +123,16 @@ class SV4DModel(Model):
 
         self.step = step
         total, every = max(self.config.schedule_steps, 1), self.config.occupancy_every
-        advance(self.field, self.occupancy, self.schedule, step, total, every)
+        advance(self.field, self.occupancy, self._flow, self.schedule, step, total, every)
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the visual hull of a grid's silhouettes."""
-        from sv4d_ns.fitting import hull_views, train_views
+        from sv4d_ns.fitting import hull_views, surface_flow, train_views
 
         views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
         self.occupancy.carve(hull_views(views))
+        if self.config.losses.scene_flow:
+            self._flow = surface_flow(views, self.occupancy.half_extent)
         # other frames are to be explained by motion, not by matter the canonical frame has no room for
         self.field.confine(self.occupancy.hull[self.canonical_frame])
 
@@ -211,6 +215,7 @@ class SV4DModel(Model):
         terms = loss_terms(
             self.field,
             self.occupancy,
+            self._flow,
             rendered,
             seen,
             self.config.losses,

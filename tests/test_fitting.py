@@ -17,6 +17,7 @@ from sv4d_ns.fitting import (
     hull_views,
     largest_silhouette,
     loss_terms,
+    surface_flow,
     train_views,
 )
 from sv4d_ns.losses import LossWeights
@@ -168,12 +169,13 @@ def test_one_frame_and_a_frame_without_object_can_be_fitted(frames: int, empty_f
     field = DeformableField(DeformableFieldConfig(keyframes=frames, **sizes))
     occupancy = OccupancyGrid(frames, resolution=16)
     occupancy.carve(hull_views(views))
+    flow = surface_flow(views, occupancy.half_extent)
     sampler = BatchSampler(views, BatchConfig(rays=64, patches=0), ScheduleConfig(), 0)
     for step in range(5):
-        window = advance(field, occupancy, ScheduleConfig(), step, 5, 1)
+        window = advance(field, occupancy, flow, ScheduleConfig(), step, 5, 1)
         batch = sampler.draw(step, window, 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 32, batch.background)
-        loss = torch.stack(list(loss_terms(field, occupancy, out, batch, LossWeights(), 0, step).values())).sum()
+        loss = torch.stack(list(loss_terms(field, occupancy, flow, out, batch, LossWeights(), 0, step).values())).sum()
         assert loss.isfinite()
         loss.backward()
 
@@ -186,16 +188,17 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
     field = DeformableField(DeformableFieldConfig(keyframes=4, **sizes))
     occupancy = OccupancyGrid(4, resolution=32)
     occupancy.carve(hull_views(views))
+    flow = surface_flow(views, occupancy.half_extent)
     sampler = BatchSampler(views, BatchConfig(rays=128, patches=1), ScheduleConfig(), 0)
     rates = {"encoding": 2e-2, "heads": 1e-2, "deformation": 2e-2, "appearance": 2e-2, "density_residual": 1e-2}
     groups = [{"params": p, "lr": rates[name]} for name, p in field.parameter_groups().items()]
     optimizer = torch.optim.Adam(groups, eps=1e-15)
     names: set[str] = set()
     for step in range(total):
-        window = advance(field, occupancy, ScheduleConfig(), step, total, 2)
+        window = advance(field, occupancy, flow, ScheduleConfig(), step, total, 2)
         batch = sampler.draw(step, window, 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
-        terms = loss_terms(field, occupancy, out, batch, LossWeights(), 0, step)
+        terms = loss_terms(field, occupancy, flow, out, batch, LossWeights(), 0, step)
         names |= set(terms)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()

@@ -81,7 +81,7 @@ def test_the_normal_loss_turns_the_surface_towards_the_estimate(tmp_path: Path, 
     for step in range(40):
         batch = sampler.draw(step, Window(0, 0), 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 48, batch.background)
-        terms = loss_terms(field, occupancy, out, batch, only, 0, step)
+        terms = loss_terms(field, occupancy, None, out, batch, only, 0, step)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
