@@ -45,8 +45,9 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     visibility_every: int = 10
     """Training steps between updates of the visibility weights, one frame each, once frames move; 0 weights generated
     views by their angle from the input alone."""
-    refine_steps: tuple[int, ...] = (2300,)
-    """Training steps at which stage 2 renders, noises and denoises all views; one round each, () for stage 1 alone."""
+    refine_steps: tuple[int, ...] | None = None
+    """Training steps at which stage 2 renders, noises and denoises all views; one round each, () for stage 1 alone.
+    None is one round at 0.64 of --max-num-iterations (of the run that is continued, if it had one already)."""
     refine_strength: float | None = None
     """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again; None takes what suits
     the model (0.9 for the embedded one, by measurement, else 0.4; the paper does not say)."""
@@ -131,7 +132,7 @@ class SV4DPipeline(VanillaPipeline):
         CONSOLE.print(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
         callbacks = super().get_training_callbacks(training_callback_attributes)
         saves: list[TrainingCallback] = []
-        for number, step in enumerate(self.config.refine_steps, start=1):
+        for number, step in enumerate(self.config.refine_steps or (), start=1):
             # before anything of the next step is done: a kill during the refinement then resumes with the same field
             save = TrainingCallback(
                 where_to_run=[TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
@@ -180,7 +181,7 @@ class SV4DPipeline(VanillaPipeline):
 
     def _use_views_of_step(self, step: int) -> None:
         """After a resume: the grid the field was being fitted to at that step."""
-        rounds = sum(step > refine_step for refine_step in self.config.refine_steps)
+        rounds = sum(step > refine_step for refine_step in self.config.refine_steps or ())
         occupied = self.sv4d_model.occupancy.occupied.clone()
         self._use_saved_views(rounds)
         if step > 0:  # carving opens the whole hull; where the field was found empty is in the checkpoint

@@ -137,8 +137,8 @@ def is_dated(name: str) -> bool:
     return re.fullmatch(r"\d{4}-\d\d-\d\d_\d{6}(-\d+)?", name) is not None
 
 
-def record_run(folder: Path, fingerprint: str | None) -> None:
-    """Make the folder of a run and write down what it is made from.
+def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, ...] | None = None) -> None:
+    """Make the folder of a run and write down what it is made from, and when its views are refined.
 
     Raises:
         OSError: it cannot be written.
@@ -148,7 +148,15 @@ def record_run(folder: Path, fingerprint: str | None) -> None:
     if not claim_lock(folder):
         raise RuntimeError(f"{folder} is in use by another process")
     with atomic_path(folder / RUN_FILE) as path:
-        path.write_text(json.dumps({"fingerprint": fingerprint, "version": __version__}))
+        record = {"fingerprint": fingerprint, "version": __version__, "refine_steps": refine_steps}
+        path.write_text(json.dumps(record))
+
+
+def recorded_rounds(folder: Path) -> tuple[int, ...] | None:
+    """The training steps at which the views of a run are refined, if it has written them down."""
+    with suppress(OSError, ValueError, AttributeError, TypeError):
+        return tuple(int(step) for step in json.loads((folder / RUN_FILE).read_text()).get("refine_steps"))
+    return None
 
 
 _LOCKS: dict[Path, FileLock] = {}

@@ -26,14 +26,20 @@ LARGEST_SIDE = 256
 """Pixels a side of the pictures flow is found in: pictures are brought to it."""
 SURFACE_POINTS = 6000
 """Pixels of a frame, all views together, that are followed."""
+BORDER = 16
+"""Pixels around the object that optical flow is shown."""
 DEPTH_STEPS = 160
 """Samples along a ray on its way to the hull."""
+VISIBILITY_SIDE = 64
+"""Cells a side of the pictures of depth that tell which view sees which point."""
 MEETING = 0.04
-"""A view sees a point if its own hull is at most so far in front of it, world units."""
+"""A view sees a point if no other is more than so far in front of it, world units."""
+PIXELS = 128.0
+"""Flow is judged in pixels of pictures so wide, whatever their size."""
 CYCLE_PIXELS = 1.0
-"""Flow there and back again that misses by so many pixels (of pictures 128 wide) counts 1/e."""
+"""Flow there and back again that misses by so many counts 1/e."""
 RESIDUAL_PIXELS = 0.7
-"""Views whose flow contradicts the displacement by more than this (likewise) count little."""
+"""Views whose flow contradicts the displacement by more than this count little."""
 ROUNDS = 8
 """Of the robust least squares."""
 
@@ -61,7 +67,8 @@ class Matches:
         edges = self.weight.cpu().double().cumsum(0).numpy()
         if not len(edges) or not edges[-1] > 0:
             return self.before[:0], self.after[:0]
-        pick = torch.from_numpy(np.searchsorted(edges, rng.random(count) * edges[-1], side="right")).to(self.before.device)
+        places = np.searchsorted(edges, rng.random(count) * edges[-1], side="right")
+        pick = torch.from_numpy(places).to(self.before.device)
         return self.before[pick], self.after[pick]
 
 
@@ -79,20 +86,27 @@ def grey(rgb: Float[Tensor, "h w 3"], alpha: Float[Tensor, "h w"]) -> np.ndarray
 
 
 def optical_flow(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "h w 2"]:
-    """Dense inverse search, in shares of the picture's width."""
+    """Dense inverse search, in shares of the picture's width; zero away from the object."""
     import cv2
 
+    flow = np.zeros((*first.shape, 2), np.float32)
+    rows, columns = np.nonzero(np.maximum(first, second))
+    if not len(rows):
+        return flow
+    part = tuple(
+        slice(max(places.min() - BORDER, 0), places.max() + 1 + BORDER) for places in (rows, columns)
+    )  # its cost is that of its pixels
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     search.setFinestScale(0)
     search.setVariationalRefinementIterations(10)
-    return search.calc(first, second, None) / first.shape[1]
+    crops = (np.ascontiguousarray(picture[part]) for picture in (first, second))
+    flow[part] = search.calc(*crops, None) / first.shape[1]
+    return flow
 
 
 def _sample(picture: Float[Tensor, "c h w"], uv: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
     """Bilinear values at positions in [0, 1]^2 (x right, y down)."""
-    found = functional.grid_sample(
-        picture[None], (2 * uv - 1)[None, None], padding_mode="border", align_corners=False
-    )
+    found = functional.grid_sample(picture[None], (2 * uv - 1)[None, None], padding_mode="border", align_corners=False)
     return found[0, :, 0].T
 
 
@@ -158,38 +172,30 @@ class SceneFlow:
 
     def _find(self, known: int, new: int) -> Matches:
         x, owner = self._surface(known)
-        scale = 128.0  # residuals in pixels of pictures 128 wide
         jacobians, flows, weights = [], [], []
         for number, view in enumerate(self.views):
             first, second = grey(view.rgb[known], view.alpha[known]), grey(view.rgb[new], view.alpha[new])
             there, back = (
-                torch.from_numpy(optical_flow(*pair)).to(x).permute(2, 0, 1)
-                for pair in ((first, second), (second, first))
+                torch.from_numpy(flow).to(x).permute(2, 0, 1)
+                for flow in (optical_flow(first, second), optical_flow(second, first))
             )
             uv, depth = self._uv(view, x)
-            aspect = first.shape[1] / first.shape[0]
             flow = _sample(there, uv)
-            returned = flow + _sample(back, uv + flow * flow.new_tensor([1.0, aspect]))
-            weight = torch.exp(-((scale / CYCLE_PIXELS * returned.norm(dim=-1)) ** 2))
-            weight = weight * self._sees(known, number, view, x, owner, uv, depth)
-            jacobians.append(self._jacobian(view, x))
-            flows.append(flow)
-            weights.append(weight)
-        return _triangulate(x, torch.stack(jacobians, 1) * scale, torch.stack(flows, 1) * scale, torch.stack(weights, 1))
+            aspect = flow.new_tensor([1.0, first.shape[1] / first.shape[0]])
+            cycle = PIXELS * (flow + _sample(back, uv + flow * aspect)).norm(dim=-1)
+            weights.append(torch.exp(-((cycle / CYCLE_PIXELS) ** 2)) * self._sees(view, number, owner, uv, depth))
+            jacobians.append(PIXELS * self._jacobian(view, x))
+            flows.append(PIXELS * flow)
+        return _triangulate(x, *(torch.stack(parts, 1) for parts in (jacobians, flows, weights)))
 
-    def _sees(
-        self, frame: int, number: int, view: FlowView, x: Tensor, owner: Tensor, uv: Tensor, depth: Tensor
-    ) -> Tensor:
-        """Whether a view sees points: its own pixels', and those its hull is not in front of."""
-        if not len(x):
-            return depth
-        own = owner == number
-        side = 64
-        nearest = torch.full((side * side,), torch.inf, device=x.device)
+    def _sees(self, view: FlowView, number: int, owner: Tensor, uv: Tensor, depth: Tensor) -> Tensor:
+        """1 where a view sees a point, else 0: its own pixels', and those that no other point is in front of."""
+        side = VISIBILITY_SIDE
+        nearest = torch.full((side * side,), torch.inf, device=depth.device)
         cell = (uv * side).long().clamp(0, side - 1)
         index = cell[:, 1] * side + cell[:, 0]
         nearest.scatter_reduce_(0, index, depth, "amin")
-        return (own | (depth < nearest[index] + MEETING)).to(x)
+        return ((owner == number) | (depth < nearest[index] + MEETING)).to(depth)
 
     def _jacobian(self, view: FlowView, x: Tensor) -> Float[Tensor, "n 2 3"]:
         """Of the projection (shares of the width) in the point."""
@@ -202,12 +208,17 @@ class SceneFlow:
         return torch.stack([right, down], 1) @ rotation.T
 
 
-def _triangulate(x: Tensor, jacobian: Tensor, flow: Tensor, weight: Tensor) -> Matches:
+def _triangulate(
+    x: Float[Tensor, "n 3"],
+    jacobian: Float[Tensor, "n v 2 3"],
+    flow: Float[Tensor, "n v 2"],
+    weight: Float[Tensor, "n v"],
+) -> Matches:
     """The displacements that explain the flow of all views best: least squares, reweighted by Geman and McClure."""
     if not len(x):
         return Matches(x, x, x[:, 0])
-    # a point one view alone sees stays in its depth
-    prior = 0.1 * torch.eye(3, device=x.device) * jacobian[:, :, 0].square().sum(-1).mean() * 1e-2
+    # so little that it only keeps a point which one view alone sees from moving along its ray
+    prior = 1e-3 * torch.eye(3, device=x.device) * jacobian[:, :, 0].square().sum(-1).mean()
     current = weight
     for _ in range(ROUNDS):
         normal = torch.einsum("nv,nvki,nvkj->nij", current, jacobian, jacobian) + prior
@@ -215,6 +226,6 @@ def _triangulate(x: Tensor, jacobian: Tensor, flow: Tensor, weight: Tensor) -> M
         moved = torch.linalg.solve(normal, right[..., None])[..., 0]
         missed = (torch.einsum("nvki,ni->nvk", jacobian, moved) - flow).norm(dim=-1)
         current = weight / (1 + (missed / RESIDUAL_PIXELS) ** 2) ** 2
-    # 1 where two views agree in full, 0 where nobody knows
-    trust = (current.sum(1) / 2).clamp(max=1) * current.sum(1) / weight.sum(1).clamp(min=1)
-    return Matches(x, x + moved, trust)
+    # 1 where two views or more see the point and all of them agree
+    agreeing = current.sum(1)
+    return Matches(x, x + moved, (agreeing / 2).clamp(max=1) * agreeing / weight.sum(1).clamp(min=1))

@@ -33,10 +33,14 @@ from sv4d_ns.runs import (
     keep_stage,
     read_checkpoint,
     record_run,
+    recorded_rounds,
     stage_folder,
 )
 from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.viewing import local_unless_asked
+
+REFINE_AT = 0.64
+"""Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
 
 
 @dataclass
@@ -130,6 +134,11 @@ class SV4DTrainerConfig(TrainerConfig):
         if not isinstance(self.pipeline.model, SV4DModelConfig):
             return
         self.pipeline.model.schedule_steps = self.max_num_iterations
+        pipeline: Any = self.pipeline
+        if pipeline.refine_steps is None:
+            source = self.source_run()
+            earlier = None if source is None else recorded_rounds(source)
+            pipeline.refine_steps = earlier or (max(1, round(REFINE_AT * self.max_num_iterations)),)
         for group in self.optimizers.values():
             if isinstance(group.get("scheduler"), DecaySchedulerConfig):
                 group["scheduler"].max_steps = self.max_num_iterations
@@ -166,7 +175,7 @@ class SV4DTrainerConfig(TrainerConfig):
         try:
             while True:
                 try:
-                    return record_run(self.get_base_dir(), identity)
+                    return record_run(self.get_base_dir(), identity, getattr(self.pipeline, "refine_steps", None))
                 except RuntimeError:  # another command of the same second was quicker
                     if not is_dated(self.timestamp):
                         raise
@@ -258,7 +267,7 @@ class SV4DTrainer(Trainer):
             self.config.load_dir = self.checkpoint_dir
             return
         shared = self._stage_1
-        rounds = getattr(self.config.pipeline, "refine_steps", ())
+        rounds = getattr(self.config.pipeline, "refine_steps", None) or ()
         usable = [step for step in checkpoint_steps(shared) if step < min(rounds, default=step + 1)] if shared else []
         if shared is None or not usable:
             return

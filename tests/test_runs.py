@@ -16,6 +16,7 @@ from sv4d_ns.runs import (
     fingerprint,
     keep_stage,
     record_run,
+    recorded_rounds,
     release_run,
     stage_folder,
 )
@@ -87,6 +88,13 @@ def test_a_run_is_found_by_its_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "monday" / RUN_FILE).write_text("half a fi")
     assert claim_run(tmp_path, "tuesday", "x") == ("tuesday", ""), "a damaged record is nobody's run"
     release_run(tmp_path / "monday")
+
+
+def test_when_views_are_refined_is_written_down(tmp_path: Path) -> None:
+    assert recorded_rounds(tmp_path / "nothing") is None
+    record_run(tmp_path / "monday", "x", (2304,))
+    record_run(tmp_path / "tuesday", "x")
+    assert recorded_rounds(tmp_path / "monday") == (2304,) and recorded_rounds(tmp_path / "tuesday") is None
 
 
 def test_stage_1_is_what_stage_2_does_not_decide() -> None:

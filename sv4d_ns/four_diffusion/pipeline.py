@@ -31,7 +31,7 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """The video and the model behind distillation."""
     model: ModelConfig = field(default_factory=FourDiffusionModelConfig)
     """The space-time field."""
-    refine_steps: tuple[int, ...] = ()
+    refine_steps: tuple[int, ...] | None = ()
     """Score distillation looks at the views anew in every step, so there is no second stage."""
     visibility_every: int = 0
     """Not used: the anchor is one view."""
