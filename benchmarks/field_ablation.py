@@ -81,6 +81,7 @@ VARIANTS = (
     without("distortion"),
     without("normal_smoothness"),
     without("bilateral_normal"),
+    without("scene_flow"),
     without("registration", "band_rigidity"),
     without("deformation"),
     without("deformation_rigidity", "band_rigidity"),
