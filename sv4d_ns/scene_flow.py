@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,10 +47,14 @@ ROUNDS = 8
 class FlowView(Protocol):
     """What is read of a view."""
 
-    c2w: Float[Tensor, "4 4"]
-    focal: float
-    rgb: Float[Tensor, "t h w 3"]
-    alpha: Float[Tensor, "t h w"]
+    @property
+    def c2w(self) -> Float[Tensor, "4 4"]: ...
+    @property
+    def focal(self) -> float: ...
+    @property
+    def rgb(self) -> Float[Tensor, "t h w 3"]: ...
+    @property
+    def alpha(self) -> Float[Tensor, "t h w"]: ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def optical_flow(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "h 
     part = tuple(
         slice(max(places.min() - BORDER, 0), places.max() + 1 + BORDER) for places in (rows, columns)
     )  # its cost is that of its pixels
-    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     search.setFinestScale(0)
     search.setVariationalRefinementIterations(10)
     crops = (np.ascontiguousarray(picture[part]) for picture in (first, second))
