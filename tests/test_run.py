@@ -19,7 +19,8 @@ from sv4d_ns.runs import checkpoint_steps, newest_views, release_run
 from sv4d_ns.trainer import SV4DTrainerConfig
 from sv4d_ns.views import ViewGrid
 
-FRAMES, STEPS, REFINE_AT = 3, 14, 8
+FRAMES, STEPS = 3, 14
+REFINE_AT = 9  # round(0.64 * STEPS): stage 2 by default
 SEED = 2**31 + 5
 
 
@@ -47,7 +48,6 @@ def object_frames(count: int = FRAMES, size: int = 96) -> np.ndarray:
 def short_config(output_dir: Path, **changes) -> SV4DTrainerConfig:
     config = yaml.unsafe_load(yaml.dump(method.config))  # nerfstudio mutates the one it is given
     config.experiment_name, config.timestamp = None, "{timestamp}"
-    config.pipeline.refine_steps = (REFINE_AT,)
     config.pipeline.movies, config.pipeline.movie_size = ("time", "overlay"), 32
     config.pipeline.datamanager.synthesis_steps = 2
     config.pipeline.datamanager.train_num_rays_per_batch = 256
@@ -84,6 +84,17 @@ def test_a_run_leaves_checkpoint_grids_sheet_and_summary(finished: Path) -> None
     assert (refined.input_frames == generated.input_frames).all(), "the input video stays what it is"
     assert (finished / "contact_sheet.png").stat().st_size > 0
     assert json.loads((finished / "summary.json").read_text())["input_view_psnr"] > 5
+
+
+def test_a_longer_run_refines_later_and_a_continued_one_where_it_did(finished: Path, tmp_path: Path) -> None:
+    longer = short_config(tmp_path)
+    longer.max_num_iterations = 100
+    longer._spread_schedules()
+    assert longer.pipeline.refine_steps == (64,)
+    continued = short_config(tmp_path, load_dir=finished / "nerfstudio_models")
+    continued.max_num_iterations = 100
+    continued._spread_schedules()
+    assert continued.pipeline.refine_steps == (REFINE_AT,)
 
 
 def test_checkpoints_load_with_weights_only(finished: Path) -> None:
