@@ -51,7 +51,7 @@ class Stage2:
     steps: int = 900
     """Length of the whole schedule."""
     refine_at: float = 0.64
-    """Share of it at which stage 2 begins (2300 of 3600, as in ns-train sv4d)."""
+    """Share of it at which stage 2 begins (as in ns-train sv4d)."""
     strengths: tuple[float, ...] = (0.4, 0.9)
     """Noise levels of stage 2 to compare."""
     agreement: float = 0.0
