@@ -115,6 +115,40 @@ def test_attention_in_chunks_is_the_same(monkeypatch):
         torch.testing.assert_close(unet(*inputs).sample, whole)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("values", [200, attention.CACHED_VALUES])
+def test_rows_in_cache_give_the_same(kind, values, monkeypatch):
+    unet, inputs = tiny_unet(camera_attention=kind), unet_inputs(1, 3, 3)
+    expected = unet(*inputs).sample.detach()  # with gradients, thus on whole tensors
+    monkeypatch.setattr(attention, "CACHED_VALUES", values)
+    given = [value.clone() for value in inputs]
+    with torch.no_grad():
+        assert attention.stays_in_cache(inputs[0])
+        torch.testing.assert_close(unet(*inputs).sample, expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(before, after) for before, after in zip(given, inputs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["attn1", "attn1.to_out.0", "ff", "ff.net.0.proj", "ff_in.net.2"])
+def test_a_hooked_layer_is_called(name):
+    unet, inputs = tiny_unet(), unet_inputs(1, 2, 2)
+    layer = unet.get_submodule(f"mid_block.attentions.0.view_transformer_blocks.0.{name}")
+    with torch.no_grad():
+        plain = unet(*inputs).sample
+        handle = layer.register_forward_hook(lambda module, args, output: output + 1)
+        hooked = unet(*inputs).sample
+        handle.remove()
+    assert (hooked - plain).abs().max() > 1e-4
+
+
+def test_autocast_on_a_cpu_is_close():
+    unet, inputs = tiny_unet(), unet_inputs(1, 2, 2)
+    with torch.no_grad():
+        full = unet(*inputs).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            low = unet(*inputs).sample
+    assert 0 < (low.float() - full).abs().max() < 0.05 * full.abs().max()
+
+
 def test_temporal_convolution_is_the_three_dimensional_one():
     torch.manual_seed(0)
     layer = TemporalConv(6)

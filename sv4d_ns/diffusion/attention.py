@@ -28,6 +28,19 @@ from sv4d_ns.diffusion.memory import Chunks, feature_bytes_at_once
 # attention has 124 416 sequences.
 MAX_ATTENTION_BATCH = 65535
 
+# Values of a feed-forward layer's gates worked on at once on a CPU: two such buffers (1 MiB each in float32) fill its
+# second-level cache; with smaller ones the calls cost more than the cache saves.
+CACHED_VALUES = 2**18
+
+
+def stays_in_cache(x: Tensor) -> bool:
+    """Whether to work in place on few rows at once, which a CPU's cache then holds; elsewhere on whole tensors.
+
+    That is float32 on a CPU where no gradient is recorded, nothing is cast, and no compiler fuses the steps itself.
+    """
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
 
 class CameraAttention(str, Enum):
     """Which tokens attend to each other in the camera block (no parameter depends on it).
@@ -94,16 +107,20 @@ class ChunkedAttnProcessor:
     ) -> Float[Tensor, "n s c"]:
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("This processor does self-attention without a mask only.")
-        if hidden_states.shape[0] <= MAX_ATTENTION_BATCH:
-            return self._attend(attn, hidden_states)
-        return torch.cat([self._attend(attn, part) for part in hidden_states.split(MAX_ATTENTION_BATCH)])
+        return attn.to_out[0](self.mixed_values(attn, hidden_states))
 
-    def _attend(self, attn: Attention, x: Tensor) -> Tensor:
+    def mixed_values(self, attn: Attention, x: Float[Tensor, "n s c"]) -> Float[Tensor, "n s c"]:
+        """What the output projection is given."""
+        if len(x) <= MAX_ATTENTION_BATCH:
+            return self._mixed_values(attn, x)
+        return torch.cat([self._mixed_values(attn, part) for part in x.split(MAX_ATTENTION_BATCH)])
+
+    def _mixed_values(self, attn: Attention, x: Tensor) -> Tensor:
         query, key, value = (to(x).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
         mixed = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        return attn.to_out[0](mixed.flatten(-2).to(query.dtype))
+        return mixed.flatten(-2).to(query.dtype)
 
 
 def _self_attention() -> Any:
@@ -133,6 +150,28 @@ class GatedFeedForward(FeedForward):
             values, gates = proj(x).chunk(2, dim=-1)
         return self.net[2](_gated(values, gates))
 
+    def added_to(self, residual: Float[Tensor, "... c"], x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+        """residual + forward(x)."""
+        if stays_in_cache(x) and is_plain(self, type(self)) and is_plain(self.net[0].proj) and is_plain(self.net[2]):
+            return self._added_by_rows(residual, x)
+        y = self(x)
+        y += residual
+        return y
+
+    def _added_by_rows(self, residual: Tensor, x: Tensor) -> Tensor:
+        proj: Any = self.net[0].proj
+        out: Any = self.net[2]
+        (to_values, to_gates), (value_bias, gate_bias) = proj.weight.t().chunk(2, dim=1), proj.bias.chunk(2)
+        x, y = x.flatten(0, -2), (residual + out.bias).flatten(0, -2)
+        at_once = min(max(1, CACHED_VALUES // out.in_features), len(x))
+        buffers = [x.new_empty(at_once, out.in_features) for _ in range(2)]
+        for rows, added in zip(x.split(at_once), y.split(at_once), strict=True):
+            values, gates = (buffer[: len(rows)] for buffer in buffers)
+            torch.ops.aten.gelu_(torch.mm(rows, to_gates, out=gates).add_(gate_bias))
+            torch.mm(rows, to_values, out=values).add_(value_bias).mul_(gates)
+            added.addmm_(values, out.weight.t())
+        return y.view_as(residual)
+
 
 def _gated(values: Tensor, gates: Tensor) -> Tensor:
     """values * GELU(gates); overwrites both where no gradient is recorded."""
@@ -141,9 +180,10 @@ def _gated(values: Tensor, gates: Tensor) -> Tensor:
     return values.mul_(torch.ops.aten.gelu_(gates))
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is no more than its own arithmetic: no adapter around it, no offloading or casting."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer)
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling the layer is no more than its own arithmetic: no adapter, offloading, casting or other hook."""
+    hooked = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is kind and not hooked
 
 
 class SpatialBlock(nn.Module):
@@ -177,16 +217,24 @@ class SpatialBlock(nn.Module):
             rows = torch.arange(start, stop, device=added.device) // share
             return self._attend(sequences[start:stop], added[rows, None])
 
-        widest = 8 * sequences[0].numel() * sequences.element_size()  # the feed-forward layer's two halves
+        # queries, keys and values, or the feed-forward layer's two halves
+        widest = (3 if stays_in_cache(x) else 8) * sequences[0].numel() * sequences.element_size()
         return self._chunks.run(part, len(sequences), feature_bytes_at_once(x.device), cost=widest).view_as(x)
 
     def _attend(self, x: Float[Tensor, "n s c"], added: Float[Tensor, "n 1 c"]) -> Float[Tensor, "n s c"]:
-        y = self.attn1(self.norm1(x))
+        y = self._attended(x, added)
+        return self.ff.added_to(y, self.norm3(y))
+
+    def _attended(self, x: Float[Tensor, "n s c"], added: Float[Tensor, "n 1 c"]) -> Float[Tensor, "n s c"]:
+        attn, out = self.attn1, self.attn1.to_out[0]
+        ours = is_plain(attn, Attention) and isinstance(attn.processor, ChunkedAttnProcessor)
+        if ours and is_plain(out) and stays_in_cache(x):  # the residual connection within the output projection
+            y = (x + (added + out.bias)).flatten(0, 1)
+            return y.addmm_(attn.processor.mixed_values(attn, self.norm1(x)).flatten(0, 1), out.weight.t()).view_as(x)
+        y = attn(self.norm1(x))
         y += x
         y += added
-        z = self.ff(self.norm3(y))
-        z += y
-        return z
+        return y
 
 
 class GroupBlock(SpatialBlock):
@@ -204,9 +252,7 @@ class GroupBlock(SpatialBlock):
         return self._in_chunks(x, context)
 
     def _attend(self, x: Float[Tensor, "n s c"], added: Float[Tensor, "n 1 c"]) -> Float[Tensor, "n s c"]:
-        y = self.ff_in(self.norm_in(x))
-        y += x
-        return super()._attend(y, added)
+        return super()._attend(self.ff_in.added_to(x, self.norm_in(x)), added)
 
 
 def to_camera_groups(x: Float[Tensor, "b t v p c"], kind: CameraAttention) -> Float[Tensor, "b t m s c"]:
