@@ -152,7 +152,8 @@ class GatedFeedForward(FeedForward):
 
     def added_to(self, residual: Float[Tensor, "... c"], x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
         """residual + forward(x)."""
-        if stays_in_cache(x) and is_plain(self, type(self)) and is_plain(self.net[0].proj) and is_plain(self.net[2]):
+        proj: Any = self.net[0].proj
+        if stays_in_cache(x) and is_plain(self, type(self)) and is_plain(proj) and is_plain(self.net[2]):
             return self._added_by_rows(residual, x)
         y = self(x)
         y += residual
@@ -226,7 +227,8 @@ class SpatialBlock(nn.Module):
         return self.ff.added_to(y, self.norm3(y))
 
     def _attended(self, x: Float[Tensor, "n s c"], added: Float[Tensor, "n 1 c"]) -> Float[Tensor, "n s c"]:
-        attn, out = self.attn1, self.attn1.to_out[0]
+        attn: Any = self.attn1
+        out: Any = attn.to_out[0]
         ours = is_plain(attn, Attention) and isinstance(attn.processor, ChunkedAttnProcessor)
         if ours and is_plain(out) and stays_in_cache(x):  # the residual connection within the output projection
             y = (x + (added + out.bias)).flatten(0, 1)
