@@ -26,8 +26,10 @@ class LossWeights:
     bilateral_normal: float = 0.02
     """Smoothness of rendered normals on patches except at edges of the picture (SV4D L_bilateral); measured on two
     cases."""
-    opacity: float = 0.03
-    """Alpha away from 1/2."""
+    opacity: float = 0.0
+    """Alpha away from 1/2. Off: limbs a few pixels wide are mostly edge, where alpha is a fraction; 1 dB."""
+    sparsity: float = 0.003
+    """How full the canonical hull is: of matter that no view tells from its absence, none; 0.4 to 0.9 dB."""
     distortion: float = 0.03
     """How spread out along its ray what is seen is."""
     normal_smoothness: float = 0.002

@@ -34,6 +34,8 @@ BAND = 0.08
 """How far from a hull's surface the deformation is registered and kept rigid, world units."""
 BAND_POINTS = 512
 """Points of that band a step looks at in each of its frames."""
+SPARSITY_POINTS = 1024
+"""Points of the canonical hull a step looks at."""
 FLOW_POINTS = 1024
 """Followed surface points a new frame's start looks at in a step, and half as many of a batch's frames."""
 FLOW_VIEWS = 3
@@ -512,6 +514,8 @@ def loss_terms(
         terms.update(_patch_terms(field, rendered, batch, weights, perceptual))
     if weights.opacity:
         terms["opacity"] = losses.opacity_entropy(rendered.alpha)
+    if weights.sparsity:
+        terms["sparsity"] = _sparsity(field, occupancy, sampling.generator(seed, step, 8))
     if weights.distortion:
         terms["distortion"] = losses.distortion(rendered.weights, rendered.samples)
     if weights.density_residual and rendered.residual is not None:
@@ -521,6 +525,17 @@ def loss_terms(
     if flow is not None and weights.scene_flow:
         terms.update(_flow_terms(field, occupancy, flow, batch, seed, step))
     return {name: getattr(weights, name) * value for name, value in terms.items()}
+
+
+def _sparsity(field: DeformableField, occupancy: OccupancyGrid, rng: np.random.Generator) -> Tensor:
+    cells = occupancy.hull[occupancy.nearest_bin(field.config.canonical_time)].nonzero()
+    if not len(cells):
+        return cells.new_zeros(()).float()
+    pick = torch.from_numpy(rng.integers(0, len(cells), SPARSITY_POINTS)).to(cells.device)
+    jitter = torch.from_numpy(rng.random((SPARSITY_POINTS, 3), dtype=np.float32)).to(cells.device)
+    x = (cells[pick] + jitter) * occupancy.cell_size - occupancy.half_extent
+    density = field.density(x, torch.full_like(x[:, :1], field.config.canonical_time))
+    return losses.sparsity(density, field.config.max_density)
 
 
 def _patch_terms(

@@ -181,6 +181,12 @@ def registration(
     return (functional.relu(gap.abs() / tolerance - 1)).square().mean()
 
 
+def sparsity(density: Float[Tensor, " n"], max_density: float) -> Tensor:
+    """Mean density at points of the canonical hull, relative to the largest: matter no view asks for goes. Sparsity of
+    the papers' loss lists; its form is our own."""
+    return density.mean() / max_density
+
+
 def scene_flow(origin: Float[Tensor, "n 3"], expected: Float[Tensor, "n 3"], tolerance: float) -> Tensor:
     """Distance of where points of this moment come from to where the same points of a neighbouring moment do (in
     tolerances), quadratic within one and linear beyond it (pseudo-Huber). Our own design."""
