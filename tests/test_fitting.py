@@ -203,7 +203,7 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
-    assert {"registration", "band_rigidity", "density_residual", "structure"} <= names
+    assert {"registration", "band_rigidity", "density_residual", "structure", "sparsity", "scene_flow"} <= names
     # at the last frame the ball's middle is at z = 0.15, and it came from z = -0.15
     point = torch.tensor([[0.0, 0.0, 0.15]])
     with torch.no_grad():

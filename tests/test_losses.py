@@ -49,6 +49,17 @@ def test_dssim_agrees_with_skimage() -> None:
     )
 
 
+def test_sparsity_is_the_share_of_matter() -> None:
+    assert losses.sparsity(torch.tensor([0.0, 100.0]), 200.0) == 0.25
+
+
+def test_scene_flow_is_quadratic_near_and_linear_far() -> None:
+    here = torch.zeros(1, 3)
+    near, far, farther = (losses.scene_flow(torch.tensor([[d, 0.0, 0.0]]), here, 0.1) for d in (0.01, 10.0, 20.0))
+    torch.testing.assert_close(near, torch.tensor(0.005), rtol=0.01, atol=0)
+    torch.testing.assert_close(farther - far, torch.tensor(100.0), rtol=0.01, atol=0)
+
+
 def test_opacity_entropy_prefers_decisions() -> None:
     assert losses.opacity_entropy(torch.tensor([0.0, 1.0])) == 0
     assert losses.opacity_entropy(torch.tensor([0.5])) == 1
