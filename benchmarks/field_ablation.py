@@ -77,7 +77,7 @@ VARIANTS = (
     Variant("views by chance, not orthogonal", "schedule", batch={"orthogonal": False}),
     without("mask"),
     without("structure"),
-    without("opacity"),
+    without("sparsity"),
     without("distortion"),
     without("normal_smoothness"),
     without("bilateral_normal"),
@@ -85,6 +85,7 @@ VARIANTS = (
     without("registration", "band_rigidity"),
     without("deformation"),
     without("deformation_rigidity", "band_rigidity"),
+    Variant("with opacity entropy", "loss", losses={"opacity": 0.03}),
     Variant("with depth smoothness", "loss", losses={"depth_smoothness": 0.01}),
     Variant("with temporal smoothness", "loss", losses={"deformation_time": 1e-3}),
 )
