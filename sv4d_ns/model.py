@@ -95,6 +95,7 @@ class SV4DModel(Model):
         self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()
         self._flow: SceneFlow | None = None
+        self._losses = self.config.losses
         self.step = 0
         self._pictures_without_time = 0
 
@@ -127,10 +128,11 @@ class SV4DModel(Model):
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the visual hull of a grid's silhouettes."""
-        from sv4d_ns.fitting import hull_views, surface_flow, train_views
+        from sv4d_ns.fitting import hull_views, surface_flow, train_views, weights_for
 
         views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
         self.occupancy.carve(hull_views(views))
+        self._losses = weights_for(views, self.config.losses)
         if self.config.losses.scene_flow:
             self._flow = surface_flow(views, self.occupancy.half_extent)
         # other frames are to be explained by motion, not by matter the canonical frame has no room for
@@ -218,7 +220,7 @@ class SV4DModel(Model):
             self._flow,
             rendered,
             seen,
-            self.config.losses,
+            self._losses,
             self.config.seed,
             self.step,
             self._perceptual,
