@@ -178,7 +178,7 @@ class Ours:
         self.flow = fitting.surface_flow(views, self.occupancy.half_extent)
         self.schedule, self.canonical = sampling.ScheduleConfig(), canonical
         self.sampler = fitting.BatchSampler(views, fitting.BatchConfig(rays=rays), self.schedule, 0)
-        self.weights = fitting.weights_for(views, losses.LossWeights())
+        self.weights = losses.LossWeights()
         groups = self.field.parameter_groups()
         self.decay = DecaySchedulerConfig(max_steps=steps)
         self.optimizer = torch.optim.Adam(

@@ -28,16 +28,7 @@ from sv4d_ns.evaluation.alignment import Similarity
 from sv4d_ns.evaluation.cases import Case
 from sv4d_ns.evaluation.geometry import evaluate_geometry
 from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fitting import (
-    BatchConfig,
-    BatchSampler,
-    TrainView,
-    advance,
-    hull_views,
-    loss_terms,
-    surface_flow,
-    weights_for,
-)
+from sv4d_ns.fitting import BatchConfig, BatchSampler, TrainView, advance, hull_views, loss_terms, surface_flow
 from sv4d_ns.occupancy import OccupancyGrid
 from sv4d_ns.rendering import pixel_rays, render_rays, render_rays_chunked
 from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
@@ -160,7 +151,6 @@ def fit(
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])
     flow = surface_flow(train, occupancy.half_extent) if weights.scene_flow else None
-    weights = weights_for(train, weights)
     log(f"carve {time.perf_counter() - start:.2f} s, hull share {occupancy.hull.float().mean():.4f}")
     groups = field.parameter_groups()
     optimizer = torch.optim.Adam(

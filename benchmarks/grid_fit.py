@@ -59,7 +59,6 @@ class GridFit:
         views = fitting.train_views(grid, "cpu", self.options.leave_out)
         self.occupancy.carve(fitting.hull_views(views))
         self.field.confine(self.occupancy.hull[self.canonical])
-        self.losses = fitting.weights_for(views, self.options.losses)
         scene_flow = self.options.losses.scene_flow
         self.flow = fitting.surface_flow(views, self.occupancy.half_extent) if scene_flow else None
         batch = fitting.BatchConfig(rays=self.options.rays)
@@ -83,7 +82,7 @@ class GridFit:
             out = render_rays(self.field, self.occupancy, origins, directions, batch.times, SAMPLES,
                               background=batch.background, jitter=batch.jitter)  # fmt: skip
             seen = self.corrections.corrected(out, batch)
-            terms = fitting.loss_terms(self.field, self.occupancy, self.flow, *seen, self.losses, 0, step)
+            terms = fitting.loss_terms(self.field, self.occupancy, self.flow, *seen, options.losses, 0, step)
             terms |= self.corrections.penalties()
             self.optimizer.zero_grad(set_to_none=True)
             torch.stack(list(terms.values())).sum().backward()

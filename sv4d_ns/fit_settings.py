@@ -30,8 +30,6 @@ class LossWeights:
     """Alpha away from 1/2. Off: limbs a few pixels wide are mostly edge, where alpha is a fraction; 1 dB."""
     sparsity: float = 0.003
     """How full the canonical hull is: of matter that no view tells from its absence, none; 0.4 to 0.9 dB."""
-    sparsity_generated: float = 0.01
-    """The same where the views are generated and contradict each other, which leaves more between them; 4 dB."""
     distortion: float = 0.03
     """How spread out along its ray what is seen is."""
     normal_smoothness: float = 0.002

@@ -4,7 +4,7 @@ The nerfstudio data manager and model are wired to this file, and so is `benchma
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -224,13 +224,6 @@ def surface_flow(views: list[TrainView], half_extent: float) -> SceneFlow | None
     """
     trusted = [view for view in views if view.trusted]
     return SceneFlow(trusted, half_extent) if len(trusted) >= FLOW_VIEWS else None
-
-
-def weights_for(views: list[TrainView], weights: LossWeights) -> LossWeights:
-    """The weights of the losses, with the sparsity that suits these views."""
-    if all(view.trusted for view in views):
-        return weights
-    return replace(weights, sparsity=weights.sparsity_generated)
 
 
 def closed(alpha: Float[Tensor, "t h w"], radius: int = 3) -> Float[Tensor, "t h w"]:

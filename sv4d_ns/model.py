@@ -95,7 +95,6 @@ class SV4DModel(Model):
         self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()
         self._flow: SceneFlow | None = None
-        self._losses = self.config.losses
         self.step = 0
         self._pictures_without_time = 0
 
@@ -128,11 +127,10 @@ class SV4DModel(Model):
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the visual hull of a grid's silhouettes."""
-        from sv4d_ns.fitting import hull_views, surface_flow, train_views, weights_for
+        from sv4d_ns.fitting import hull_views, surface_flow, train_views
 
         views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
         self.occupancy.carve(hull_views(views))
-        self._losses = weights_for(views, self.config.losses)
         if self.config.losses.scene_flow:
             self._flow = surface_flow(views, self.occupancy.half_extent)
         # other frames are to be explained by motion, not by matter the canonical frame has no room for
@@ -220,7 +218,7 @@ class SV4DModel(Model):
             self._flow,
             rendered,
             seen,
-            self._losses,
+            self.config.losses,
             self.config.seed,
             self.step,
             self._perceptual,

@@ -19,7 +19,6 @@ from sv4d_ns.fitting import (
     loss_terms,
     surface_flow,
     train_views,
-    weights_for,
 )
 from sv4d_ns.losses import LossWeights
 from sv4d_ns.occupancy import OccupancyGrid
@@ -51,12 +50,6 @@ def test_the_input_view_counts_fully_and_generated_pixels_by_confidence_and_angl
     assert (views[1].weight[..., :16] == 0).all()
     beside, behind = float(views[1].weight[0, 0, 31]), float(views[2].weight[0, 0, 31])
     assert 0 < behind < beside < 1
-
-
-def test_generated_views_are_fitted_with_their_own_sparsity() -> None:
-    weights = LossWeights(sparsity=0.1, sparsity_generated=0.2)
-    assert weights_for(train_views(grid(), "cpu"), weights).sparsity == 0.2
-    assert weights_for(train_views(ball_grid(), "cpu"), weights) == weights
 
 
 def test_a_batch_follows_from_seed_and_step_and_stays_in_its_window() -> None:
