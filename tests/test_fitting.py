@@ -198,7 +198,7 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
         window = advance(field, occupancy, flow, ScheduleConfig(), step, total, 2)
         batch = sampler.draw(step, window, 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
-        terms = loss_terms(field, occupancy, flow, out, batch, LossWeights(), 0, step)
+        terms = loss_terms(field, occupancy, flow, out, batch, LossWeights(sparsity=0.003), 0, step)
         names |= set(terms)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
