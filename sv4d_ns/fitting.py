@@ -18,7 +18,7 @@ from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.fields.motion import KeyframeGrid
 from sv4d_ns.losses import LossWeights, Perceptual
 from sv4d_ns.occupancy import DISTANCE_REACH, HullView, OccupancyGrid
-from sv4d_ns.rendering import RenderOutput, pixel_rays
+from sv4d_ns.rendering import RenderOutput, box_step, march, pixel_rays, transmittance
 from sv4d_ns.sampling import PixelSampler, ScheduleConfig, Window
 from sv4d_ns.scene_flow import SceneFlow
 from sv4d_ns.views import ViewGrid
@@ -34,8 +34,10 @@ BAND = 0.08
 """How far from a hull's surface the deformation is registered and kept rigid, world units."""
 BAND_POINTS = 512
 """Points of that band a step looks at in each of its frames."""
-SPARSITY_POINTS = 1024
-"""Points of the canonical hull a step looks at."""
+SPARSITY_RAYS = 256
+"""Rays through the canonical hull, from anywhere, along which a step looks for matter that no view asks for."""
+SPARSITY_SAMPLES = 128
+"""Steps along the box's diagonal of those rays."""
 FLOW_POINTS = 1024
 """Followed surface points a new frame's start looks at in a step, and half as many of a batch's frames."""
 FLOW_VIEWS = 3
@@ -464,12 +466,9 @@ class _Band:
 def _draw_band(occupancy: OccupancyGrid, bins: list[int], rng: np.random.Generator) -> _Band | None:
     points, times, distances = [], [], []
     for k in bins:
-        cells = occupancy.band(k, BAND)
-        if not len(cells):
+        x = occupancy.draw_points(occupancy.band(k, BAND), BAND_POINTS, rng)
+        if not len(x):
             continue
-        pick = torch.from_numpy(rng.integers(0, len(cells), BAND_POINTS)).to(cells.device)
-        jitter = torch.from_numpy(rng.random((BAND_POINTS, 3), dtype=np.float32)).to(cells.device)
-        x = (cells[pick] + jitter) * occupancy.cell_size - occupancy.half_extent
         points.append(x)
         times.append(torch.full_like(x[:, :1], k / max(occupancy.bins - 1, 1)))
         distances.append(occupancy.distance_at(x, k))
@@ -528,14 +527,22 @@ def loss_terms(
 
 
 def _sparsity(field: DeformableField, occupancy: OccupancyGrid, rng: np.random.Generator) -> Tensor:
+    """What canonical matter owes that is in the open, seen from any side: the views stand on a ring as a rule, and
+    nothing they show says what is above and below a hollow."""
     cells = occupancy.hull[occupancy.nearest_bin(field.config.canonical_time)].nonzero()
-    if not len(cells):
-        return cells.new_zeros(()).float()
-    pick = torch.from_numpy(rng.integers(0, len(cells), SPARSITY_POINTS)).to(cells.device)
-    jitter = torch.from_numpy(rng.random((SPARSITY_POINTS, 3), dtype=np.float32)).to(cells.device)
-    x = (cells[pick] + jitter) * occupancy.cell_size - occupancy.half_extent
-    density = field.density(x, torch.full_like(x[:, :1], field.config.canonical_time))
-    return losses.sparsity(density, field.config.max_density)
+    through = occupancy.draw_points(cells, SPARSITY_RAYS, rng)
+    if not len(through):
+        return through.new_zeros(())
+    directions = functional.normalize(torch.from_numpy(rng.normal(size=(SPARSITY_RAYS, 3))).to(through), dim=-1)
+    origins = through - 4 * occupancy.half_extent * directions  # outside the box
+    times = torch.full_like(through[:, :1], field.config.canonical_time)
+    jitter = torch.from_numpy(rng.random(SPARSITY_RAYS, dtype=np.float32)).to(cells.device)
+    step = box_step(occupancy.half_extent, SPARSITY_SAMPLES)
+    samples = march(occupancy, origins, directions, times, step, jitter)
+    rays = samples.ray_indices
+    density = field.canonical_density(origins[rays] + samples.distances[:, None] * directions[rays])
+    opened = transmittance(density.detach(), samples)
+    return losses.sparsity(density, opened, step, SPARSITY_RAYS, field.config.max_density)
 
 
 def _patch_terms(

@@ -181,10 +181,20 @@ def registration(
     return (functional.relu(gap.abs() / tolerance - 1)).square().mean()
 
 
-def sparsity(density: Float[Tensor, " n"], max_density: float) -> Tensor:
-    """Mean density at points of the canonical hull, relative to the largest: matter no view asks for goes. Sparsity of
-    the papers' loss lists; its form is our own."""
-    return density.mean() / max_density
+def sparsity(
+    density: Float[Tensor, " m"],
+    transmittance: Float[Tensor, " m"],
+    step: float,
+    n_rays: int,
+    max_density: float,
+) -> Tensor:
+    """Mean length of matter that lies open to a ray, world units (at the largest density): matter no view asks for goes
+    from its surface inward. Sparsity of the papers' loss lists; its form is our own.
+
+    What lies behind matter is spared (the transmittance is taken as constant): the mean density of the whole hull as
+    the loss hollows bodies out, and their surfaces become shells.
+    """
+    return (transmittance.detach() * density).sum() * step / (n_rays * max_density)
 
 
 def scene_flow(origin: Float[Tensor, "n 3"], expected: Float[Tensor, "n 3"], tolerance: float) -> Tensor:

@@ -244,6 +244,14 @@ class OccupancyGrid(nn.Module):
         """Cells of a bin whose centre is within `width` of its hull's surface."""
         return (self.distance[bin_index].abs() <= width).nonzero()
 
+    def draw_points(self, cells: Int[Tensor, "m 3"], count: int, rng: np.random.Generator) -> Float[Tensor, "n 3"]:
+        """`count` world positions, evenly drawn from these cells; none if there are no cells."""
+        if not len(cells):
+            return cells.new_zeros(0, 3).float()
+        pick = torch.from_numpy(rng.integers(0, len(cells), count)).to(cells.device)
+        within = torch.from_numpy(rng.random((count, 3), dtype=np.float32)).to(cells.device)
+        return (cells[pick] + within) * self.cell_size - self.half_extent
+
     def distance_at(self, x: Float[Tensor, "n 3"], bin_index: int) -> Float[Tensor, " n"]:
         """Signed distance to a bin's hull, world units, negative inside, trilinear and differentiable in x."""
         # grid_sample wants (x, y, z) for the (last, middle, first) axis

@@ -198,7 +198,7 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
         window = advance(field, occupancy, flow, ScheduleConfig(), step, total, 2)
         batch = sampler.draw(step, window, 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
-        terms = loss_terms(field, occupancy, flow, out, batch, LossWeights(sparsity=0.003), 0, step)
+        terms = loss_terms(field, occupancy, flow, out, batch, LossWeights(), 0, step)
         names |= set(terms)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
@@ -210,6 +210,32 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
         came_from = (point + field.deformation(point, torch.ones(1, 1)))[0, 2]
     assert came_from < 0.0
     assert field.residual_open
+
+
+def test_sparsity_pulls_at_the_outside_of_a_solid_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = ball_grid()
+    views = train_views(grid, "cpu")
+    field = DeformableField(DeformableFieldConfig(keyframes=4, levels=4, max_resolution=64))
+    occupancy = OccupancyGrid(4, resolution=32)
+    occupancy.carve(hull_views(views))
+    occupancy.density.fill_(100.0)
+    batch = BatchSampler(views, BatchConfig(rays=64, patches=0), ScheduleConfig(), 0).draw(0, Window(0, 0), 0)
+    out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def solid(points: torch.Tensor) -> torch.Tensor:
+        asked.append((points, torch.full((len(points),), field.config.max_density, requires_grad=True)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(field, "canonical_density", solid)
+    loss_terms(field, occupancy, None, out, batch, LossWeights(), 0, 0)["sparsity"].backward()
+    ((where, density),) = asked
+    gradient = density.grad
+    assert gradient is not None
+    depth = -occupancy.distance_at(where, 0)
+    at_surface, within = depth < 1.5 * occupancy.cell_size, depth > 3 * occupancy.cell_size
+    assert bool(within.any()) and gradient[at_surface].sum() > 0.99 * gradient.sum()
+    assert gradient[within].max() < 1e-3 * gradient.max()
 
 
 def test_visibility_is_computed_when_asked_and_kept_in_between(monkeypatch: pytest.MonkeyPatch) -> None:

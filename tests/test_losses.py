@@ -49,8 +49,14 @@ def test_dssim_agrees_with_skimage() -> None:
     )
 
 
-def test_sparsity_is_the_share_of_matter() -> None:
-    assert losses.sparsity(torch.tensor([0.0, 100.0]), 200.0) == 0.25
+def test_sparsity_is_the_length_of_matter_in_the_open_and_spares_what_lies_behind_it() -> None:
+    density = torch.tensor([100.0, 200.0, 200.0], requires_grad=True)
+    opened = torch.tensor([1.0, 0.5, 0.0], requires_grad=True)
+    loss = losses.sparsity(density, opened, 0.1, 2, 200.0)
+    assert loss.item() == pytest.approx(0.1 * (0.5 + 0.5) / 2)
+    loss.backward()
+    assert density.grad is not None and density.grad[0] > density.grad[1] > density.grad[2] == 0
+    assert opened.grad is None  # else a surface would thicken to shield what lies behind it
 
 
 def test_scene_flow_is_quadratic_near_and_linear_far() -> None:

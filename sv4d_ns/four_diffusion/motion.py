@@ -5,7 +5,6 @@ every step, to carry points of any time to the canonical time so that density an
 not feel it. Own design, in the manner of D-NeRF's canonical deformation.
 """
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,7 +31,7 @@ def motion_loss(
     """How badly the motion explains one random frame; has gradients in the motion network alone."""
     rng = sampling.generator(seed, step, 20)
     frame = int(rng.integers(num_frames))
-    x = _points(field, occupancy, frame, rng)
+    x = occupancy.draw_points(occupancy.occupied[min(frame, occupancy.bins - 1)].nonzero(), POINTS, rng)
     if not len(x):
         return field.aabb.new_zeros(())
     t = torch.full_like(x[:, :1], frame / max(num_frames - 1, 1))
@@ -45,19 +44,6 @@ def motion_loss(
     rigid = losses.deformation_rigidity(moved, field.deformation(x + offset, t), offset)
     rest = (moved / field.config.half_extent).square().sum(-1).mean()
     return explained + RIGIDITY * rigid + REST * rest
-
-
-@torch.no_grad()
-def _points(
-    field: SpaceTimeField, occupancy: OccupancyGrid, frame: int, rng: np.random.Generator
-) -> Float[Tensor, "n 3"]:
-    """Points in occupied cells of a frame."""
-    cells = occupancy.occupied[min(frame, occupancy.bins - 1)].nonzero()
-    if not len(cells):
-        return field.aabb.new_zeros(0, 3)
-    pick = torch.from_numpy(rng.integers(0, len(cells), POINTS)).to(cells.device)
-    jitter = torch.from_numpy(rng.random((POINTS, 3), dtype=np.float32)).to(cells.device)
-    return (cells[pick] + jitter) * occupancy.cell_size - occupancy.half_extent
 
 
 def _disagreement(
