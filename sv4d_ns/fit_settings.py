@@ -28,9 +28,8 @@ class LossWeights:
     cases."""
     opacity: float = 0.0
     """Alpha away from 1/2. Off: limbs a few pixels wide are mostly edge, where alpha is a fraction; 1 dB."""
-    sparsity: float = 0.04
-    """Matter of the canonical object in the open, from any side: what no view asks for goes, what lies behind a surface
-    is spared."""
+    sparsity: float = 0.05
+    """Matter that the canonical frame's views see: what they do not need goes, what lies behind a surface is spared."""
     distortion: float = 0.03
     """How spread out along its ray what is seen is."""
     normal_smoothness: float = 0.002

@@ -18,7 +18,7 @@ from sv4d_ns.fields.deformable import DeformableField
 from sv4d_ns.fields.motion import KeyframeGrid
 from sv4d_ns.losses import LossWeights, Perceptual
 from sv4d_ns.occupancy import DISTANCE_REACH, HullView, OccupancyGrid
-from sv4d_ns.rendering import RenderOutput, box_step, march, pixel_rays, transmittance
+from sv4d_ns.rendering import RenderOutput, pixel_rays, transmittance
 from sv4d_ns.sampling import PixelSampler, ScheduleConfig, Window
 from sv4d_ns.scene_flow import SceneFlow
 from sv4d_ns.views import ViewGrid
@@ -34,10 +34,6 @@ BAND = 0.08
 """How far from a hull's surface the deformation is registered and kept rigid, world units."""
 BAND_POINTS = 512
 """Points of that band a step looks at in each of its frames."""
-SPARSITY_RAYS = 256
-"""Rays through the canonical hull, from anywhere, along which a step looks for matter that no view asks for."""
-SPARSITY_SAMPLES = 128
-"""Steps along the box's diagonal of those rays."""
 FLOW_POINTS = 1024
 """Followed surface points a new frame's start looks at in a step, and half as many of a batch's frames."""
 FLOW_VIEWS = 3
@@ -514,7 +510,7 @@ def loss_terms(
     if weights.opacity:
         terms["opacity"] = losses.opacity_entropy(rendered.alpha)
     if weights.sparsity:
-        terms["sparsity"] = _sparsity(field, occupancy, sampling.generator(seed, step, 8))
+        terms["sparsity"] = _sparsity(field, rendered, batch)
     if weights.distortion:
         terms["distortion"] = losses.distortion(rendered.weights, rendered.samples)
     if weights.density_residual and rendered.residual is not None:
@@ -526,23 +522,20 @@ def loss_terms(
     return {name: getattr(weights, name) * value for name, value in terms.items()}
 
 
-def _sparsity(field: DeformableField, occupancy: OccupancyGrid, rng: np.random.Generator) -> Tensor:
-    """What canonical matter owes that is in the open, seen from any side: the views stand on a ring as a rule, and
-    nothing they show says what is above and below a hollow."""
-    cells = occupancy.hull[occupancy.nearest_bin(field.config.canonical_time)].nonzero()
-    through = occupancy.draw_points(cells, SPARSITY_RAYS, rng)
-    if not len(through):
-        return through.new_zeros(())
-    directions = functional.normalize(torch.from_numpy(rng.normal(size=(SPARSITY_RAYS, 3))).to(through), dim=-1)
-    origins = through - 4 * occupancy.half_extent * directions  # outside the box
-    times = torch.full_like(through[:, :1], field.config.canonical_time)
-    jitter = torch.from_numpy(rng.random(SPARSITY_RAYS, dtype=np.float32)).to(cells.device)
-    step = box_step(occupancy.half_extent, SPARSITY_SAMPLES)
-    samples = march(occupancy, origins, directions, times, step, jitter)
-    rays = samples.ray_indices
-    density = field.canonical_density(origins[rays] + samples.distances[:, None] * directions[rays])
-    opened = transmittance(density.detach(), samples)
-    return losses.sparsity(density, opened, step, SPARSITY_RAYS, field.config.max_density)
+def _sparsity(field: DeformableField, rendered: RenderOutput, batch: Batch) -> Tensor:
+    """What the canonical object owes for matter that rays of its own frame see.
+
+    Only what a view sees is asked to go, so that something can object: from sides that no view sees (between the legs,
+    under the belly) a body would be eaten up to its shell. Only in the canonical frame, or motion and density residual
+    would make matter disappear instead.
+    """
+    of_frame = (batch.times[:, 0] - field.config.canonical_time).abs() < 1e-4
+    n_rays = int((of_frame & (batch.alpha > 0.5)).sum())
+    at = of_frame[rendered.ray_indices]
+    if not n_rays:
+        return rendered.density.new_zeros(())
+    opened = transmittance(rendered.density.detach(), rendered.samples)[at]
+    return losses.sparsity(rendered.density[at], opened, rendered.samples.step, n_rays, field.config.max_density)
 
 
 def _patch_terms(
