@@ -101,6 +101,8 @@ class Batch:
     """Estimated unit normals in world space, zero where unknown; None where there is no estimator."""
     view: Int[Tensor, " n"]
     """Number of each ray's view in the grid; 0 is the input."""
+    agreeing: bool
+    """Whether all views are trusted: pictures of one object."""
     frames: tuple[int, ...]
     """The frames drawn, of `n_frames`."""
     n_frames: int
@@ -343,6 +345,7 @@ class BatchSampler:
             jitter=sampling.uniform(self.seed, step, (count,), stream=1).to(device),
             normals=normals,
             view=torch.from_numpy(np.array([source.number for source in self.views])[view]).to(device),
+            agreeing=all(source.trusted for source in self.views),
             frames=frames,
             n_frames=first.rgb.shape[0],
             rays=self.config.rays,
@@ -523,15 +526,17 @@ def loss_terms(
 
 
 def _sparsity(field: DeformableField, rendered: RenderOutput, batch: Batch) -> Tensor:
-    """What the canonical object owes for matter that rays of its own frame see.
+    """What the object owes for matter that the batch's rays see.
 
     Only what a view sees is asked to go, so that something can object: from sides that no view sees (between the legs,
-    under the belly) a body would be eaten up to its shell. Only in the canonical frame, or motion and density residual
-    would make matter disappear instead.
+    under the belly) a body would be eaten up to its shell. Of agreeing views only rays of the canonical frame ask, or
+    motion makes thin limbs disappear; views that contradict each other leave matter about in all frames.
     """
-    of_frame = (batch.times[:, 0] - field.config.canonical_time).abs() < 1e-4
-    n_rays = int((of_frame & (batch.alpha > 0.5)).sum())
-    at = of_frame[rendered.ray_indices]
+    asking = (batch.times[:, 0] - field.config.canonical_time).abs() < 1e-4
+    if not batch.agreeing:
+        asking = torch.ones_like(asking)
+    n_rays = int((asking & (batch.alpha > 0.5)).sum())
+    at = asking[rendered.ray_indices]
     if not n_rays:
         return rendered.density.new_zeros(())
     opened = transmittance(rendered.density.detach(), rendered.samples)[at]
