@@ -76,6 +76,7 @@ VARIANTS = (
     Variant("canonical frame not preferred", "schedule", schedule={"canonical_probability": 0.0}),
     Variant("views by chance, not orthogonal", "schedule", batch={"orthogonal": False}),
     without("mask"),
+    without("structure"),
     without("sparsity"),
     without("distortion"),
     without("normal_smoothness"),

@@ -15,8 +15,7 @@ class LossWeights:
     mask: float = 0.2
     """Mean squared error of opacity (SV4D L_mask)."""
     structure: float = 0.05
-    """D-SSIM on patches, of views that contradict each other: it forgives small shifts. On true views it costs 0.4 to
-    0.8 dB on two of three cases."""
+    """D-SSIM on patches."""
     perceptual: float = 0.05
     """LPIPS (VGG16) on patches (SV4D L_lpips), where its weights are on this machine; the run says whether they are.
     Not measured."""

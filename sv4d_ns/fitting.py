@@ -558,7 +558,7 @@ def _patch_terms(
 
     made, target, per_patch = patches(rendered.rgb), patches(batch.rgb), patches(batch.weight).mean((1, 2))
     terms = {}
-    if weights.structure and not batch.agreeing:  # it forgives small shifts, which costs detail where there are none
+    if weights.structure:
         terms["structure"] = losses.dssim(made, target, per_patch)
     if weights.perceptual and perceptual is not None:
         terms["perceptual"] = losses.perceptual(perceptual, made, target, per_patch)
