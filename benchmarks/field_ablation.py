@@ -6,8 +6,8 @@ Every fit is one of `field_fit.py --views truth`, shorter than a run, so differe
 figures themselves; two seeds of the whole method say how much is chance. Finished fits are kept (a killed run goes on
 where it was), the table is written anew after each of them.
 
-Parts that act on generated views only are not here: corrections of views and leaving one out are in `robustness.py`,
-stage 2 in `quality.py --views model`.
+Parts that act on generated views only are not here: sparsity is in `field_fit.py --views generated`, corrections of
+views and leaving one out are in `robustness.py`, stage 2 in `quality.py --views model`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ VARIANTS = (
     Variant("views by chance, not orthogonal", "schedule", batch={"orthogonal": False}),
     without("mask"),
     without("structure"),
-    without("sparsity"),
     without("distortion"),
     without("normal_smoothness"),
     without("bilateral_normal"),

@@ -29,8 +29,8 @@ class LossWeights:
     opacity: float = 0.0
     """Alpha away from 1/2. Off: limbs a few pixels wide are mostly edge, where alpha is a fraction; 1 dB."""
     sparsity: float = 0.05
-    """Matter that rays see (of agreeing views: those of the canonical frame): what the views do not need goes, what
-    lies behind a surface is spared."""
+    """Matter that rays see, of views that contradict each other: what they do not need goes, what lies behind a surface
+    is spared. Not asked of true views, whose thin limbs it eats."""
     distortion: float = 0.03
     """How spread out along its ray what is seen is."""
     normal_smoothness: float = 0.002

@@ -512,7 +512,7 @@ def loss_terms(
         terms.update(_patch_terms(field, rendered, batch, weights, perceptual))
     if weights.opacity:
         terms["opacity"] = losses.opacity_entropy(rendered.alpha)
-    if weights.sparsity:
+    if weights.sparsity and not batch.agreeing:
         terms["sparsity"] = _sparsity(field, rendered, batch)
     if weights.distortion:
         terms["distortion"] = losses.distortion(rendered.weights, rendered.samples)
@@ -529,18 +529,13 @@ def _sparsity(field: DeformableField, rendered: RenderOutput, batch: Batch) -> T
     """What the object owes for matter that the batch's rays see.
 
     Only what a view sees is asked to go, so that something can object: from sides that no view sees (between the legs,
-    under the belly) a body would be eaten up to its shell. Of agreeing views only rays of the canonical frame ask, or
-    motion makes thin limbs disappear; views that contradict each other leave matter about in all frames.
+    under the belly) a body would be eaten up to its shell.
     """
-    asking = (batch.times[:, 0] - field.config.canonical_time).abs() < 1e-4
-    if not batch.agreeing:
-        asking = torch.ones_like(asking)
-    n_rays = int((asking & (batch.alpha > 0.5)).sum())
-    at = asking[rendered.ray_indices]
+    n_rays = int((batch.alpha > 0.5).sum())
     if not n_rays:
         return rendered.density.new_zeros(())
-    opened = transmittance(rendered.density.detach(), rendered.samples)[at]
-    return losses.sparsity(rendered.density[at], opened, rendered.samples.step, n_rays, field.config.max_density)
+    opened = transmittance(rendered.density.detach(), rendered.samples)
+    return losses.sparsity(rendered.density, opened, rendered.samples.step, n_rays, field.config.max_density)
 
 
 def _patch_terms(
