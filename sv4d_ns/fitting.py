@@ -534,8 +534,9 @@ def _sparsity(field: DeformableField, rendered: RenderOutput, batch: Batch) -> T
     n_rays = int((batch.alpha > 0.5).sum())
     if not n_rays:
         return rendered.density.new_zeros(())
-    opened = transmittance(rendered.density.detach(), rendered.samples)
-    return losses.sparsity(rendered.density, opened, rendered.samples.step, n_rays, field.config.max_density)
+    step = rendered.samples.step
+    opened = transmittance(rendered.density.detach() * step, rendered.samples)
+    return losses.sparsity(rendered.density, opened, step, n_rays, field.config.max_density)
 
 
 def _patch_terms(

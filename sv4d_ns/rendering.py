@@ -236,15 +236,15 @@ def _sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[T
     return before - before[starts][segment]
 
 
-def transmittance(density: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
-    """T_i = exp(-sum of density * step before i on the same ray), in [0, 1]: how open a sample lies to the ray."""
-    before = _sum_before((density * samples.step).double(), samples.ray_indices)
-    return torch.exp(-before).to(density.dtype)
+def transmittance(optical: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
+    """T_i = exp(-sum of optical thickness (density * step) before i on the same ray), in [0, 1]."""
+    return torch.exp(-_sum_before(optical.double(), samples.ray_indices)).to(optical.dtype)
 
 
 def compositing_weights(density: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
     """w_i = T_i (1 - exp(-density_i step))."""
-    return transmittance(density, samples) * -torch.expm1(-density * samples.step)
+    optical = density * samples.step
+    return transmittance(optical, samples) * -torch.expm1(-optical)
 
 
 def accumulate(weights: Float[Tensor, " m"], values: Float[Tensor, "m c"], samples: RaySamples) -> Float[Tensor, "n c"]:
