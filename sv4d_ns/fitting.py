@@ -239,6 +239,7 @@ class BatchSampler:
 
     def __init__(self, views: list[TrainView], config: BatchConfig, schedule: ScheduleConfig, seed: int) -> None:
         self.views, self.config, self.schedule, self.seed = views, config, schedule, seed
+        self.agreeing = all(view.trusted for view in views)
         self.azimuths = [view.azimuth_deg for view in views]
         self.pixels = [PixelSampler(view.alpha) for view in views]
         self.visibility: dict[int, Tensor] = {}
@@ -250,7 +251,7 @@ class BatchSampler:
         rng = sampling.generator(self.seed, step)
         frames = sampling.sample_frames(rng, config.frames_per_step, window, canonical, self.schedule)
         turn = self._draw_views(rng)
-        from_input = 0 if all(view.trusted for view in self.views) else int(config.rays * config.input_share)
+        from_input = 0 if self.agreeing else int(config.rays * config.input_share)
         view = np.concatenate([np.full(from_input, INPUT_VIEW), np.resize(turn, config.rays - from_input)])
         frame = rng.choice(frames, config.rays)
         row, column = np.empty(config.rays, np.int64), np.empty(config.rays, np.int64)
@@ -345,7 +346,7 @@ class BatchSampler:
             jitter=sampling.uniform(self.seed, step, (count,), stream=1).to(device),
             normals=normals,
             view=torch.from_numpy(np.array([source.number for source in self.views])[view]).to(device),
-            agreeing=all(source.trusted for source in self.views),
+            agreeing=self.agreeing,
             frames=frames,
             n_frames=first.rgb.shape[0],
             rays=self.config.rays,
