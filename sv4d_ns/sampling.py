@@ -37,7 +37,7 @@ class ScheduleConfig:
     """Chance that a step draws the canonical frame, so that the shape is not forgotten while the window grows."""
     frontier_probability: float = 0.9
     """Chance that a step draws the frames newest to the window, on both sides (the badly fitted ones): a frame is
-    newest for a few dozen steps only, and its motion is found in these."""
+    newest for a few dozen steps only, and its motion is found in these. Once the clip is whole, no frame is."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Window:
 
     first: int
     last: int
+    newest: tuple[int, ...] = ()
+    """Frames that came in last and are not fitted yet; none once the whole clip has had its time."""
 
     def __len__(self) -> int:
         return self.last - self.first + 1
@@ -64,7 +66,9 @@ def frame_window(fraction: float, n_frames: int, canonical: int, config: Schedul
     span = config.full_window_at - config.static_fraction
     grown = (fraction - config.static_fraction) / span if span > 0 else float(fraction >= config.static_fraction)
     reach = 0 if grown < 0 else 1 + math.floor(grown * max(canonical, n_frames - 1 - canonical))
-    return Window(max(canonical - reach, 0), min(canonical + reach, n_frames - 1))
+    first, last = canonical - reach, canonical + reach
+    newest = tuple(frame for frame in (first, last) if 0 <= frame < n_frames and reach)
+    return Window(max(first, 0), min(last, n_frames - 1), newest)
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,13 @@ def admissions(before: Window, now: Window, canonical: int) -> list[Admission]:
 def sample_frames(
     rng: np.random.Generator, count: int, window: Window, canonical: int, config: ScheduleConfig
 ) -> Int[np.ndarray, " count"]:
-    """Frames for one step: those at the window's growing edges, one canonical now and then, the others uniform (without
-    repetition among them while the window is large enough)."""
+    """Frames for one step: the window's newest, one canonical now and then, the others uniform (without repetition
+    among them while the window is large enough)."""
     frames = np.arange(window.first, window.last + 1)
     chosen = rng.choice(frames, count, replace=len(frames) < count)
-    edge = [f for f in (window.first, window.last) if f != canonical]
     draw = rng.random(2)
     if draw[0] < config.frontier_probability:
-        chosen[: len(edge)] = edge[:count]
+        chosen[: len(window.newest)] = window.newest[:count]
     if draw[1] < config.canonical_probability:
         chosen[-1] = canonical
     return chosen

@@ -46,6 +46,16 @@ def test_window_grows_from_the_canonical_frame_to_the_whole_clip(n: int, data: s
         assert b.first <= a.first and b.last >= a.last
     full = next(f for f, w in zip(np.linspace(0, 1, 101), windows, strict=True) if len(w) == n)
     assert full <= CONFIG.full_window_at + 0.011
+    for fraction, window in zip(np.linspace(0, 1, 101), windows, strict=True):
+        assert set(window.newest) <= {window.first, window.last} - {canonical}
+        growing = CONFIG.static_fraction <= fraction < CONFIG.full_window_at
+        assert bool(window.newest) == (growing and n > 1)
+
+
+def test_a_side_that_waits_for_the_other_has_no_newest_frame() -> None:
+    early = replace(CONFIG, static_fraction=0.0, full_window_at=1.0)
+    assert frame_window(0.3, 11, 2, early) == Window(0, 5, (5,))
+    assert frame_window(0.1, 11, 2, early) == Window(1, 3, (1, 3))
 
 
 def test_canonical_frame_outside_the_clip_is_refused() -> None:
@@ -53,12 +63,15 @@ def test_canonical_frame_outside_the_clip_is_refused() -> None:
         frame_window(0.5, 5, 5, CONFIG)
 
 
-def test_frames_are_in_the_window_and_favour_its_edge_and_the_canonical_frame() -> None:
-    window = Window(0, 12)
+def test_frames_are_in_the_window_and_favour_the_newest_and_the_canonical_one() -> None:
+    window = Window(0, 12, (12,))
     draws = np.stack([sample_frames(generator(7, step), 4, window, 0, CONFIG) for step in range(2000)])
     assert draws.min() >= 0 and draws.max() <= 12
     share = np.stack([(draws == f).any(1) for f in range(13)]).mean(1)
     assert share[0] > 1.2 * share[5] and share[12] > 1.5 * share[5] and share[1:12].min() > 0.2
+    whole = np.stack([sample_frames(generator(7, step), 4, Window(0, 12), 6, CONFIG) for step in range(2000)])
+    share = np.stack([(whole == f).any(1) for f in range(13) if f != 6]).mean(1)
+    assert share.max() < 1.2 * share.min()  # nothing is new: all frames alike, the clip's ends too
     alone = sample_frames(generator(7, 0), 4, Window(3, 3), 3, CONFIG)
     assert alone.tolist() == [3, 3, 3, 3]
 
@@ -66,10 +79,10 @@ def test_frames_are_in_the_window_and_favour_its_edge_and_the_canonical_frame() 
 def test_both_newest_frames_are_drawn_together_and_the_canonical_one_beside_them() -> None:
     always = replace(CONFIG, frontier_probability=1.0, canonical_probability=1.0)
     for step in range(20):
-        chosen = sample_frames(generator(0, step), 4, Window(3, 9), 6, always)
+        chosen = sample_frames(generator(0, step), 4, Window(3, 9, (3, 9)), 6, always)
         assert {3, 6, 9} <= set(chosen.tolist())
-        assert set(sample_frames(generator(0, step), 1, Window(3, 9), 6, always).tolist()) == {6}
-        assert {0, 9} <= set(sample_frames(generator(0, step), 3, Window(0, 9), 0, always).tolist())
+        assert set(sample_frames(generator(0, step), 1, Window(3, 9, (3, 9)), 6, always).tolist()) == {6}
+        assert {0, 9} <= set(sample_frames(generator(0, step), 3, Window(0, 9, (9,)), 0, always).tolist())
 
 
 def test_same_seed_and_step_give_the_same_draw_and_others_do_not() -> None:

@@ -58,7 +58,8 @@ class DeformableFieldConfig:
     """The same for colour: what light and shadow of each moment add to the canonical colour's logit; () for none."""
     density_resolutions: tuple[int, ...] = (12, 48)
     """The same for the density's logit: what of a moment's shape no motion of the canonical shape explains; () for
-    none. Closed until `open_residual`, and never part of the exported mesh."""
+    none. Closed until `open_residual`, and never part of the exported mesh. The canonical moment has a share too: its
+    shape is what all moments together make of it."""
     deformation_width: int = 64
     deformation_layers: int = 3
     """Hidden layers of the deformation MLP (motion "frequencies")."""
@@ -131,8 +132,10 @@ class DeformableField(nn.Module):
             if config.density_resolutions
             else None
         )
-        for grid in (self.motion, self.appearance, self.density_residual):
-            if isinstance(grid, KeyframeGrid):  # the canonical moment is what the others are measured from
+        for grid in (self.motion, self.appearance):
+            if isinstance(
+                grid, KeyframeGrid
+            ):  # what the others' place and light are measured from
                 grid.keyframes[round(position)].requires_grad_(False)
         for layer in self.density_head:
             if isinstance(layer, nn.Linear):  # so that the untrained density is initial_logit's, whatever the seed
@@ -241,7 +244,7 @@ class DeformableField(nn.Module):
         if self.appearance is not None:
             light = torch.zeros_like(seen) if still else self.appearance(self._unit(seen), t)
             geometry = torch.cat([geometry, light], -1)
-        residual = None if still else self.residual(seen, t)
+        residual = self.residual(seen, t)
         if residual is None:
             density = self._density(logit) * (self._possible(canonical) & inside)
         else:
@@ -250,7 +253,7 @@ class DeformableField(nn.Module):
 
     def residual(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"] | None:
         """What the moment adds to the density's logit at observed points; None while it is closed."""
-        if self.density_residual is None or not self.residual_open:
+        if self.density_residual is None or not self.residual_open or not len(x):
             return None
         return self.density_residual(self._unit(x), t)[:, 0]
 
