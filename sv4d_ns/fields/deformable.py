@@ -133,9 +133,7 @@ class DeformableField(nn.Module):
             else None
         )
         for grid in (self.motion, self.appearance):
-            if isinstance(
-                grid, KeyframeGrid
-            ):  # what the others' place and light are measured from
+            if isinstance(grid, KeyframeGrid):  # what the others' place and light are measured from
                 grid.keyframes[round(position)].requires_grad_(False)
         for layer in self.density_head:
             if isinstance(layer, nn.Linear):  # so that the untrained density is initial_logit's, whatever the seed
