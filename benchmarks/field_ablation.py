@@ -105,7 +105,7 @@ class FieldAblation:
     steps: int = 700
     """Steps of a fit (a run: 3600)."""
     rays: int = 1024
-    """Rays of a step (a run: 2048)."""
+    """Rays of a step (a run: 1536)."""
     size: int = 128
     """Pixels along the side of the views."""
 

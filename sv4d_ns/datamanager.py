@@ -108,9 +108,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     Views that come with a confidence, as the embedded model's do, are all kept."""
     seed: int = 0
     """Seed of the diffusion noise and of the drawing of pixels."""
-    train_num_rays_per_batch: int = 2048
+    train_num_rays_per_batch: int = 1536
     """Single rays of a training step."""
-    patches: int = 2
+    patches: int = 4
     """Patches of 16x16 rays in a training step, for the structural loss."""
 
     def check_data(self) -> None:

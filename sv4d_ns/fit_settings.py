@@ -14,8 +14,8 @@ class LossWeights:
     """Mean squared error of colours (SV4D L_mse)."""
     mask: float = 0.2
     """Mean squared error of opacity (SV4D L_mask)."""
-    structure: float = 0.05
-    """D-SSIM on patches."""
+    structure: float = 0.1
+    """D-SSIM on patches: it forgives what a fit would otherwise bend the surface for. Judged by whole runs."""
     perceptual: float = 0.05
     """LPIPS (VGG16) on patches (SV4D L_lpips), where its weights are on this machine; the run says whether they are.
     Not measured."""

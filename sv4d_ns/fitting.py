@@ -46,9 +46,9 @@ TIME_STEP = 0.025
 class BatchConfig:
     """What a step draws."""
 
-    rays: int = 2048
+    rays: int = 1536
     """Single rays, in addition to the patches."""
-    patches: int = 2
+    patches: int = 4
     """Square patches for the structural loss; the first is of the input view while that alone is trusted."""
     patch_side: int = 16
     input_share: float = 0.5

@@ -27,7 +27,10 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """What the field is optimised for."""
 
     _target: type = field(default_factory=lambda: FourDiffusionPipeline)
-    datamanager: DataManagerConfig = field(default_factory=SV4DDataManagerConfig)
+    datamanager: DataManagerConfig = field(
+        # no loss of this method looks at patches
+        default_factory=lambda: SV4DDataManagerConfig(train_num_rays_per_batch=2048, patches=0)
+    )
     """The video and the model behind distillation."""
     model: ModelConfig = field(default_factory=FourDiffusionModelConfig)
     """The space-time field."""
