@@ -4,7 +4,7 @@ The nerfstudio data manager and model are wired to this file, and so is `benchma
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -505,6 +505,8 @@ def loss_terms(
     Args:
         perceptual: LPIPS, where it is at hand.
     """
+    if flow is not None:  # followed points say how matter moves: what stands in for knowing it only costs
+        weights = replace(weights, deformation_rigidity=0.0, band_rigidity=0.0)
     terms = {
         "photometric": losses.photometric(rendered.rgb, batch.rgb, batch.weight),
         "mask": losses.mask(rendered.alpha, batch.alpha, batch.weight),
@@ -622,7 +624,7 @@ def _band_terms(
     if band is None:
         return {}
     landing, rigidity = _band_losses(field, occupancy, band)
-    return {"registration": landing, "band_rigidity": rigidity}
+    return {"registration": landing, **({"band_rigidity": rigidity} if weights.band_rigidity else {})}
 
 
 def _flow_terms(

@@ -203,8 +203,11 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
         optimizer.step()
-    assert {"registration", "band_rigidity", "density_residual", "structure", "scene_flow"} <= names
-    assert "sparsity" not in names  # these views are true
+    assert {"registration", "density_residual", "structure", "scene_flow"} <= names
+    assert not {"sparsity", "band_rigidity", "deformation_rigidity"} & names  # these views are true: flow is known
+    assert {"band_rigidity", "deformation_rigidity"} <= set(
+        loss_terms(field, occupancy, None, out, batch, LossWeights(), 0, step)
+    )
     # at the last frame the ball's middle is at z = 0.15, and it came from z = -0.15
     point = torch.tensor([[0.0, 0.0, 0.15]])
     with torch.no_grad():
