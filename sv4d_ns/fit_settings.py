@@ -44,9 +44,9 @@ class LossWeights:
     deformation: float = 0.001
     """Of two motions that explain the pictures, the smaller."""
     deformation_rigidity: float = 0.1
-    """Rigidity of the motion at surface points, where no flow of true views says how it moves."""
+    """Rigidity of the motion at surface points; 0.3 of it where the flow of true views says how they move."""
     band_rigidity: float = 0.1
-    """Rigidity around the hulls, rendered or not, where no flow of true views says how they move."""
+    """Rigidity around the hulls, rendered or not; 0.3 of it likewise."""
     deformation_time: float = 0.0
     """Off: it asks places in space, not material, to move evenly, and ties the newest frame to one not yet begun."""
 

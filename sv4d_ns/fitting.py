@@ -38,6 +38,9 @@ FLOW_POINTS = 1024
 """Followed surface points a new frame's start looks at in a step, and half as many of a batch's frames."""
 FLOW_VIEWS = 3
 """Trusted views it takes to follow points of the surface in space."""
+RIGIDITY_BESIDE_FLOW = 0.3
+"""Share of rigidity's weights where followed points say how matter moves: all of it blurs thin limbs, and without any
+the motion follows bodies less well."""
 TIME_STEP = 0.025
 """Half a frame of a 21-frame clip: the difference step of the temporal smoothness."""
 
@@ -505,8 +508,12 @@ def loss_terms(
     Args:
         perceptual: LPIPS, where it is at hand.
     """
-    if flow is not None:  # followed points say how matter moves: what stands in for knowing it only costs
-        weights = replace(weights, deformation_rigidity=0.0, band_rigidity=0.0)
+    if flow is not None:
+        weights = replace(
+            weights,
+            deformation_rigidity=RIGIDITY_BESIDE_FLOW * weights.deformation_rigidity,
+            band_rigidity=RIGIDITY_BESIDE_FLOW * weights.band_rigidity,
+        )
     terms = {
         "photometric": losses.photometric(rendered.rgb, batch.rgb, batch.weight),
         "mask": losses.mask(rendered.alpha, batch.alpha, batch.weight),
@@ -624,7 +631,7 @@ def _band_terms(
     if band is None:
         return {}
     landing, rigidity = _band_losses(field, occupancy, band)
-    return {"registration": landing, **({"band_rigidity": rigidity} if weights.band_rigidity else {})}
+    return {"registration": landing, "band_rigidity": rigidity}
 
 
 def _flow_terms(
