@@ -397,7 +397,7 @@ BAD = {
     "cut index.mp4": (cut_index, "cut index.mp4 is an incomplete MP4"),
     "cut 2 %.mp4": (cut(0.02), "damaged or cut off after frame 0: download"),
     "cut 40 %.mp4": (cut(0.4), r"damaged or cut off after frame \d"),
-    "cut 95 %.mp4": (cut(0.95), r"damaged or cut off after frame \d.*ffmpeg -i cut 95 %.mp4 -frames:v \d"),
+    "cut 95 %.mp4": (cut(0.95), r"damaged or cut off after frame \d.*ffmpeg -i .cut 95 %.mp4. -frames:v \d"),
     "cut 99 %.mp4": (cut(0.99), r"damaged or cut off after frame \d"),
     "flipped.mp4": (flipped, r"damaged or cut off after frame \d"),
     "short.webm": (short_webm, r"damaged or cut off after frame \d"),
