@@ -1,0 +1,1 @@
+"""The small multi-view video diffusion model shipped with the package."""
