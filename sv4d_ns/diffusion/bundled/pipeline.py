@@ -188,7 +188,7 @@ class BundledVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         poses: Float[Tensor, "v 4 4"],
         frustum: Frustum,
     ) -> Volume:
-        """The volumes predicted from noised views, in windows that see as much of their neighbours as they attend to."""
+        """The volumes predicted from noised views, in windows as wide as attention along time reaches."""
         told = torch.full((1,), elevation_deg, device=frames.device)
         levels = torch.full((1, noised.shape[1]), sigma, device=frames.device)
         to_camera = torch.linalg.inv(poses)[None]
