@@ -7,10 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sv4d_ns.video.background import without_bars
-from sv4d_ns.video.clip import Clip, Region, choose_frames, open_film, read_clip, take
-from sv4d_ns.video.doctor import Finding, examine
-from sv4d_ns.video.foreground import Foreground, segment
-from sv4d_ns.video.framing import (
+from sv4d_ns.video.checks import Finding, examine
+from sv4d_ns.video.crop import (
     FRAME_RATIO,
     VISIBLE_ALPHA,
     CropRule,
@@ -20,7 +18,9 @@ from sv4d_ns.video.framing import (
     released_preprocess,
     union_box,
 )
+from sv4d_ns.video.foreground import Foreground, segment
 from sv4d_ns.video.matting import BUNDLED, load_matting, read_masks
+from sv4d_ns.video.reader import Clip, Region, choose_frames, open_film, read_clip, take
 from sv4d_ns.video.stabilised import StabilisedFraming, stabilised_framing
 
 __all__ = [
@@ -94,7 +94,9 @@ def load_object_video(
     bars = None if clip.has_alpha or masks else without_bars(clip)
     if bars is not None:
         clip = take(film, chosen, bars)
-        cropped = f"Black bars were cut off: {bars.width}x{bars.height} of {bars.source_width}x{bars.source_height} pixels."
+        cropped = (
+            f"Black bars were cut off: {bars.width}x{bars.height} of {bars.source_width}x{bars.source_height} pixels."
+        )
         clip = replace(clip, messages=(*clip.messages, cropped))
     foreground = cut_out(clip, None)
     findings = examine(clip, foreground)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sv4d_ns.video.clip import Clip, Region
+from sv4d_ns.video.reader import Clip, Region
 
 # All numbers below are our own design decisions; levels are of 255. They were set on the four public benchmark clips
 # (H.264, white background), where codec ringing reaches 11 levels three or more pixels away from the object.

@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from scipy import ndimage
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video.background import Background, FrameBackground, border_background
-from sv4d_ns.video.clip import Clip
+from sv4d_ns.video.reader import Clip
 
 # All numbers below are our own design decisions, set on the four public benchmark clips; levels are of 255.
 
@@ -238,7 +238,9 @@ def _without_plain_background(clip: Clip, background: Background) -> Foreground:
     )
 
 
-def _still_corners(frames: UInt8[np.ndarray, "t h w 4"], different: Bool[np.ndarray, "t h w"]) -> Bool[np.ndarray, "h w"]:
+def _still_corners(
+    frames: UInt8[np.ndarray, "t h w 4"], different: Bool[np.ndarray, "t h w"]
+) -> Bool[np.ndarray, "h w"]:
     """What fills corners of the picture in all frames alike: the rounded corners of a frame, a mask of the lens."""
     always = np.asarray(different.all(axis=0))
     result = np.zeros_like(always)

@@ -127,4 +127,3 @@ def _turns(image: Image.Image) -> Any:
         7: lambda array: np.rot90(array, 2).T,
         8: np.rot90,
     }.get(int(orientation or 1))
-

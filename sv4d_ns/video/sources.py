@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from PIL import features
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}) | (
     {".avif"} if features.check("avif") else set()
@@ -53,9 +53,7 @@ def local_path(path: Path) -> Path:
         return _without_tilde(path)
     scheme, rest = address.groups()
     if scheme.lower() != "file":
-        raise InputError(
-            f"{scheme}://{rest} is an address on the network: download the video first and give the file."
-        )
+        raise InputError(f"{scheme}://{rest} is an address on the network: download the video first and give the file.")
     return Path("/" + unquote(rest.removeprefix("localhost/")))
 
 
