@@ -6,6 +6,9 @@ from nerfstudio.plugins.types import MethodSpecification
 from sv4d_ns.plugin.distillation_optimizer import FusedAdamWConfig
 from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.plugin.distillation_trainer import FourDiffusionTrainerConfig
+from sv4d_ns.utils.terminal import accept_any_encoding
+
+accept_any_encoding()  # nerfstudio's commands give a plugin no other place to do so
 
 method = MethodSpecification(
     config=FourDiffusionTrainerConfig(

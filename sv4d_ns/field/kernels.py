@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 try:
-    from numba import njit
+    from sv4d_ns.utils.compiled import njit
 
     AVAILABLE = True
 except ImportError as error:

@@ -274,14 +274,16 @@ class SV4DPipeline(VanillaPipeline):
             summary = made
         else:
             self._make_movies()
-        config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
-        CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
+        name = trainer.config.experiment_name
+        places = (trainer.base_dir / "config.yml", f"renders/{name}.mp4", f"exports/{name}")
+        config_file, movie, folder = (shlex.quote(str(place)) for place in places)
+        CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}", markup=False)
         print(
             f"Input view: PSNR {summary['input_view_psnr']:.1f} dB, silhouette IoU {summary['input_view_iou']:.3f}.\n"
             "Next:\n"
             f"  ns-viewer --load-config {config_file}\n"
-            f"  ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4\n"
-            f"  {installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
+            f"  ns-render interpolate --load-config {config_file} --output-path {movie}\n"
+            f"  {installed_command()} mesh --load-config {config_file} --output-dir {folder}",
             flush=True,
         )
 

@@ -139,9 +139,9 @@ def _second_share(mask: Bool[np.ndarray, "h w"]) -> float:
 def _cutout_is_a_guess(case: _Case) -> Iterator[str]:
     if case.foreground.method == "matting" and case.foreground.confidence < SURE:
         yield (
-            f"The cut-out is a guess (confidence {case.foreground.confidence:.2f}): the model is undecided, or what moves "
-            "in the video is not what it took as the object; look at it (sv4d doctor --picture), and film before a plain "
-            "background or give masks (--pipeline.datamanager.masks)."
+            f"The cut-out is a guess (confidence {case.foreground.confidence:.2f}): the model is undecided, or what "
+            "moves in the video is not what it took as the object; look at it (sv4d doctor --picture), and film before "
+            "a plain background or give masks (--pipeline.datamanager.masks)."
         )
 
 
@@ -283,9 +283,9 @@ def _loose(case: _Case) -> Iterator[Found]:
     loose = shares > 0
     if loose.any():
         yield (
-            f"A part of the object hangs loose in {_count(loose)} (up to {shares.max():.1%} of its area): it may be cut "
-            "through where its colour is that of the background; look at it (sv4d doctor --picture), and film before "
-            "another colour or give masks (--pipeline.datamanager.masks).",
+            f"A part of the object hangs loose in {_count(loose)} (up to {shares.max():.1%} of its area): it may be "
+            "cut through where its colour is that of the background; look at it (sv4d doctor --picture), and film "
+            "before another colour or give masks (--pipeline.datamanager.masks).",
             _enlarged(where, case),
         )
 
@@ -304,19 +304,20 @@ def _still_part(case: _Case) -> Iterator[Found]:
     usual = np.stack([ndimage.binary_dilation(mask, np.ones((3, 3))) for mask in beside]).mean(axis=0) >= STAYS
     labels, count = ndimage.label(usual, np.ones((3, 3)))
     largest = case.solid.sum(axis=(1, 2)).max()
+    where = np.zeros_like(case.solid)
     for number in range(1, count + 1):
-        place = labels == number
-        part = beside & place
+        part = beside & (labels == number)
         seen = part.any(axis=0).sum()
-        always = part.all(axis=0).sum()
-        if always < 0.5 * seen or not 0 < seen < 0.5 * largest:
-            continue
-        rows, columns = np.nonzero(place)
+        if part.all(axis=0).sum() >= 0.5 * seen and 0 < seen < 0.5 * largest:
+            where |= part
+    if where.any():
+        rows, columns = np.nonzero(where.any(axis=0))
         yield (
-            f"A small part ({seen / largest:.1%} of the object's area) at {_side(columns.mean(), rows.mean(), place.shape)} "
-            "of the picture never moves (a watermark, a logo, a time stamp?): it becomes part of the asset and widens "
-            "the crop; crop the video so that it is outside, or give masks (--pipeline.datamanager.masks).",
-            _enlarged(part, case),
+            f"Small parts at {_side(columns.mean(), rows.mean(), where.shape[1:])} of the picture never move (together "
+            f"{len(rows) / largest:.1%} of the object's area; a watermark, a logo, a time stamp?): they become part of "
+            "the asset and widen the crop; crop the video so that they are outside, or give masks "
+            "(--pipeline.datamanager.masks).",
+            _enlarged(where, case),
         )
 
 
