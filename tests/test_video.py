@@ -512,7 +512,8 @@ def test_a_white_patch_inside_stays_part_of_the_object():
     foreground = segment(clip_of(over(exact, (255, 255, 255))))
     for frame, centre in zip(foreground.frames, centres, strict=True):
         assert (frame[np.hypot(x - centre, y - 28) < 6] == 255).all()
-    assert any("taken as part of it" in message for message in foreground.messages)
+    clip = clip_of(over(exact, (255, 255, 255)))
+    assert any("taken as part of it" in finding.sentence for finding in examine(clip, foreground))
 
 
 def test_an_opening_that_is_seen_open_stays_open():

@@ -274,16 +274,10 @@ class SV4DPipeline(VanillaPipeline):
             summary = made
         else:
             self._make_movies()
-        name = trainer.config.experiment_name
-        places = (trainer.base_dir / "config.yml", f"renders/{name}.mp4", f"exports/{name}")
-        config_file, movie, folder = (shlex.quote(str(place)) for place in places)
         CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}", markup=False)
         print(
             f"Input view: PSNR {summary['input_view_psnr']:.1f} dB, silhouette IoU {summary['input_view_iou']:.3f}.\n"
-            "Next:\n"
-            f"  ns-viewer --load-config {config_file}\n"
-            f"  ns-render interpolate --load-config {config_file} --output-path {movie}\n"
-            f"  {installed_command()} mesh --load-config {config_file} --output-dir {folder}",
+            "Next:\n" + next_commands(trainer.base_dir, trainer.config.experiment_name, installed_command()),
             flush=True,
         )
 
@@ -331,3 +325,21 @@ class SV4DPipeline(VanillaPipeline):
         for sentence in sentences:
             CONSOLE.print(sentence)
         CONSOLE.print(f"Movies: {folder} ({', '.join(file.name for file in files)})")
+
+
+def next_commands(run: Path, name: str | None, export: str) -> str:
+    """What can be done with a finished run, as lines that can be pasted into a shell whatever the paths hold.
+
+    Args:
+        run: the run's folder.
+        name: of the files that are to be made.
+        export: the command that reaches the exporters.
+    """
+    config, movie, folder = (
+        shlex.quote(str(path)) for path in (run / "config.yml", f"renders/{name}.mp4", f"exports/{name}")
+    )
+    return (
+        f"  ns-viewer --load-config {config}\n"
+        f"  ns-render interpolate --load-config {config} --output-path {movie}\n"
+        f"  {export} mesh --load-config {config} --output-dir {folder}"
+    )

@@ -227,8 +227,8 @@ def _tracked(mask: Bool[np.ndarray, "t H W"], step: int, least: float) -> list[_
         largest = float(sizes[:, label].max())
         if box is not None and largest >= least:
             time, rows, columns = box
-            middle = [step * (side.start + side.stop) / 2 for side in (columns, rows)]
-            patches.append(_Patch(label, labels, (time.start, time.stop - 1), *middle, largest))
+            x, y = (step * (side.start + side.stop) / 2 for side in (columns, rows))
+            patches.append(_Patch(label, labels, (time.start, time.stop - 1), x, y, largest))
     return sorted(patches, key=lambda patch: -patch.largest)
 
 
@@ -308,7 +308,7 @@ def _still_part(case: _Case) -> Iterator[Found]:
     for number in range(1, count + 1):
         part = beside & (labels == number)
         seen = part.any(axis=0).sum()
-        if part.all(axis=0).sum() >= 0.5 * seen and 0 < seen < 0.5 * largest:
+        if part.all(axis=0).sum() >= 0.5 * seen and 0 < seen < SEVERAL_SHARE * largest:
             where |= part
     if where.any():
         rows, columns = np.nonzero(where.any(axis=0))

@@ -25,6 +25,8 @@ CORNER_TOLERANCE = 16.0
 """What fills a corner of the picture in all frames is left out up to this share of it, if its levels differ by less."""
 SURE = 0.6
 """Confidence of a matting model below which its cut-out is doubted."""
+SLOW = 0.7
+"""Overlap (IoU) of the outlines before and after a frame from which their median is believed."""
 MOTION_SIZE = 128
 """Longer side of the reduced pictures in which motion is looked for, pixels (up to twice as many)."""
 MOTION_LEVELS = 0.2
@@ -144,10 +146,10 @@ def _matted(clip: Clip, matting: Matting, background: Background) -> Foreground:
     """
     step = max(1, max(clip.frames.shape[1:3]) // MOTION_SIZE)
     change = _change(clip.frames, step)
-    alpha, confidence = _asked(clip.frames, matting, change)
+    alpha, confidence = _asked(clip.frames, matting, change, step)
     box = _moving_box(change, step) if confidence < SURE else None
     if box is not None:
-        closer, closer_confidence = _asked(clip.frames, matting, change, box)
+        closer, closer_confidence = _asked(clip.frames, matting, change, step, box)
         if closer_confidence > confidence:
             alpha, confidence = closer, closer_confidence
     message = (
@@ -161,6 +163,7 @@ def _asked(
     frames: UInt8[np.ndarray, "t h w 4"],
     matting: Matting,
     change: Float[np.ndarray, "t h w"],
+    step: int,
     box: tuple[slice, slice] = (slice(None), slice(None)),
 ) -> tuple[UInt8[np.ndarray, "t h w"], float]:
     """What a model says of a part of the pictures, steadied over time, and how far it is to be believed.
@@ -171,19 +174,32 @@ def _asked(
     alpha = np.zeros(frames.shape[:3], np.uint8)
     for index, frame in enumerate(frames):
         alpha[index][box] = matting(np.ascontiguousarray(frame[box][..., :3]))
-    if len(alpha) >= 3:  # a per-picture model flickers: the median over time drops what is there for one frame only
-        inner = np.median(np.stack([alpha[:-2], alpha[1:-1], alpha[2:]]), axis=0)
-        alpha = np.concatenate([alpha[:1], inner.astype(np.uint8), alpha[-1:]])
+    alpha = _steadied(alpha)
     seen = alpha[alpha >= 26]
     if not seen.size:
         return alpha, 0.0
     decided = float(np.abs(seen / 127.5 - 1).mean())
-    step = alpha.shape[1] // change.shape[1]
     solid = np.stack([reduced(mask, step) >= 128 for mask in alpha])
-    inside, outside = (float(change[part].mean()) if part.any() else 0.0 for part in (solid, ~solid))
+    inside, outside = (float(np.mean(change, where=part)) if part.any() else 0.0 for part in (solid, ~solid))
     if inside + outside < MOTION_LEVELS:
         return alpha, decided
     return alpha, decided * inside / (inside + outside)
+
+
+def _steadied(alpha: UInt8[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w"]:
+    """The median of three frames, which drops what a model saw or missed in one frame only.
+
+    Where the outline moves too far between the frames before and after, the median would drop the object itself: then a
+    frame keeps its own answer, unless the object was lost in it.
+    """
+    steady = alpha.copy()
+    for index in range(1, len(alpha) - 1):
+        before, own, after = (frame >= 128 for frame in alpha[index - 1 : index + 2])
+        overlap = (before & after).sum() / max((before | after).sum(), 1)
+        lost = own.sum() < 0.5 * min(before.sum(), after.sum())
+        if overlap >= SLOW or lost:
+            steady[index] = np.median(alpha[index - 1 : index + 2], axis=0)
+    return steady
 
 
 def _change(frames: UInt8[np.ndarray, "t H W 4"], step: int) -> Float[np.ndarray, "t h w"]:

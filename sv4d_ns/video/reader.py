@@ -13,6 +13,7 @@ from typing import cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError, features
 
@@ -68,7 +69,7 @@ _BT709_FROM_WIDTH = 1280
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 """FFmpeg's numbers for the matrix of a YUV frame (ISO/IEC 23091-2) as its scale filter names them."""
 
-DISPLAY_MATRIX = av.sidedata.sidedata.Type.DISPLAYMATRIX
+DISPLAY_MATRIX = SideDataType.DISPLAYMATRIX
 
 _FULL_RANGE = 2
 _MOST_OBLONG = 4
@@ -676,7 +677,7 @@ def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     data = frame.side_data.get(DISPLAY_MATRIX)
     if data is None:
         return picture
-    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(data)[:20], np.int32))
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(cast(bytes, data))[:20], np.int32))
     if abs(b) + abs(c) > abs(a) + abs(d):
         picture = picture.swapaxes(0, 1)
         a, d = c, b

@@ -136,7 +136,8 @@ def _split(group: list[Path]) -> tuple[list[Path], list[Path]] | None:
     repeated = [picture for picture in group if Counter(numbers.values())[numbers[picture]] > 1]
     if repeated:
         seen: set[tuple[int, ...]] = set()
-        first, again = [], []
+        first: list[Path] = []
+        again: list[Path] = []
         for picture in group:
             (again if numbers[picture] in seen else first).append(picture)
             seen.add(numbers[picture])
