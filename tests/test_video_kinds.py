@@ -139,15 +139,15 @@ def test_stamps_out_of_order_missing_or_begun_anew():
 
 
 def test_pictures_stored_out_of_order_are_shown_in_order(tmp_path):
-    path = tmp_path / "shuffled.mkv"
+    path = tmp_path / "shuffled.mov"
     with av.open(str(path), "w") as output:
-        stream = output.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt, stream.time_base = 16, 16, "bgr0", Fraction(1, 10)
-        for shown in (0, 2, 1, 4, 3, 5):
+        stream = output.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 16, 16, "rgb24", Fraction(1, 10)
+        for stored, shown in enumerate((0, 2, 1, 4, 3, 5)):
             frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 40 * shown, np.uint8), format="rgb24")
             frame.pts, frame.time_base = shown, Fraction(1, 10)
             for packet in stream.encode(frame):
-                packet.pts = packet.dts = shown
+                packet.pts, packet.dts = shown + 1, stored
                 output.mux(packet)
     clip = read_clip(path)
     assert clip.frames[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200] and clip.fps == pytest.approx(10, rel=0.01)
@@ -321,7 +321,7 @@ def test_runs_are_named_after_what_the_user_gave(tmp_path, monkeypatch):
     ):
         assert source_name(Path(given)) == name, given
     assert [path.name for path in source_files(Path("f_%d.png"))] == ["f_0.png", "f_1.png", "f_2.png"]
-    assert len(read_clip(Path(f"file://{folder}/f_%01d.png")).frames) == 3
+    assert len(read_clip(Path(f"file://{folder}/f_*.png")).frames) == 3
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(read_clip(Path("~/my cat.v2")).frames) == 3
 
@@ -493,10 +493,10 @@ def test_a_busy_background_is_removed_without_being_asked(tmp_path):
 
 def test_a_thing_that_never_moves_is_not_believed_while_another_moves():
     """A model that finds a still thing is asked again about where something moves, and doubted if that fails."""
-    exact = ball(5, 192, 144, radius=30.0)
-    noise = np.random.default_rng(0).integers(60, 200, (144, 192, 3))
+    exact = ball(5, 480, 144, radius=30.0)
+    noise = np.random.default_rng(0).integers(60, 200, (144, 480, 3))
     pictures = over(exact, noise)
-    pictures[:, 8:40, 8:40] = (10, 240, 10)
+    pictures[:, 8:40, :20] = (10, 240, 10)
 
     def strikes_the_eye(picture):
         green = (picture[..., 1] > 230) & (picture[..., 0] < 30)
@@ -505,7 +505,7 @@ def test_a_thing_that_never_moves_is_not_believed_while_another_moves():
 
     found = segment(clip_of(pictures), matting=strikes_the_eye)
     inside, true = found.alpha >= 128, exact[..., 3] >= 128
-    assert (inside & true).sum() / true.sum() > 0.6 and not found.alpha[:, 8:40, 8:40].any()
+    assert (inside & true).sum() / true.sum() > 0.6 and not found.alpha[:, 8:40, :20].any()
     doubted = segment(
         clip_of(pictures),
         matting=lambda picture: 255 * ((picture[..., 1] > 230) & (picture[..., 0] < 30)).astype(np.uint8),
@@ -525,11 +525,11 @@ def test_the_network_has_the_published_shape():
 
 
 def test_compiled_functions_work_where_nothing_can_be_kept(monkeypatch):
-    import numba.core.caching
+    from numba.core import caching
 
     from sv4d_ns.utils.compiled import njit
 
-    monkeypatch.setattr(numba.core.caching._CacheImpl, "_locator_classes", [])
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
 
     @njit(cache=True, nogil=True)
     def twice(x):

@@ -1,9 +1,10 @@
 """A background of one colour, which may change from frame to frame and a little across the picture; bars around it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
+from scipy import ndimage
 
 from sv4d_ns.video.reader import Clip, Region
 
@@ -18,6 +19,8 @@ MAX_NOISE = 8.0
 """Standard deviation (levels) of the border pixels above which a background is not plain."""
 MIN_PLAIN_SHARE = 0.75
 """Share of border pixels that must look like the background; the rest may be the object leaving the picture."""
+MAX_SCATTERED = 0.05
+"""Share of border pixels that may look otherwise in more than four patches, which are no object leaving the picture."""
 STEADY = 2.0
 """Levels by which the colour may change over time, or across half the picture, and still counts as one."""
 MAX_SLOPE = 24.0
@@ -68,18 +71,21 @@ class Background:
     """Standard deviation of the border pixels around it, levels, robustly."""
     plain_share: float
     """Share of the border pixels that look like the background."""
+    scattered: float = 0.0
+    """Share of the border pixels that do not, and lie in many patches: a texture, not an object leaving the picture."""
 
     @property
     def is_plain(self) -> bool:
         """Whether the borders are alike enough to tell an object by its colour."""
-        return self.noise <= MAX_NOISE and self.plain_share >= MIN_PLAIN_SHARE
+        return self.noise <= MAX_NOISE and self.plain_share >= MIN_PLAIN_SHARE and self.scattered <= MAX_SCATTERED
 
     @property
     def described(self) -> str:
         """How the borders look, in a few words."""
         if self.noise > MAX_NOISE:
             return f"its borders vary by about {self.noise:.0f} levels of 255 around their colour"
-        return f"only {self.plain_share:.0%} of its borders have one colour"
+        texture = ", the rest is strewn over them" if self.plain_share >= MIN_PLAIN_SHARE else ""
+        return f"only {self.plain_share:.0%} of its borders have one colour{texture}"
 
     @property
     def colour(self) -> str:
@@ -125,7 +131,19 @@ def border_background(clip: Clip) -> Background:
     distance = np.stack([np.abs(p - basis @ plane).max(axis=-1) for p, plane in zip(pixels, planes, strict=True)])
     noise = 1.4826 * float(np.median(distance))
     plain = (distance <= max(MIN_CONTRAST, NOISE_FACTOR * noise)).mean()
-    return Background(planes, noise, float(plain))
+    background = Background(planes, noise, float(plain))
+    some = range(0, len(frames), max(1, len(frames) // 8))
+    strewn = [_scattered(frames[index], background.at(index, region), border) for index in some]
+    return replace(background, scattered=float(np.mean(strewn)))
+
+
+def _scattered(
+    frame: UInt8[np.ndarray, "h w 4"], background: FrameBackground, border: Bool[np.ndarray, "h w"]
+) -> float:
+    """Share of the border that differs from the background outside of the four largest patches that do."""
+    labels, _ = ndimage.label((background.distance(frame[..., :3]) > background.contrast) & border, np.ones((3, 3)))
+    sizes = np.sort(np.bincount(labels.ravel())[1:])
+    return float(sizes[:-4].sum() / border.sum())
 
 
 def _places(region: Region) -> tuple[Float[np.ndarray, " w"], Float[np.ndarray, " h"]]:

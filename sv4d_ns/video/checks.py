@@ -148,7 +148,7 @@ def _cutout_is_a_guess(case: _Case) -> Iterator[str]:
 def _combed(case: _Case) -> Iterator[str]:
     if case.clip.region.scale != 1:
         return  # scaling has mixed the lines
-    combed = np.array([_comb_share(frame[..., 1].astype(np.int16)) > COMBED for frame in case.clip.frames])
+    combed = np.array([_comb_share(frame[..., 1].astype(np.int32)) > COMBED for frame in case.clip.frames])
     if combed.any():
         yield (
             f"{_count(combed)} show two moments in alternate lines (interlaced footage stored as progressive): moving "

@@ -154,7 +154,7 @@ def _matted(clip: Clip, matting: Matting, background: Background) -> Foreground:
             alpha, confidence = closer, closer_confidence
     message = (
         f"The background is not plain ({background.described}): the object was found "
-        f"by the matting model, confidence {confidence:.2f}."
+        f"by the matting model, confidence {confidence:.2f}; look at it with sv4d doctor --picture."
     )
     return _with_alpha(clip, alpha, "matting", confidence, message)
 

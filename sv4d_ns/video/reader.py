@@ -474,7 +474,7 @@ def _walk_animation(path: Path) -> Iterator[Image.Image]:
 
 def _open_video(path: Path, head: bytes) -> Film:
     stamps: list[float | None] = []
-    contents, interlaced = 0, 0
+    contents, predicted, interlaced = 0, 0, 0
     with _container(path, head) as container:
         stream = _film_stream(container)
         rate = float(stream.average_rate or stream.guessed_rate or 0) or None
@@ -482,13 +482,13 @@ def _open_video(path: Path, head: bytes) -> Film:
         start = _Start()
         for packet, decoded in _decode(path, container, stream, start):
             contents += packet.size > 0 and not packet.is_discard
+            predicted += packet.size > 0 and not packet.is_keyframe
             for frame in decoded:
                 stamps.append(None if frame.pts is None else float(frame.pts * _time_base(stream)))
                 interlaced += frame.interlaced_frame
         hdr = _HDR_TRANSFERS.get(stream.codec_context.color_trc)
-        alone = bool(stream.codec_context.codec.intra_only)
         one_each = "mp4" in container.format.name  # one sample, one picture
-    times, order = in_order(stamps, rate or FOLDER_FPS, alone)
+    times, order = in_order(stamps, rate or FOLDER_FPS, any_order=not predicted)
     last = max((stamp for stamp in stamps if stamp is not None), default=0.0)
     # two frames of slack for rounding
     short = bool(end and rate and times and last < end - 3 / rate - 0.05 * (end - times[0]))
@@ -538,15 +538,15 @@ _STILLS = (
 
 
 def _film_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The picture track that is the film: not a cover or a preview, the file's own choice, the largest."""
+    """The picture track that is the film: not a cover or a preview, the largest, the file's own choice."""
 
-    def rank(stream: av.VideoStream) -> tuple[bool, bool, bool, int]:
+    def rank(stream: av.VideoStream) -> tuple[bool, bool, int, bool]:
         context = cast(av.VideoCodecContext | None, stream.codec_context)
         return (
             context is not None and not stream.disposition & _STILLS,
             stream.frames != 1,
-            bool(stream.disposition & av.stream.Disposition.default),
             context.width * context.height if context else 0,
+            bool(stream.disposition & av.stream.Disposition.default),
         )
 
     return max(container.streams.video, key=rank)
