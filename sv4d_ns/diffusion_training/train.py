@@ -26,8 +26,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder
 from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training.checkpoint import (
     TrainState,
@@ -358,7 +358,7 @@ def _check_pictures(config: TrainConfig, pipeline: StableVideo4D2Pipeline, parts
     if config.cache_latents and not parts.encoder_is_frozen:
         raise InputError("--cache-latents needs a frozen image encoder (official or SVD start): this start trains its.")
     if config.picture_loss > 0 and not isinstance(pipeline.vae, PatchAutoencoder):
-        raise InputError("--picture-loss needs the embedded model's linear autoencoder: leave it at 0 for this start.")
+        raise InputError("--picture-loss needs this package's linear autoencoder: leave it at 0 for this start.")
 
 
 def truncate_log(path: Path, step: int) -> None:
