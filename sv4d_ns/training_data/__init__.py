@@ -1,0 +1,1 @@
+"""Training pictures, volumes and colours from glTF assets, without Blender."""
