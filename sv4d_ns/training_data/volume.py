@@ -5,7 +5,8 @@ three axes of the grid: the rays of the pixels, and lines across each depth slic
 - closed components are inside wherever their winding number is not zero (two of three axes agree);
 - open components are inside where the mean of the six half-lines' winding numbers, which estimates the generalised
   winding number (Jacobson, Kavan, Sorkine-Hornung 2013), is above one half: sleeves and bodies with a hole are solid;
-- what is thinner than a cell, and sheets, take the cells that they cross.
+- what is thinner than a cell, and sheets, take the cells that they cross;
+- cavities that no path from outside reaches are filled.
 """
 
 import numba
@@ -47,8 +48,8 @@ def occupancy(
     rotation, position = np.asarray(input_c2w)[:3, :3], np.asarray(input_c2w)[:3, 3]
     seen = (mesh.positions - position) @ rotation
     seen[:, 2] *= -1.0
-    faces = scene.faces[_solid(mesh)]
     kept = _solid(mesh)
+    faces = scene.faces[kept]
     tangent = np.tan(np.deg2rad(fov_deg) / 2)
     inside = np.zeros((resolution,) * 3, np.bool_)
     _occupancy(
@@ -246,6 +247,42 @@ def _occupancy(seen, faces, signs, closed, thin, tangent, near, far, inside):  #
                 if solid[d, r, c] >= 2 or abs(hollow[d, r, c]) > 3.5:
                     inside[d, r, c] = True
     _thin_parts(seen, faces, closed, thin, tangent, near, far, inside)
+    _fill_cavities(inside)
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_cavities(inside):  # type: ignore[no-untyped-def]
+    """Fill what cannot be reached from the grid's border: nobody sees it, and walls of hollow parts are rarely told
+    apart from skins. Marked cells of a sheet have no gap that a path over cells' faces could pass."""
+    n = inside.shape[0]
+    flat = inside.reshape(-1)
+    outside = np.zeros(n * n * n, np.bool_)
+    stack = np.empty(n * n * n, np.int32)
+    top = 0
+    for i in range(n):
+        for j in range(n):
+            for cell in ((i * n + j) * n, (i * n + j) * n + n - 1, (i * n) * n + j, (i * n + n - 1) * n + j,
+                         i * n + j, ((n - 1) * n + i) * n + j):  # fmt: skip
+                if not flat[cell] and not outside[cell]:
+                    outside[cell] = True
+                    stack[top] = cell
+                    top += 1
+    while top > 0:
+        top -= 1
+        cell = stack[top]
+        c, r, d = cell % n, (cell // n) % n, cell // (n * n)
+        for side in range(6):
+            step = (1, n, n * n)[side // 2] * (1 if side % 2 else -1)
+            at = (c, r, d)[side // 2]
+            if (side % 2 and at == n - 1) or (not side % 2 and at == 0):
+                continue
+            other = cell + step
+            if not flat[other] and not outside[other]:
+                outside[other] = True
+                stack[top] = other
+                top += 1
+    for cell in range(n * n * n):
+        flat[cell] = not outside[cell]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
@@ -282,8 +319,7 @@ def nearest_colours(
 ) -> Float[np.ndarray, "n 3"]:
     """sRGB in [0, 1], lit as in the pictures, of the nearest visible surface to world points (float32).
 
-    The surface is sampled `spacing` apart; of hidden surfaces (no light from any side) there are no samples, unless
-    there are no others.
+    The surface is sampled `spacing` apart. Hidden surfaces, which hardly any light reaches, count as farther away.
     """
     colours = np.empty((len(points), 3), np.float32)
     _nearest(
@@ -293,8 +329,10 @@ def nearest_colours(
     return colours
 
 
-DARK = 0.02
-"""Arriving light, linear, below which a surface sample counts as hidden inside other parts."""
+DARK = 0.1
+"""Arriving light, linear, below which a surface sample is probably hidden inside other parts."""
+HANDICAP = 0.05
+"""By how much farther away such a sample counts, added in squares, world units."""
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
@@ -305,7 +343,7 @@ def _nearest(points, positions, normals, faces, look, spacing, out):  # type: ig
         steps = _steps(positions, faces[face], spacing)
         total += steps * (steps + 1) // 2
     places, colours, cells = np.empty((total, 3)), np.empty((total, 3), np.float32), np.empty(total, np.int64)
-    hidden = np.zeros(total, np.bool_)
+    handicaps = np.zeros(total, np.float32)
     albedo, light = np.empty(4), np.empty(3)
     counts = np.zeros(grid**3 + 1, np.int64)
     scale = grid / (2.0 * half)
@@ -336,27 +374,22 @@ def _nearest(points, positions, normals, faces, look, spacing, out):  # type: ig
                 for k in range(3):
                     cell = cell * grid + min(max(int((places[sample, k] + half) * scale), 0), grid - 1)
                 cells[sample] = cell
-                hidden[sample] = arriving < DARK
+                if arriving < DARK:
+                    handicaps[sample] = HANDICAP * HANDICAP
+                counts[cell + 1] += 1
                 sample += 1
-    if hidden.all():
-        hidden[:] = False
-    for sample in range(total):
-        if not hidden[sample]:
-            counts[cells[sample] + 1] += 1
     for cell in range(grid**3):
         counts[cell + 1] += counts[cell]
     order, fill = np.empty(total, np.int64), counts[:-1].copy()
     for sample in range(total):
-        if hidden[sample]:
-            continue
         order[fill[cells[sample]]] = sample
         fill[cells[sample]] += 1
     for point in range(points.shape[0]):
-        _find(points[point], places, colours, order, counts, grid, half, out[point])
+        _find(points[point], places, colours, handicaps, order, counts, grid, half, out[point])
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _find(point, places, colours, order, counts, grid, half, out):  # type: ignore[no-untyped-def]
+def _find(point, places, colours, handicaps, order, counts, grid, half, out):  # type: ignore[no-untyped-def]
     """Colour of the nearest sample: shells of cells around the point's, until none nearer can come."""
     scale = grid / (2.0 * half)
     x = min(max(int((point[0] + half) * scale), 0), grid - 1)
@@ -376,7 +409,7 @@ def _find(point, places, colours, order, counts, grid, half, out):  # type: igno
                         for slot in range(counts[cell], counts[cell + 1]):
                             s = order[slot]
                             dx, dy, dz = places[s, 0] - point[0], places[s, 1] - point[1], places[s, 2] - point[2]
-                            distance = dx * dx + dy * dy + dz * dz
+                            distance = dx * dx + dy * dy + dz * dz + handicaps[s]
                             if distance < best:
                                 best, found = distance, s
                     k += 1 if edge or ring == 0 else 2 * ring
