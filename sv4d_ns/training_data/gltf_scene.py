@@ -60,8 +60,8 @@ class Scene:
     face_materials: Int[np.ndarray, " f"]
     face_closed: Bool[np.ndarray, " f"]
     """Whether the face is of a component without holes."""
-    face_thin: Bool[np.ndarray, " f"]
-    """Whether it is of a component of small thickness beside the object (open ones count)."""
+    face_components: Int[np.ndarray, " f"]
+    """Number of the connected component."""
     material_factors: Float[np.ndarray, "m 4"]
     material_textures: Int[np.ndarray, " m"]
     """-1 without a texture."""
@@ -341,7 +341,7 @@ class _Reader:
         empty = {"vertices": np.zeros(0, int), "slots": np.zeros(0, int)}
         empty |= {"positions": np.zeros((0, 3)), "normals": np.zeros((0, 3))}
         joined_morphs = {name: np.concatenate([entry[name] for entry in [empty, *morphs]]) for name in empty}
-        faces, closed, thin = _components(joined["positions"], joined["faces"], joined.pop("instance"))
+        faces, closed, component = _components(joined["positions"], joined["faces"], joined.pop("instance"))
         return {
             "positions": joined["positions"].astype(np.float32),
             "normals": joined["normals"].astype(np.float32),
@@ -352,7 +352,7 @@ class _Reader:
             "faces": faces.astype(np.int32),
             "face_materials": joined["materials"].astype(np.int32),
             "face_closed": closed,
-            "face_thin": thin,
+            "face_components": component.astype(np.int32),
             "bone_nodes": np.array(bone_nodes, np.int32),
             "bone_binds": np.array(bone_binds, np.float64).reshape(-1, 4, 4),
             "node_slots": slots,
@@ -642,14 +642,10 @@ def _mipmaps(image: Image.Image) -> list[np.ndarray]:
     return levels
 
 
-THIN = 0.04
-"""Four times volume over surface (a rod's diameter), relative to the longest side of the whole object's box."""
-
-
 def _components(
     positions: np.ndarray, faces: np.ndarray, instance: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(faces turned outward, whether closed, whether thin), by connected component of welded corners.
+    """(faces turned outward, whether closed, number of component), by connected component of welded corners.
 
     A component is closed where every edge is used as often one way as the other, so that winding numbers are whole.
     """
@@ -677,12 +673,8 @@ def _components(
     centres = (centres / np.maximum(np.bincount(component, minlength=number), 1)[:, None])[component]
     normal = np.cross(b - a, c - a)
     volumes = np.bincount(component, np.einsum("fk,fk->f", a - centres, normal) / 6.0, number)
-    areas = np.bincount(component, np.linalg.norm(normal, axis=1) / 2.0, number)
     faces = np.where((volumes < 0)[component][:, None], faces[:, [0, 2, 1]], faces)
-    closed = holes == 0
-    largest = max(float(np.ptp(positions, axis=0).max()), 1e-9)
-    thin = ~closed | (4.0 * np.abs(volumes) < THIN * largest * areas)
-    return faces, closed[component], thin[component]
+    return faces, (holes == 0)[component], component
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ class AssetLibrary:
         return sample
 
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Of the decoded arrays: a change of `Scene` changes it."""
 
 

@@ -21,6 +21,8 @@ from sv4d_ns.training_data.rasterise import _look, encode, mip_level, shade
 RESOLUTION = 64
 NEAR, FAR = 1.43, 2.57
 """Distances along the optical axis between which the grid's depths lie, world units."""
+THIN = 1.5
+"""Thickness in cells up to which a closed component counts as thin."""
 SPACING = 0.012
 """Between the surface samples that `nearest_colours` looks among, world units."""
 
@@ -53,7 +55,7 @@ def occupancy(
     tangent = np.tan(np.deg2rad(fov_deg) / 2)
     inside = np.zeros((resolution,) * 3, np.bool_)
     _occupancy(
-        np.ascontiguousarray(seen), faces, mesh.face_signs[kept], scene.face_closed[kept], scene.face_thin[kept],
+        np.ascontiguousarray(seen), faces, mesh.face_signs[kept], scene.face_closed[kept], scene.face_components[kept],
         tangent, NEAR, FAR, inside,
     )  # fmt: skip
     return inside
@@ -199,7 +201,8 @@ def _vote(axis, n, starts, place, kind, solid, hollow, shell):  # type: ignore[n
                 slot += 1
             if slot == end and wind == 0.0 and front == 0.0 and total == 0.0:
                 break
-            half_lines = front - (total - front)
+            # many sheets in a row count as one, or a tree's leaves would fill the grid behind them
+            half_lines = min(max(front, -1.0), 1.0) - min(max(total - front, -1.0), 1.0)
             if wind != 0.0 or half_lines != 0.0:
                 i, j = ray // n, ray % n
                 d, r, c = (cell, i, j) if axis == 2 else ((i, j, cell) if axis == 0 else (i, cell, j))
@@ -221,7 +224,7 @@ def _set(shell, axis, ray, cell, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _occupancy(seen, faces, signs, closed, thin, tangent, near, far, inside):  # type: ignore[no-untyped-def]
+def _occupancy(seen, faces, signs, closed, components, tangent, near, far, inside):  # type: ignore[no-untyped-def]
     n = inside.shape[0]
     solid = np.zeros((n, n, n), np.uint8)
     hollow = np.zeros((n, n, n), np.float32)
@@ -246,7 +249,7 @@ def _occupancy(seen, faces, signs, closed, thin, tangent, near, far, inside):  #
                 # six half-lines: their mean above one half, whichever way the sheet is turned
                 if solid[d, r, c] >= 2 or abs(hollow[d, r, c]) > 3.5:
                     inside[d, r, c] = True
-    _thin_parts(seen, faces, closed, thin, tangent, near, far, inside)
+    _thin_parts(seen, faces, signs, closed, components, tangent, near, far, inside)
     _fill_cavities(inside)
 
 
@@ -286,13 +289,25 @@ def _fill_cavities(inside):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _thin_parts(seen, faces, closed, thin, tangent, near, far, inside):  # type: ignore[no-untyped-def]
-    """Mark every cell that a thin closed component's surface passes: rods that no line meets would be broken."""
+def _thin_parts(seen, faces, signs, closed, components, tangent, near, far, inside):  # type: ignore[no-untyped-def]
+    """Mark the cells along the middle of thin closed components: rods that no line meets would be broken."""
     n = inside.shape[0]
     cell = (far - near) / n
+    volumes, areas = np.zeros(components.max() + 1), np.zeros(components.max() + 1)
     for face in range(faces.shape[0]):
-        if not thin[face] or not closed[face]:
+        a, b, c = seen[faces[face, 0]], seen[faces[face, 1]], seen[faces[face, 2]]
+        x, y, z = _cross(a, b, c)
+        volumes[components[face]] += signs[face] * (x * a[0] + y * a[1] + z * a[2]) / 6.0
+        areas[components[face]] += 0.5 * np.sqrt(x * x + y * y + z * z)
+    for face in range(faces.shape[0]):
+        # a rod's radius is twice its volume over its surface, half a plate's thickness is once that
+        middle = 1.5 * abs(volumes[components[face]]) / max(areas[components[face]], 1e-12)
+        if not closed[face] or 2.0 * middle > THIN * cell:
             continue
+        x, y, z = _cross(seen[faces[face, 0]], seen[faces[face, 1]], seen[faces[face, 2]])
+        # camera space with z forward is left-handed, so the cross product turns inward
+        length = signs[face] * middle / max(np.sqrt(x * x + y * y + z * z), 1e-30)
+        x, y, z = x * length, y * length, z * length
         a, b, c = faces[face, 0], faces[face, 1], faces[face, 2]
         ux, uy, uz = seen[b, 0] - seen[a, 0], seen[b, 1] - seen[a, 1], seen[b, 2] - seen[a, 2]
         vx, vy, vz = seen[c, 0] - seen[a, 0], seen[c, 1] - seen[a, 1], seen[c, 2] - seen[a, 2]
@@ -303,15 +318,23 @@ def _thin_parts(seen, faces, closed, thin, tangent, near, far, inside):  # type:
             p = i / steps
             for j in range(steps + 1 - i):
                 q = j / steps
-                z = seen[a, 2] + p * uz + q * vz
-                if z < 1e-3:
+                depth = z + seen[a, 2] + p * uz + q * vz
+                if depth < 1e-3:
                     continue
-                scale = 0.5 * n / (tangent * z)
-                d = int(np.floor((z - near) / cell))
-                column = int(np.floor((seen[a, 0] + p * ux + q * vx) * scale + 0.5 * n))
-                row = int(np.floor(0.5 * n - (seen[a, 1] + p * uy + q * vy) * scale))
+                scale = 0.5 * n / (tangent * depth)
+                d = int(np.floor((depth - near) / cell))
+                column = int(np.floor((x + seen[a, 0] + p * ux + q * vx) * scale + 0.5 * n))
+                row = int(np.floor(0.5 * n - (y + seen[a, 1] + p * uy + q * vy) * scale))
                 if 0 <= d < n and 0 <= row < n and 0 <= column < n:
                     inside[d, row, column] = True
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _cross(a, b, c):  # type: ignore[no-untyped-def]
+    """(b - a) x (c - a)."""
+    ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
+    vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
+    return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
 
 
 def nearest_colours(
@@ -419,9 +442,7 @@ def _find(point, places, colours, handicaps, order, counts, grid, half, out):  #
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _area(positions, a, b, c):  # type: ignore[no-untyped-def]
-    ux, uy, uz = positions[b, 0] - positions[a, 0], positions[b, 1] - positions[a, 1], positions[b, 2] - positions[a, 2]
-    vx, vy, vz = positions[c, 0] - positions[a, 0], positions[c, 1] - positions[a, 1], positions[c, 2] - positions[a, 2]
-    x, y, z = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+    x, y, z = _cross(positions[a], positions[b], positions[c])
     return 0.5 * np.sqrt(x * x + y * y + z * z)
 
 
