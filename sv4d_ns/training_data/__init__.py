@@ -1,1 +1,1 @@
-"""Training pictures, volumes and colours from glTF assets, without Blender."""
+"""Training data: assets rendered as view-by-frame matrices, sorted out, and read back (docs/data.md)."""

@@ -17,7 +17,7 @@ import pygltflib
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from sv4d_ns.data.blender import AssetError
+from sv4d_ns.training_data.blender import AssetError
 
 LARGEST_FACES = 400_000
 LARGEST_SKIN = 512

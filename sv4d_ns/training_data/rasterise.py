@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sv4d_ns.cameras import FIELD_OF_VIEW_DEG
+from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.gltf_scene import PosedMesh, Scene
 from sv4d_ns.training_data.lighting import HALF_SIDE, LightField, lit
 

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from jaxtyping import Bool, Float
 
-from sv4d_ns.cameras import FIELD_OF_VIEW_DEG
+from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.gltf_scene import PosedMesh
 from sv4d_ns.training_data.lighting import LightField
 from sv4d_ns.training_data.rasterise import _look, encode, mip_level, shade
