@@ -5,8 +5,6 @@ on one bone, its node. So skins, rigid nodes and morph targets are one piece of 
 """
 
 import io
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -182,7 +180,7 @@ class _Reader:
         self._check_size(instances)
         textures = self._textures()
         geometry = self._geometry(instances, nodes)
-        clips = self._clips()
+        clips = self._clips(geometry["node_slots"])
         del nodes["shown"]
         arrays = {**nodes, **geometry, **self._materials(textures), **textures, **clips}
         return Scene(**arrays)
@@ -214,9 +212,7 @@ class _Reader:
                 places.bufferView, places.byteOffset or 0, accessor.sparse.count,
                 np.dtype(COMPONENTS[places.componentType]), 1,
             )[:, 0]  # fmt: skip
-            values[rows] = self.view(
-                changes.bufferView, changes.byteOffset or 0, accessor.sparse.count, dtype, width
-            )
+            values[rows] = self.view(changes.bufferView, changes.byteOffset or 0, accessor.sparse.count, dtype, width)
         if not as_float:
             return values
         floats = values.astype(np.float32)
@@ -534,21 +530,25 @@ class _Reader:
 
     # ---- clips
 
-    def _clips(self) -> dict[str, np.ndarray]:
+    def _clips(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         names: list[str] = []
         spans, ranges, channels, times, values = [], [], [], [], []
         keys, numbers = 0, 0
         for number, animation in enumerate(self.document.animations or []):
             first, low, high = len(channels), np.inf, -np.inf
             for channel in animation.channels:
-                if channel.target.node is None or channel.target.path not in PATHS:
+                node, path = channel.target.node, channel.target.path
+                width = {"translation": 3, "rotation": 4, "scale": 3}.get(path)
+                if node is not None and path == "weights":
+                    width = int(slots[node, 1])
+                if node is None or not width:
                     continue
                 sampler = animation.samplers[channel.sampler]
                 moments, data = self.accessor(sampler.input)[:, 0], self.accessor(sampler.output).reshape(-1)
                 kind = INTERPOLATIONS[sampler.interpolation or "LINEAR"]
-                if not len(moments) or len(data) % (len(moments) * (3 if kind == 2 else 1)):
+                if not len(moments) or len(data) != width * len(moments) * (3 if kind == 2 else 1):
                     raise AssetError("it is damaged (an animation has another number of values than of key times)")
-                channels.append((channel.target.node, PATHS[channel.target.path], kind, keys, len(moments), numbers))
+                channels.append((node, PATHS[path], kind, keys, len(moments), numbers))
                 times.append(np.maximum.accumulate(moments))
                 values.append(data)
                 keys, numbers = keys + len(moments), numbers + len(data)
@@ -740,7 +740,7 @@ def pose(scene: Scene, clip: int | None, time: float, placement: Placement | Non
 
 @numba.njit(cache=True, nogil=True)
 def _sample(kind, times, values, moment, width, out):  # type: ignore[no-untyped-def]
-    """Interpolate a channel at a moment into out[:width]; quaternions (width 4) the short way round, then normalised."""
+    """Interpolate a channel at a moment into out[:width]: steps, lines or cubic splines (glTF 2.0, appendix C)."""
     count = times.shape[0]
     after = np.searchsorted(times, moment, side="right")
     cubic = 3 if kind == 2 else 1

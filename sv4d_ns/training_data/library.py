@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, look_at_cameras
-from sv4d_ns.training_data.blender import AssetError
-from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_path, content_hash
 from sv4d_ns.training_data import rasterise, volume
+from sv4d_ns.training_data.blender import AssetError
 from sv4d_ns.training_data.gltf_scene import Placement, PosedMesh, Scene, load_scene, pose, yaw_rotation
 from sv4d_ns.training_data.lighting import LightField, Lighting, draw_lighting, light_field
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import atomic_path, content_hash
 
 LARGEST_RADIUS = 0.566
 """Of the sphere around the origin that holds the object in all frames: inside 0.97 of the frustum's cone."""

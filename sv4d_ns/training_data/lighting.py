@@ -56,7 +56,7 @@ def benchmark_lighting() -> Lighting:
 
 
 def draw_lighting(rng: np.random.Generator) -> Lighting:
-    """Random soft light around the benchmark's: directions, strengths, slightly coloured light, a tint (one in three)."""
+    """Random soft light around the benchmark's, slightly coloured; one in three also tints the asset."""
     warmth = rng.normal(0.0, 0.03, (5, 3))
     key_azimuth, key_elevation = rng.uniform(-110, 110), rng.uniform(20, 75)
     sky = rng.uniform(0.4, 0.8)
@@ -105,7 +105,8 @@ def light_field(mesh: PosedMesh, lighting: Lighting, grid: int = GRID, direction
         across = np.cross(toward, [0.0, 0.0, 1.0] if abs(toward[2]) < 0.9 else [1.0, 0.0, 0.0])
         across /= np.linalg.norm(across)
         up = np.cross(toward, across)
-        lamps.append([toward + LAMP_SPREAD * (sa * across + sb * up) for sa, sb in ((1, 1), (1, -1), (-1, 1), (-1, -1))])
+        signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+        lamps.append([toward + LAMP_SPREAD * (p * across + q * up) for p, q in signs])
     cells = np.zeros((grid, grid, grid, 4 + len(lamps)), np.float32)
     _fill(blocked, sky, brightness, np.array(lamps).reshape(-1, 4, 3), cells)
     return LightField(lighting, cells)

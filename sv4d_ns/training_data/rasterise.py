@@ -34,7 +34,7 @@ def draw(
         fov_deg: field of view over the side.
     """
     pictures = np.empty((len(c2w), size, size, 4), np.uint8)
-    look = _look(mesh.scene, light)
+    look = look_of(mesh.scene, light)
     for camera, picture in zip(np.asarray(c2w, dtype=np.float64), pictures, strict=True):
         _picture(
             np.ascontiguousarray(camera), np.tan(np.deg2rad(fov_deg) / 2), mesh.positions, mesh.normals,
@@ -43,7 +43,7 @@ def draw(
     return pictures
 
 
-def _look(scene: Scene, light: LightField) -> tuple:  # type: ignore[type-arg]
+def look_of(scene: Scene, light: LightField) -> tuple:  # type: ignore[type-arg]
     """What decides the colour of a point of a face, for the compiled code."""
     lighting = light.lighting
     return (
@@ -107,6 +107,14 @@ def mip_level(look, face, a, b, c, area):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
+def cross(a, b, c):  # type: ignore[no-untyped-def]
+    """(b - a) x (c - a)."""
+    ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
+    vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
+    return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
 def encode(value):  # type: ignore[no-untyped-def]
     """sRGB of linear light, in [0, 1]."""
     return _SRGB[int(min(max(value, 0.0), 1.0) * _STEPS + 0.5)]
@@ -148,19 +156,19 @@ def _zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untype
         za, zb, zc = inverse[a], inverse[b], inverse[c]
         opaque = modes[materials[face]] == 0
         for row in range(top, bottom + 1):
-            u, v = u0 + uy * row + ux * left, v0 + vy * row + vx * left
             for column in range(left, right + 1):
+                u, v = u0 + uy * row + ux * column, v0 + vy * row + vx * column
                 w = 1.0 - u - v
                 if u >= -1e-9 and v >= -1e-9 and w >= -1e-9:
                     z = u * za + v * zb + w * zc
-                    if z > near[row, column] and (
-                        opaque
-                        or not _transparent(look, a, b, c, face, u * za / z, v * zb / z, w * zc / z, row, column, scratch)
-                    ):
-                        near[row, column] = z
-                        shown[row, column] = face
-                u += ux
-                v += vx
+                    if z <= near[row, column]:
+                        continue
+                    if not opaque:
+                        p, q, r = u * za / z, v * zb / z, w * zc / z
+                        if _transparent(look, a, b, c, face, p, q, r, row, column, scratch):
+                            continue
+                    near[row, column] = z
+                    shown[row, column] = face
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
@@ -176,9 +184,7 @@ def shade(look, positions, normals, a, b, c, face, u, v, w, level, ex, ey, ez, a
     px = u * positions[a, 0] + v * positions[b, 0] + w * positions[c, 0]
     py = u * positions[a, 1] + v * positions[b, 1] + w * positions[c, 1]
     pz = u * positions[a, 2] + v * positions[b, 2] + w * positions[c, 2]
-    abx, aby, abz = positions[b, 0] - positions[a, 0], positions[b, 1] - positions[a, 1], positions[b, 2] - positions[a, 2]
-    acx, acy, acz = positions[c, 0] - positions[a, 0], positions[c, 1] - positions[a, 1], positions[c, 2] - positions[a, 2]
-    gx, gy, gz = aby * acz - abz * acy, abz * acx - abx * acz, abx * acy - aby * acx
+    gx, gy, gz = cross(positions[a], positions[b], positions[c])
     outward = gx * nx + gy * ny + gz * nz
     toward = gx * (ex - px) + gy * (ey - py) + gz * (ez - pz)
     length = np.sqrt(nx * nx + ny * ny + nz * nz)

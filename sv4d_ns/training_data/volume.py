@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.gltf_scene import PosedMesh
 from sv4d_ns.training_data.lighting import LightField
-from sv4d_ns.training_data.rasterise import _look, encode, mip_level, shade
+from sv4d_ns.training_data.rasterise import cross, encode, look_of, mip_level, shade
 
 RESOLUTION = 64
 NEAR, FAR = 1.43, 2.57
@@ -296,7 +296,7 @@ def _thin_parts(seen, faces, signs, closed, components, tangent, near, far, insi
     volumes, areas = np.zeros(components.max() + 1), np.zeros(components.max() + 1)
     for face in range(faces.shape[0]):
         a, b, c = seen[faces[face, 0]], seen[faces[face, 1]], seen[faces[face, 2]]
-        x, y, z = _cross(a, b, c)
+        x, y, z = cross(a, b, c)
         volumes[components[face]] += signs[face] * (x * a[0] + y * a[1] + z * a[2]) / 6.0
         areas[components[face]] += 0.5 * np.sqrt(x * x + y * y + z * z)
     for face in range(faces.shape[0]):
@@ -304,7 +304,7 @@ def _thin_parts(seen, faces, signs, closed, components, tangent, near, far, insi
         middle = 1.5 * abs(volumes[components[face]]) / max(areas[components[face]], 1e-12)
         if not closed[face] or 2.0 * middle > THIN * cell:
             continue
-        x, y, z = _cross(seen[faces[face, 0]], seen[faces[face, 1]], seen[faces[face, 2]])
+        x, y, z = cross(seen[faces[face, 0]], seen[faces[face, 1]], seen[faces[face, 2]])
         # camera space with z forward is left-handed, so the cross product turns inward
         length = signs[face] * middle / max(np.sqrt(x * x + y * y + z * z), 1e-30)
         x, y, z = x * length, y * length, z * length
@@ -329,14 +329,6 @@ def _thin_parts(seen, faces, signs, closed, components, tangent, near, far, insi
                     inside[d, row, column] = True
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
-def _cross(a, b, c):  # type: ignore[no-untyped-def]
-    """(b - a) x (c - a)."""
-    ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
-    vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
-    return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
-
-
 def nearest_colours(
     mesh: PosedMesh, light: LightField, points: Float[np.ndarray, "n 3"], spacing: float = SPACING
 ) -> Float[np.ndarray, "n 3"]:
@@ -347,7 +339,7 @@ def nearest_colours(
     colours = np.empty((len(points), 3), np.float32)
     _nearest(
         np.ascontiguousarray(points, dtype=np.float64), mesh.positions, mesh.normals, mesh.scene.faces,
-        _look(mesh.scene, light), spacing, colours,
+        look_of(mesh.scene, light), spacing, colours,
     )  # fmt: skip
     return colours
 
@@ -442,7 +434,7 @@ def _find(point, places, colours, handicaps, order, counts, grid, half, out):  #
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _area(positions, a, b, c):  # type: ignore[no-untyped-def]
-    x, y, z = _cross(positions[a], positions[b], positions[c])
+    x, y, z = cross(positions[a], positions[b], positions[c])
     return 0.5 * np.sqrt(x * x + y * y + z * z)
 
 
