@@ -43,19 +43,29 @@ def command(arguments: Sequence[str]) -> None:
 
 def report(settings: Doctor) -> None:
     """Print what was read and chosen, and a line for each finding."""
-    from sv4d_ns.datamanager import SV4DDataManagerConfig, read_video
+    from sv4d_ns.diffusion.embedded import REACH
+    from sv4d_ns.fit_settings import INPUT_SIZE, frames_taken
+    from sv4d_ns.progress import say
+    from sv4d_ns.video import CropRule, load_object_video
 
-    shared = {name: getattr(settings, name) for name in ("max_frames", "fps", "masks", "matting", "crop")}
-    config = SV4DDataManagerConfig(data=settings.video, **shared)
-    video = read_video(config)
-    print(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
+    video = load_object_video(
+        settings.video,
+        INPUT_SIZE,
+        frames_taken(settings.max_frames, settings.fps),
+        fps=settings.fps,
+        masks=settings.masks,
+        matting=settings.matting,
+        crop=CropRule(settings.crop),
+    )
+    say(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
     for message in (*video.messages, *(finding.sentence for finding in video.findings)):
-        print(f"- {message}")
+        say(f"- {message}")
     if not video.findings:
-        print("Nothing was found that would spoil the result.")
+        say("Nothing was found that would spoil the result.")
+    say(f"The far side is made by a model. Of the bundled one, which runs on a CPU: {REACH}")
     if settings.picture is not None:
         write_sheet(video.frames, settings.picture)
-        print(f"The cut-out frames: {settings.picture}")
+        say(f"The cut-out frames: {settings.picture}")
 
 
 def write_sheet(frames: UInt8[np.ndarray, "t h w 4"], path: Path) -> None:

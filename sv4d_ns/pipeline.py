@@ -16,12 +16,12 @@ from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManager, SV4DDataManagerConfig
 from sv4d_ns.devices import ensure_ffmpeg_on_path
 from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
+from sv4d_ns.progress import say
 from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
 from sv4d_ns.viewing import Playback, StartCamera
 
@@ -129,7 +129,7 @@ class SV4DPipeline(VanillaPipeline):
         trainer: Any = training_callback_attributes.trainer
         self._use_views_of_step(trainer._start_step)
         canonical, frames = self.sv4d_model.canonical_frame, self.sv4d_model.num_frames
-        CONSOLE.print(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
+        say(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
         callbacks = super().get_training_callbacks(training_callback_attributes)
         saves: list[TrainingCallback] = []
         for number, step in enumerate(self.config.refine_steps or (), start=1):
@@ -242,7 +242,7 @@ class SV4DPipeline(VanillaPipeline):
                 progress=progress,
             )
         if refined.drift:
-            CONSOLE.print(drift_line(refined.drift))
+            say(drift_line(refined.drift))
         drift = [asdict(boundary) for boundary in refined.drift]
         return ViewGrid(
             input_frames=grid.input_frames,
@@ -275,7 +275,7 @@ class SV4DPipeline(VanillaPipeline):
         else:
             self._make_movies()
         config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
-        CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
+        say(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
         print(
             f"Input view: PSNR {summary['input_view_psnr']:.1f} dB, silhouette IoU {summary['input_view_iou']:.3f}.\n"
             "Next:\n"
@@ -327,5 +327,5 @@ class SV4DPipeline(VanillaPipeline):
         with one_sentence_errors(), bar("Rendering the movies") as progress:
             files, sentences = write_run_movies(folder, subject, self.config.movies, options, progress)
         for sentence in sentences:
-            CONSOLE.print(sentence)
-        CONSOLE.print(f"Movies: {folder} ({', '.join(file.name for file in files)})")
+            say(sentence)
+        say(f"Movies: {folder} ({', '.join(file.name for file in files)})")

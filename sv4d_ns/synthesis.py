@@ -19,7 +19,9 @@ from torch import Tensor
 from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.curves import smoothstep
 from sv4d_ns.diffusion.drift import WHITE_EDGES, BoundaryDrift
+from sv4d_ns.diffusion.embedded import REACH
 from sv4d_ns.errors import InputError
+from sv4d_ns.progress import say
 from sv4d_ns.views import over_white
 
 if TYPE_CHECKING:
@@ -309,6 +311,43 @@ def apply_offload(pipeline: "StableVideo4D2Pipeline", offload: "Offload", device
 SynthesisChoice = Literal["auto", "embedded", "official"]
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before it is loaded."""
+
+    name: str
+    size: int
+    """Pixels along the side of its views."""
+    plan: ViewPlan
+    reach: str
+    """What to expect of the sides the camera does not see."""
+
+
+MODELS = {
+    "embedded": ModelFacts("sv4d_ns embedded", 64, ViewPlan.EMBEDDED, REACH),
+    # the 8-view model: its views close the ring around the object in one call, so they agree with each other
+    "official": ModelFacts(
+        "stabilityai/sv4d2.0 (8 views)", 576, ViewPlan.OFFICIAL_8, "The sides the camera does not see are its guess."
+    ),
+}
+
+
+def choose_model(choice: SynthesisChoice, device: str) -> tuple[Literal["embedded", "official"], str]:
+    """Which model makes the views on a device, and why.
+
+    Raises:
+        InputError: the model was asked for and the device cannot run it.
+    """
+    on_cuda = device.startswith("cuda")
+    if choice == "official" and not on_cuda:
+        raise InputError(
+            "--pipeline.datamanager.synthesis official needs a CUDA device (12 GB of weights, hours on a CPU): "
+            "use --pipeline.datamanager.synthesis embedded on this machine."
+        )
+    reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
+    return "official" if choice == "official" or (choice == "auto" and on_cuda) else "embedded", reason
+
+
 def load_synthesizer(
     choice: SynthesisChoice,
     device: str,
@@ -332,32 +371,23 @@ def load_synthesizer(
     from sv4d_ns.diffusion.grid import GridOptions
     from sv4d_ns.diffusion.windows import ViewReferences
 
-    on_cuda = device.startswith("cuda")
-    official = choice == "official" or (choice == "auto" and on_cuda)
-    if official and not on_cuda and choice == "official":
-        raise InputError(
-            "--pipeline.datamanager.synthesis official needs a CUDA device (12 GB of weights, hours on a CPU): "
-            "use --pipeline.datamanager.synthesis embedded on this machine."
-        )
-    reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
-    if official:
+    chosen, reason = choose_model(choice, device)
+    facts = MODELS[chosen]
+    if chosen == "official":
         from sv4d_ns.diffusion.official import load_official_pipeline
         from sv4d_ns.diffusion.plan import Offload, plan_memory, this_device
 
         _, card = this_device("cuda")
         offload, memory = fitting_offload(plan_memory("official8", card), card.memory)
-        print(memory)
-        # the 8-view model: its views close the ring around the object in one call, so they agree with each other
+        say(memory)
         place = device if offload is Offload.NONE else "cpu"
-        pipeline, name = load_official_pipeline(place, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
+        pipeline, references = load_official_pipeline(place, "sv4d2_8views.safetensors"), ViewReferences.ANCHORED
         apply_offload(pipeline, offload, device)
-        plan, size, references = ViewPlan.OFFICIAL_8, 576, ViewReferences.ANCHORED
         stage_2: dict[str, Any] = {}
     else:
         from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 
-        pipeline, name = load_embedded_pipeline(device), "sv4d_ns embedded"
-        plan, size = ViewPlan.EMBEDDED, 64
+        pipeline = load_embedded_pipeline(device)
         stage_2 = {
             "refine_inference_steps": EMBEDDED_REFINE_STEPS,
             "refine_strength": EMBEDDED_REFINE_STRENGTH,
@@ -366,5 +396,7 @@ def load_synthesizer(
         references = ViewReferences.INDEPENDENT  # measured: see docs/views.md
     given = {name: value for name, value in (options or {}).items() if value is not None}
     grid_options = GridOptions.from_values({"references": references, **given})
-    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, options=grid_options, **stage_2)
-    return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."
+    synthesizer = DiffusionSynthesizer(
+        pipeline, facts.name, facts.size, facts.plan, num_inference_steps, options=grid_options, **stage_2
+    )
+    return synthesizer, f"{facts.name} at {facts.size}x{facts.size} pixels, because {reason}."

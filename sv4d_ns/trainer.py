@@ -2,17 +2,15 @@
 
 import shlex
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
-from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
@@ -20,7 +18,8 @@ from sv4d_ns.errors import InputError, NotFiniteError, interrupts_handled_by, le
 from sv4d_ns.files import check_zip
 from sv4d_ns.limits import check_settings
 from sv4d_ns.model import SV4DModelConfig
-from sv4d_ns.progress import TrainingBar
+from sv4d_ns.plugin.quiet import silence_nerfstudio
+from sv4d_ns.progress import TrainingBar, say
 from sv4d_ns.runs import (
     STAGE_2,
     SUMMARY_FILE,
@@ -39,6 +38,9 @@ from sv4d_ns.runs import (
 from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.viewing import local_unless_asked
 
+if TYPE_CHECKING:
+    from sv4d_ns.video import ObjectVideo
+
 REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
 
@@ -50,6 +52,13 @@ class SV4DTrainerConfig(TrainerConfig):
     _target: type = field(default_factory=lambda: SV4DTrainer)
     device: DeviceChoice = "auto"
     """Where to run: auto takes CUDA when there is one. The choice is printed."""
+    show_config: bool = False
+    """Print every setting before the run begins. They are in config.yml in the run's folder, too."""
+
+    def __post_init__(self) -> None:
+        """Take --data for what it stands for; nerfstudio would say so in a line of its own."""
+        if self.data is not None:
+            self.pipeline.datamanager.data, self.data = self.data, None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`ns-viewer` puts its own viewer settings in the place of the run's; it too is to be local unless asked."""
@@ -69,6 +78,7 @@ class SV4DTrainerConfig(TrainerConfig):
 
     def set_timestamp(self) -> None:
         """Find the run this command is about: one it made before, or a new one named after the time."""
+        silence_nerfstudio()
         new = self.timestamp == "{timestamp}"
         super().set_timestamp()
         if not new:
@@ -78,7 +88,12 @@ class SV4DTrainerConfig(TrainerConfig):
             name, sentence = claim_run(self.get_base_dir().parent, self.timestamp, self._fingerprint())
         self.timestamp = name
         if sentence:
-            CONSOLE.print(sentence)
+            say(sentence)
+
+    def print_to_terminal(self) -> None:
+        """Print every setting, if that was asked for."""
+        if self.show_config:
+            super().print_to_terminal()
 
     def _fingerprint(self, without: frozenset[str] = frozenset()) -> str | None:
         """What decides the result of the run; None where it continues another one or has no data (an error later)."""
@@ -115,19 +130,32 @@ class SV4DTrainerConfig(TrainerConfig):
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
             check_settings(self)
-            self.machine.device_type, sentence = choose_device(self.device)
-            CONSOLE.print(sentence)
+            self.machine.device_type, device = choose_device(self.device)
             identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()
             datamanager = self.pipeline.datamanager
             assert isinstance(datamanager, SV4DDataManagerConfig)
-            datamanager.expected_steps = self.max_num_iterations
             self._spread_schedules()  # also where a run is continued
-            if not self._has_views():
-                datamanager.check_data()
+            video = None if self._has_views() else datamanager.check_data()
             self._make_folder(identity)
             datamanager.run_dir = self.get_base_dir()
             super().save_config()
+            self._announce(device, video)
+
+    def _announce(self, device: str, video: "ObjectVideo | None") -> None:
+        """What a user wants to know first: where it runs, with what, of what, for how long, and where to."""
+        datamanager = self.pipeline.datamanager
+        assert isinstance(datamanager, SV4DDataManagerConfig)
+        say(device)
+        if video is None:
+            say("Views: those made before are used." if self._has_views() else f"Views: those in {datamanager.data}.")
+        else:
+            say(f"Model: {datamanager.model_sentences(self.machine.device_type)}")
+            say(f"Object: {len(video.frames)} frames at {video.fps:g} per second. {' '.join(video.messages)}")
+        say(f"Time: {self._time_sentence(video)}")
+        say(f"Run: {self.get_base_dir()} (every setting is in its config.yml)")
+        for finding in () if video is None else video.findings:
+            say(f"Note: {finding.sentence}")
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -239,8 +267,7 @@ class SV4DTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
-        # the deformation takes no step in the static phase, but its schedule runs
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        silence_nerfstudio()  # also for a trainer that no command line made
         with one_sentence_errors():
             self._stage_1 = self.config.stage_1()
             self._adopt_views()
@@ -274,10 +301,10 @@ class SV4DTrainer(Trainer):
         try:
             check_zip(shared / f"step-{usable[-1]:09d}.ckpt")
         except (ValueError, OSError) as error:
-            CONSOLE.print(f"The stage 1 kept in {shared} cannot be used ({error}); it is fitted again.")
+            say(f"The stage 1 kept in {shared} cannot be used ({error}); it is fitted again.")
             return
         self.config.load_dir, self.config.load_step = shared, usable[-1]
-        CONSOLE.print("Stage 1 is taken from a run that differs in stage 2 only.")
+        say("Stage 1 is taken from a run that differs in stage 2 only.")
 
     def keep_stage_1(self, step: int) -> None:
         """Before stage 2: let runs with another stage 2 begin where stage 1 ended, after this step."""
@@ -296,7 +323,7 @@ class SV4DTrainer(Trainer):
         pipeline: Any = self.pipeline
         if remaining <= 0:
             # super().train() would write a checkpoint of step 0 over the finished one
-            CONSOLE.print(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
+            say(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
             pipeline.finish(self)
             return
         with interrupts_handled_by(self._interrupt):
@@ -322,7 +349,7 @@ class SV4DTrainer(Trainer):
                         f"The loss term '{error.term}' is {again}not a finite number at step {error.step}: lower the "
                         "learning rates (--optimizers...lr), or report the video; what was fitted before is kept."
                     ) from error
-                CONSOLE.print(
+                say(
                     f"The loss term '{error.term}' is not a finite number at step {error.step}: going back to step "
                     f"{steps[-1]} and on with other pixels."
                 )
@@ -340,7 +367,7 @@ class SV4DTrainer(Trainer):
         if (self.base_dir / SUMMARY_FILE).is_file() and self.training_state == "completed":
             raise SystemExit(0)  # the viewer stays open after the end until Ctrl-C
         if self._last_step is not None and self._last_step not in checkpoint_steps(self.checkpoint_dir):
-            CONSOLE.print("Stopping; the state is being saved.")
+            say("Stopping; the state is being saved.")
             self.save_checkpoint(self._last_step)
         done = self._start_step if self._last_step is None else self._last_step + 1
         config_file = shlex.quote(str(self.base_dir / "config.yml"))
@@ -374,7 +401,7 @@ class SV4DTrainer(Trainer):
                 f"{path} belongs to other settings ({reason}): give the settings it was made with, or delete it and "
                 "start again (the views are kept)."
             ) from error
-        CONSOLE.print(f"Continuing from {path}.")
+        say(f"Continuing from {path}.")
 
     def _checkpoint_to_load(self) -> Path | None:
         folder, step = self.config.load_dir, self.config.load_step

@@ -32,9 +32,10 @@ from sv4d_ns.diffusion.checkpoints import (
 from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
 from sv4d_ns.diffusion.hub import DEFAULT_FILE, LICENCE, MODEL_URL, damaged, fetch, locate, verify
 from sv4d_ns.diffusion.pipeline import RELEASED_CAMERA_DIMS, StableVideo4D2Pipeline, released_scheduler
-from sv4d_ns.diffusion.streaming import TensorInfo, bytes_bar, layout, read_tensors, unreadable
+from sv4d_ns.diffusion.streaming import TensorInfo, layout, read_tensors, unreadable
 from sv4d_ns.diffusion.unet import MultiViewVideoUNet
 from sv4d_ns.errors import InputError
+from sv4d_ns.progress import bytes_bar
 
 NAMES_SHOWN = 10
 FLOATING = ("F64", "F32", "F16", "BF16")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from sv4d_ns.diffusion.plan import CARDS, DTYPES, GIB, USABLE, Card, ModelName, Offload, Plan, plan_memory, this_device
@@ -54,7 +53,9 @@ def command(arguments: Sequence[str]) -> None:
         config.fp8_storage,
         config.chunk_size,
     )
-    console = Console()
+    from sv4d_ns.progress import console as the_console
+
+    console = the_console()
     console.print(_components(plan, f"{config.model}, {dtype}{', fp8 storage' if config.fp8_storage else ''}"))
     kinds = list(Offload) if config.offload is None else [config.offload]
     console.print(_offloading(plan, kinds, name, card))

@@ -7,13 +7,13 @@ from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.four_diffusion.model import FourDiffusionModel, FourDiffusionModelConfig
 from sv4d_ns.pipeline import SV4DPipeline, SV4DPipelineConfig
+from sv4d_ns.progress import say
 
 if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
@@ -150,10 +150,10 @@ class FourDiffusionPipeline(SV4DPipeline):
         view = choose_anchor(grid, self.config.anchor_view)
         azimuth = (0.0, *grid.plan.azimuths_deg)[view]
         named = "the input video itself" if view == 0 else f"view {view} of the grid, at azimuth {azimuth:g} degrees"
-        CONSOLE.print(f"Anchor: {named} (--pipeline.anchor-view chooses another).")
+        say(f"Anchor: {named} (--pipeline.anchor-view chooses another).")
         lpips = load_lpips(self.device)
         if lpips is None:
-            CONSOLE.print(MISSING)
+            say(MISSING)
         size = self.config.anchor_size or min(2 * prior.image_size, 256)
         frames = self.config.frames_per_step
         if frames is None and str(self.device) == "cpu":

@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nerfstudio.utils.rich_utils import CONSOLE
-
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import InputError, one_sentence_errors
 from sv4d_ns.four_diffusion.model import FourDiffusionModelConfig
+from sv4d_ns.progress import say
 from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.trainer import SV4DTrainer, SV4DTrainerConfig
 
@@ -79,7 +78,7 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         self._check_video_model("--image")
         assert self.image_to_video_model is not None
         video = image_to_video(image, self.image_to_video_model, folder, device, size=self.generated_size)
-        CONSOLE.print(f"Video: {video}.")
+        say(f"Video: {video}.")
         return video
 
     def _check_video_model(self, flag: str) -> None:

@@ -1,0 +1,1 @@
+"""What nerfstudio is given and told: the only room that knows how its commands speak."""
