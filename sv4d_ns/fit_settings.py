@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 DEFAULT_FRAMES = 21
 """Frames taken where the user names neither a number nor a rate (as in the SV4D papers)."""
 INPUT_SIZE = 256

@@ -21,7 +21,7 @@ from sv4d_ns.datamanager import SV4DDataManager, SV4DDataManagerConfig
 from sv4d_ns.devices import ensure_ffmpeg_on_path
 from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
-from sv4d_ns.progress import say
+from sv4d_ns.progress import say, say_whole
 from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
 from sv4d_ns.viewing import Playback, StartCamera
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
 
     from sv4d_ns.movies import Subject
+    from sv4d_ns.plugin.honesty import Unseen
+    from sv4d_ns.renders import ResultSheet
     from sv4d_ns.trainer import SV4DTrainer
     from sv4d_ns.views import ViewGrid
 
@@ -261,6 +263,7 @@ class SV4DPipeline(VanillaPipeline):
         """Write what of contact sheet, movies and summary is not there yet, and print what to do next."""
         from sv4d_ns.export.cli import installed_command
         from sv4d_ns.files import atomic_path
+        from sv4d_ns.plugin.honesty import Unseen
 
         self.eval()
         trainer.bar.close()
@@ -275,21 +278,26 @@ class SV4DPipeline(VanillaPipeline):
         else:
             self._make_movies()
         config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
-        say(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
-        print(
-            f"Input view: PSNR {summary['input_view_psnr']:.1f} dB, silhouette IoU {summary['input_view_iou']:.3f}.\n"
-            "Next:\n"
-            f"  ns-viewer --load-config {config_file}\n"
-            f"  ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4\n"
-            f"  {installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
-            flush=True,
+        say(
+            f"What the camera saw is repeated with PSNR {summary['input_view_psnr']:.1f} dB and silhouette IoU "
+            f"{summary['input_view_iou']:.3f}."
         )
+        for sentence in Unseen(**summary["unseen"]).sentences(on_cuda=self.device.type == "cuda"):
+            say(sentence)
+        say(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
+        say("Finished. Next:")
+        for command in (
+            f"ns-viewer --load-config {config_file}",
+            f"ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4",
+            f"{installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
+        ):
+            say_whole(f"  {command}")
 
     def _finished_summary(self, identity: str) -> dict[str, Any] | None:
         """The figures of this very field, if they and the contact sheet were made before."""
         try:
             summary = json.loads((self._run_dir / SUMMARY_FILE).read_text())
-            same = summary["field"] == identity and {"input_view_psnr", "input_view_iou"} <= set(summary)
+            same = summary["field"] == identity and {"input_view_psnr", "input_view_iou", "unseen"} <= set(summary)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return summary if same and (self._run_dir / "contact_sheet.png").is_file() else None
@@ -301,12 +309,22 @@ class SV4DPipeline(VanillaPipeline):
         from sv4d_ns.renders import result_sheet
 
         with bar("Rendering the contact sheet") as progress:
-            sheet, figures = result_sheet(
-                self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress
-            )
+            sheet = result_sheet(self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress)
         with atomic_path(self._run_dir / "contact_sheet.png") as path:
-            sheet.save(path, format="PNG")
-        return figures
+            sheet.picture.save(path, format="PNG")
+        return sheet.figures | {"unseen": asdict(self._what_is_unseen(sheet))}
+
+    def _what_is_unseen(self, sheet: "ResultSheet") -> "Unseen":
+        from sv4d_ns.plugin.honesty import unseen
+        from sv4d_ns.synthesis import resize_rgba
+        from sv4d_ns.views import ViewGrid
+
+        # those of stage 1: stage 2's were made from renders of the field and agree with it by their making
+        first = ViewGrid.load(self._run_dir / VIEW_FOLDERS[0])
+        generated = first.novel_views[sheet.frames][:, [view - 1 for view in sheet.views]]
+        generated = resize_rgba(generated, sheet.novel_alpha.shape[-1])[..., 3]
+        model = self.sv4d_model
+        return unseen(model.field, model.occupancy, first, sheet.novel_alpha, generated)
 
     def _subject(self) -> "Subject":
         from sv4d_ns.movies import Subject

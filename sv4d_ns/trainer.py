@@ -16,10 +16,12 @@ from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
 from sv4d_ns.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.files import check_zip
+from sv4d_ns.fit_settings import DEFAULT_FRAMES
 from sv4d_ns.limits import check_settings
 from sv4d_ns.model import SV4DModelConfig
+from sv4d_ns.plugin.estimate import Remaining, Work, sv4d_work, time_sentence
 from sv4d_ns.plugin.quiet import silence_nerfstudio
-from sv4d_ns.progress import TrainingBar, say
+from sv4d_ns.progress import TrainingBar, clock, say
 from sv4d_ns.runs import (
     STAGE_2,
     SUMMARY_FILE,
@@ -41,6 +43,8 @@ from sv4d_ns.viewing import local_unless_asked
 if TYPE_CHECKING:
     from sv4d_ns.video import ObjectVideo
 
+DEFAULT_VIEWS = 8
+"""Novel views of every model's own ring, for the estimate of a run's time."""
 REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
 
@@ -152,10 +156,17 @@ class SV4DTrainerConfig(TrainerConfig):
         else:
             say(f"Model: {datamanager.model_sentences(self.machine.device_type)}")
             say(f"Object: {len(video.frames)} frames at {video.fps:g} per second. {' '.join(video.messages)}")
-        say(f"Time: {self._time_sentence(video)}")
+        frames = DEFAULT_FRAMES if video is None else len(video.frames)
+        known = self.machine.device_type == "cpu" and datamanager.synthesis != "fourdm"
+        say(f"Time: {time_sentence(self.work(frames, DEFAULT_VIEWS) if known else None)}")
         say(f"Run: {self.get_base_dir()} (every setting is in its config.yml)")
         for finding in () if video is None else video.findings:
             say(f"Note: {finding.sentence}")
+
+    def work(self, frames: int, views: int) -> Work:
+        """What the run consists of, for the estimate of its time."""
+        pipeline: Any = self.pipeline
+        return sv4d_work(self.max_num_iterations, frames, views, tuple(pipeline.refine_steps or ()))
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -236,7 +247,10 @@ class SV4DTrainer(Trainer):
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
-        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._psnr:.1f} dB")
+        left = self.remaining.after(step + 1)
+        phase, run = (None, None) if left is None else left
+        note = f"{self._psnr:.1f} dB" + ("" if run is None else f", run {clock(run)}")
+        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, note, phase)
         self._last_step, self._in_step = step, False
         if self._interrupted:
             raise KeyboardInterrupt
@@ -326,6 +340,9 @@ class SV4DTrainer(Trainer):
             say(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
             pipeline.finish(self)
             return
+        grid = pipeline.datamanager.grid
+        self.remaining = Remaining(self.config.work(grid.num_frames, grid.num_views))
+        self.remaining.begin(self._start_step)
         with interrupts_handled_by(self._interrupt):
             try:
                 self._train_with_one_way_back(total)

@@ -52,6 +52,14 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     keep_views: bool = False
     """Go on fitting the grid's views while distilling; the reference does not."""
 
+    def warm_up_steps(self, total: int) -> int:
+        """Of `total` steps, those of the warm-up."""
+        assert isinstance(self.datamanager, SV4DDataManagerConfig)
+        share = self.warm_up
+        if share is None:
+            share = 0.0 if self.datamanager.synthesis == "fourdm" else 0.5
+        return int(share * total)
+
 
 class FourDiffusionPipeline(SV4DPipeline):
     """Wires the view grid, the field, the model that made the views, and the objective together."""
@@ -130,10 +138,7 @@ class FourDiffusionPipeline(SV4DPipeline):
 
     @property
     def _warm_up_steps(self) -> int:
-        share = self.config.warm_up
-        if share is None:
-            share = 0.0 if self._is_fourdm else 0.5
-        return int(share * self._total_steps)
+        return self.config.warm_up_steps(self._total_steps)
 
     @property
     def _is_fourdm(self) -> bool:

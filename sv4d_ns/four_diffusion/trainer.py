@@ -6,6 +6,8 @@ from pathlib import Path
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import InputError, one_sentence_errors
 from sv4d_ns.four_diffusion.model import FourDiffusionModelConfig
+from sv4d_ns.four_diffusion.pipeline import FourDiffusionPipelineConfig
+from sv4d_ns.plugin.estimate import Work, distillation_work
 from sv4d_ns.progress import say
 from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.trainer import SV4DTrainer, SV4DTrainerConfig
@@ -54,6 +56,14 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
             with one_sentence_errors():
                 datamanager.data = self._make_video()
         super().set_timestamp()
+
+    def work(self, frames: int, views: int) -> Work:
+        """Steps of warm-up, then of distillation."""
+        pipeline = self.pipeline
+        assert isinstance(pipeline, FourDiffusionPipelineConfig)
+        return distillation_work(
+            self.max_num_iterations, frames, views, pipeline.warm_up_steps(self.max_num_iterations)
+        )
 
     def _make_video(self) -> Path | None:
         """The video of a picture, or of a picture of a sentence; None where neither was given (an error later).
