@@ -61,9 +61,8 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         """Steps of warm-up, then of distillation."""
         pipeline = self.pipeline
         assert isinstance(pipeline, FourDiffusionPipelineConfig)
-        return distillation_work(
-            self.max_num_iterations, frames, views, pipeline.warm_up_steps(self.max_num_iterations)
-        )
+        steps = self.max_num_iterations
+        return distillation_work(steps, frames, views, pipeline.warm_up_steps(steps))
 
     def _make_video(self) -> Path | None:
         """The video of a picture, or of a picture of a sentence; None where neither was given (an error later).
