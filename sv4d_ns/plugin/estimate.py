@@ -1,8 +1,8 @@
 """How long a run takes: a guess beforehand, and what its own steps teach while it runs.
 
 Steps of one run cost different amounts (the static phase looks at one frame, distillation renders whole pictures), so
-the mean speed so far is no estimate. What is kept here is how much each part costs *relative* to the others, as measured
-on one machine; how fast this machine is, with this video, is learned from the steps it has done.
+the mean speed so far is no estimate. What is kept here is how much each part costs *relative* to the others, as
+measured on one machine; how fast this machine is, with this video, is learned from the steps it has done.
 """
 
 import time
@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
-
-from sv4d_ns.progress import clock
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +111,8 @@ def time_sentence(work: Work | None) -> str:
     """
     if work is None:
         return "learned from the first steps and shown behind the bar."
-    return (
-        f"about {clock(60 * max(round(work.total / machine_speed() / 60), 1))}; learned anew from the steps it takes."
-    )
+    minutes = max(round(work.total / machine_speed() / 60), 1)
+    return f"about {minutes} min; what the steps themselves teach is shown behind the bar."
 
 
 REFERENCE_GFLOPS = 95.0

@@ -23,7 +23,7 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     (r"`torch\.cuda\.amp\.custom_(fwd|bwd)\(", FutureWarning, r"nerfstudio\.field_components\.activations"),
     (r"`torch\.cuda\.amp\.GradScaler\(", FutureWarning, r"nerfstudio\.engine\.trainer"),
     # the deformation takes no step in the static phase, but its schedule runs
-    (r"Detected call of `lr_scheduler\.step", UserWarning, r"torch\.optim\.lr_scheduler"),
+    (r"Detected call of `lr_scheduler\.step", UserWarning, r"nerfstudio\.engine\.optimizers"),
 )
 """Beginning of the message, category, and the module that warns."""
 
