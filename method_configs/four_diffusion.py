@@ -6,6 +6,7 @@ from nerfstudio.plugins.types import MethodSpecification
 from sv4d_ns.four_diffusion.optimizer import FusedAdamWConfig
 from sv4d_ns.four_diffusion.pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.four_diffusion.trainer import FourDiffusionTrainerConfig
+from sv4d_ns.plugin.help import described
 
 method = MethodSpecification(
     config=FourDiffusionTrainerConfig(
@@ -28,5 +29,9 @@ method = MethodSpecification(
         logging=LoggingConfig(profiler="none", local_writer=LocalWriterConfig(enable=False)),
         vis="viewer",
     ),
-    description="4Diffusion: a 4D field by 4D-aware score distillation and an anchor view.",
+    description=described(
+        "4diffusion",
+        "4Diffusion: a 4D field by 4D-aware score distillation and an anchor view.",
+        ("encoding", "heads", "motion"),
+    ),
 )

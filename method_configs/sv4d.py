@@ -4,6 +4,7 @@ from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, Vie
 from nerfstudio.plugins.types import MethodSpecification
 
 from sv4d_ns.pipeline import SV4DPipelineConfig
+from sv4d_ns.plugin.help import described
 from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, FusedAdamConfig
 from sv4d_ns.trainer import SV4DTrainerConfig
 
@@ -29,5 +30,7 @@ method = MethodSpecification(
         logging=LoggingConfig(profiler="none", local_writer=LocalWriterConfig(enable=False)),
         vis="viewer",
     ),
-    description="SV4D 2.0: one video of an object becomes an animated, textured 3D model.",
+    description=described(
+        "sv4d", "SV4D 2.0: one video of an object becomes an animated, textured 3D model.", tuple(LEARNING_RATES)
+    ),
 )

@@ -25,6 +25,7 @@ from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIn
 
 from sv4d_ns.errors import InputError
 from sv4d_ns.fit_settings import INPUT_SIZE, frames_taken
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.progress import say
 from sv4d_ns.runs import newest_views, windows_folder
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sv4d_ns.views import ViewGrid
 
 
+@first_in_help("max_frames", "fps", "masks", "matting", "crop", "synthesis", "seed")
 @dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Where the views come from and how their pixels are drawn."""

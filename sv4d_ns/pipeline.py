@@ -21,6 +21,7 @@ from sv4d_ns.datamanager import SV4DDataManager, SV4DDataManagerConfig
 from sv4d_ns.devices import ensure_ffmpeg_on_path
 from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.progress import say, say_whole
 from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
 from sv4d_ns.viewing import Playback, StartCamera
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sv4d_ns.views import ViewGrid
 
 
+@first_in_help("datamanager", "refine_steps", "movies")
 @dataclass
 class SV4DPipelineConfig(VanillaPipelineConfig):
     """The two stages of the 4D optimisation."""

@@ -20,6 +20,7 @@ from sv4d_ns.fit_settings import DEFAULT_FRAMES
 from sv4d_ns.limits import check_settings
 from sv4d_ns.model import SV4DModelConfig
 from sv4d_ns.plugin.estimate import Remaining, Work, sv4d_work, time_sentence
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.progress import TrainingBar, clock, say
 from sv4d_ns.runs import (
@@ -49,6 +50,13 @@ REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
 
 
+FIRST_IN_HELP = (
+    *("data", "output_dir", "max_num_iterations", "device", "vis", "load_config", "timestamp", "show_config"),
+    "pipeline",
+)
+
+
+@first_in_help(*FIRST_IN_HELP)
 @dataclass
 class SV4DTrainerConfig(TrainerConfig):
     """`TrainerConfig` whose schedule has a fixed length and whose run knows its own folder."""

@@ -13,6 +13,7 @@ from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.four_diffusion.model import FourDiffusionModel, FourDiffusionModelConfig
 from sv4d_ns.pipeline import SV4DPipeline, SV4DPipelineConfig
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.progress import say
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sv4d_ns.four_diffusion.priors import ViewPrior
 
 
+@first_in_help("datamanager", "movies", "warm_up")
 @dataclass
 class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """What the field is optimised for."""

@@ -8,15 +8,17 @@ from sv4d_ns.errors import InputError, one_sentence_errors
 from sv4d_ns.four_diffusion.model import FourDiffusionModelConfig
 from sv4d_ns.four_diffusion.pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.plugin.estimate import Work, distillation_work
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.progress import say
 from sv4d_ns.schedulers import DecaySchedulerConfig
-from sv4d_ns.trainer import SV4DTrainer, SV4DTrainerConfig
+from sv4d_ns.trainer import FIRST_IN_HELP, SV4DTrainer, SV4DTrainerConfig
 
 CPU_STEPS = 500
 """Steps of a run with an SV4D model behind distillation: within 15 minutes on two CPU cores, by a step's CPU time."""
 FOURDM_STEPS = 35_000
 
 
+@first_in_help(*FIRST_IN_HELP, "prompt", "image", "image_to_video_model", "text_to_image_model")
 @dataclass
 class FourDiffusionTrainerConfig(SV4DTrainerConfig):
     """`SV4DTrainerConfig` that also starts from a picture or a sentence."""

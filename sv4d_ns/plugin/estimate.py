@@ -41,18 +41,17 @@ class Work:
         return min((before for before in self.rounds if before > step), default=len(self.steps))
 
 
-STATIC_STEP, GROWING_STEP, WHOLE_STEP = 0.11, 0.14, 0.14
-"""Seconds of a step of sv4d while one frame is fitted, while the window grows, and once the clip is whole."""
-STATIC_UNTIL, WHOLE_FROM = 0.12, 0.65
-"""Shares of the schedule (`sampling.ScheduleConfig`)."""
-VIEW_SECONDS = 0.014
-"""Seconds of a generated picture of the embedded model."""
-RENDER_SECONDS = 0.05
-"""Seconds of a picture of the field for stage 2."""
+STATIC_STEP, MOVING_STEP = 0.05, 0.09
+"""Seconds of a step of sv4d while one frame is fitted, and from then on."""
+STATIC_UNTIL = 0.12
+"""Share of the schedule (`sampling.ScheduleConfig`)."""
+VIEW_SECONDS = 0.012
+"""Of a generated picture of the embedded model."""
+ROUND_SECONDS = 0.046
+"""Of a picture of stage 2, rendered and refined."""
 WARM_STEP, DISTILLING_STEP = 0.2, 1.5
-"""Seconds of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
-START_SECONDS = 12.0
-END_SECONDS = 20.0
+"""Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
+START_SECONDS, END_SECONDS = 20.0, 24.0
 
 
 def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...]) -> Work:
@@ -62,12 +61,12 @@ def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...]) -> W
         rounds: the steps before which stage 2 renders and refines all views.
     """
     share = np.arange(steps) / max(steps, 1)
-    costs = np.where(share < STATIC_UNTIL, STATIC_STEP, np.where(share < WHOLE_FROM, GROWING_STEP, WHOLE_STEP))
+    costs = np.where(share < STATIC_UNTIL, STATIC_STEP, MOVING_STEP)
     pictures = frames * views
     return Work(
         START_SECONDS + VIEW_SECONDS * pictures,
         costs,
-        {step: (RENDER_SECONDS + 2 * VIEW_SECONDS) * pictures for step in rounds if step < steps},
+        {step: ROUND_SECONDS * pictures for step in rounds if step < steps},
         END_SECONDS,
     )
 
@@ -115,18 +114,25 @@ def time_sentence(work: Work | None) -> str:
     return f"about {minutes} min; what the steps themselves teach is shown behind the bar."
 
 
-REFERENCE_GFLOPS = 95.0
-"""What `machine_speed` measured where the figures above come from."""
+REFERENCE_GFLOPS = 165.0
+"""What one thread did in float32 matrix products where the figures above come from."""
+THREAD_GAIN = 1.18
+"""How much faster a whole run is with two or more threads than with one (docs/performance.md)."""
 
 
 def machine_speed() -> float:
-    """Speed of this machine in float32 matrix products, relative to the one of `REFERENCE_GFLOPS`."""
+    """Speed of this machine with torch's threads, relative to one thread of the reference machine."""
     import torch
 
-    a = torch.rand(768, 768)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(8):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = torch.rand(768, 768)
         a @ a
-    gflops = 8 * 2 * 768**3 / (time.perf_counter() - started) / 1e9
-    return gflops / REFERENCE_GFLOPS
+        started = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        gflops = 4 * 2 * 768**3 / (time.perf_counter() - started) / 1e9
+    finally:
+        torch.set_num_threads(threads)
+    return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if threads > 1 else 1.0)
