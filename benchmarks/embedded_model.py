@@ -2,8 +2,8 @@
 
     python benchmarks/embedded_model.py ../shared/benchmark/fox_run ../shared/benchmark/frog_jump --sheet sheet.png
 
-For each case: the scores of `sv4d_ns.training.evaluate` for the `nv8` views, of copying the input frame and of the
-model, and the time of sampling. The cases are rendered game assets, nothing the model was trained on.
+For each case: the scores of `sv4d_ns.diffusion_training.evaluate` for the `nv8` views, of copying the input frame and
+of the model, and the time of sampling. The cases are rendered game assets, nothing the model was trained on.
 """
 
 import json
@@ -18,12 +18,12 @@ import tyro
 from jaxtyping import UInt8
 from PIL import Image
 
-from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.diffusion.embedded import load_embedded_pipeline
-from sv4d_ns.diffusion.grid import generate_grid
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.training.data import to_model_images
-from sv4d_ns.training.evaluate import as_floats, score, table
+from sv4d_ns.diffusion.sv4d.grid import generate_grid
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion_training.data import to_model_images
+from sv4d_ns.diffusion_training.evaluate import as_floats, score, table
+from sv4d_ns.geometry.cameras import ViewPlan
 
 SHEET_FRAMES = (0, 7, 14)
 

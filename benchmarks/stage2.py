@@ -21,16 +21,16 @@ from grid_fit import FitOptions, GridFit
 from jaxtyping import UInt8
 from PIL import Image
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import one_sentence_errors
+from sv4d_ns.diffusion_training.evaluate import FIRST_EVALUATED
 from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, load_backbones, pair_figures, video_figures
-from sv4d_ns.files import atomic_path
-from sv4d_ns.procedural import creature, render
-from sv4d_ns.renders import agreement, joint_confidence, render_grid
-from sv4d_ns.synthesis import ViewSynthesizer, load_synthesizer, resize_rgba
-from sv4d_ns.training.evaluate import FIRST_EVALUATED
-from sv4d_ns.views import ViewGrid, over_white
+from sv4d_ns.field.images import agreement, joint_confidence, render_grid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.synthesis.base import ViewSynthesizer, load_synthesizer, resize_rgba
+from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.utils.errors import one_sentence_errors
+from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.views.grid import ViewGrid, over_white
 
 ELEVATED = ((45.0, 30.0), (225.0, 30.0))
 """Azimuth and elevation of the views nothing is made for, degrees."""

@@ -14,13 +14,13 @@ import torch
 import tyro
 from jaxtyping import Bool, Float, UInt8
 
-from sv4d_ns.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
 from sv4d_ns.diffusion.embedded import load_embedded_pipeline
-from sv4d_ns.diffusion.grid import GridOptions, generate_grid
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.diffusion.windows import ViewReferences
-from sv4d_ns.evaluation.images import psnr, silhouette_iou
-from sv4d_ns.training.evaluate import FIRST_EVALUATED, Clip, as_floats, held_out_clip
+from sv4d_ns.diffusion.sv4d.grid import GridOptions, generate_grid
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.windows import ViewReferences
+from sv4d_ns.diffusion_training.evaluate import FIRST_EVALUATED, Clip, as_floats, held_out_clip
+from sv4d_ns.geometry.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
+from sv4d_ns.metrics.images import psnr, silhouette_iou
 
 VOXELS = 72
 FRAMES = 8

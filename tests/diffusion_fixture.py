@@ -5,8 +5,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline, released_scheduler
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
 
 CAMERA_DIMS = [8, 16, 16]
 FRAMES, VIEWS, SIZE = 3, 2, 16

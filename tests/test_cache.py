@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from sv4d_ns.cache import WINDOWS, entries, flaws, leftovers
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.cli import main
-from sv4d_ns.diffusion.store import WindowStore
-from sv4d_ns.errors import InputError
-from sv4d_ns.runs import SUMMARY_FILE, record_run, release_run
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.cli.main import main
+from sv4d_ns.diffusion.window_store import WindowStore
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.runs.cache import WINDOWS, entries, flaws, leftovers
+from sv4d_ns.runs.layout import SUMMARY_FILE, record_run, release_run
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sv4d_ns.cameras import CAMERA_RADIUS, OBJECT_BOX, ViewPlan, look_at_cameras
-from sv4d_ns.errors import InputError
+from sv4d_ns.geometry.cameras import CAMERA_RADIUS, OBJECT_BOX, ViewPlan, look_at_cameras
+from sv4d_ns.utils.errors import InputError
 
 azimuths = st.floats(-720, 720)
 elevations = st.floats(-89, 89)

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import json
 import math
 import sys
 
@@ -12,11 +13,11 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 from diffusion_fixture import CAMERA_DIMS, FRAMES, SIZE, VIEWS, tiny_pipeline, tiny_unet, tiny_video
 
 from sv4d_ns.diffusion import lora
-from sv4d_ns.diffusion.conditioning import CLIP_MEAN, CLIP_STD, camera_angles, clip_pixels
 from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
-from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline, released_scheduler
-from sv4d_ns.errors import InputError
+from sv4d_ns.diffusion.sv4d.conditioning import CLIP_MEAN, CLIP_STD, camera_angles, clip_pixels
+from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.utils.errors import InputError
 
 AZIMUTHS, ELEVATIONS = [90.0, 200.0], [0.0, -10.0]
 
@@ -177,6 +178,16 @@ def test_saved_and_loaded(pipeline, tmp_path):
     assert dict(loaded.config).items() >= {"camera_dims": CAMERA_DIMS, "num_frames": FRAMES}.items()
     assert set(loaded.components) == {"vae", "image_encoder", "unet", "scheduler"}
     assert torch.equal(run(loaded), run(pipeline))
+
+
+def test_saved_before_the_modules_moved(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"][0] == "sv4d_ns.diffusion.sv4d.unet"
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({**index, "unet": ["sv4d_ns.diffusion.unet", *index["unet"][1:]]})
+    )
+    assert type(StableVideo4D2Pipeline.from_pretrained(tmp_path).unet) is type(pipeline.unet)
 
 
 def embedded_pipeline() -> StableVideo4D2Pipeline:

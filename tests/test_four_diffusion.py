@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sv4d_ns.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
 from sv4d_ns.diffusion.embedded import load_embedded_pipeline
-from sv4d_ns.errors import InputError
-from sv4d_ns.fields.hash_grid import HashGrid
-from sv4d_ns.fields.space_time import SpaceTimeField, SpaceTimeFieldConfig
-from sv4d_ns.four_diffusion.anchor import KNOWN_POSE, choose_anchor, nearest_view
-from sv4d_ns.four_diffusion.cameras import (
+from sv4d_ns.distillation.anchor import KNOWN_POSE, choose_anchor, nearest_view
+from sv4d_ns.distillation.cameras import (
     DISTANCE,
     FIELD_OF_VIEW,
     HIGHEST_ELEVATION_DEG,
@@ -21,18 +17,22 @@ from sv4d_ns.four_diffusion.cameras import (
     draw_views,
     draw_window,
 )
-from sv4d_ns.four_diffusion.losses import ssim
-from sv4d_ns.four_diffusion.motion import motion_loss
-from sv4d_ns.four_diffusion.objective import Objective, ObjectiveConfig, make_anchor
-from sv4d_ns.four_diffusion.occupancy import SharedOccupancyGrid
-from sv4d_ns.four_diffusion.perceptual import load_lpips
-from sv4d_ns.four_diffusion.priors import SV4DPrior
-from sv4d_ns.four_diffusion.rendering import RenderSettings, grid_rays, render
-from sv4d_ns.four_diffusion.schedules import reference_step
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.procedural import creature
-from sv4d_ns.procedural import render as render_creature
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.distillation.losses import ssim
+from sv4d_ns.distillation.motion import motion_loss
+from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anchor
+from sv4d_ns.distillation.priors import SV4DPrior
+from sv4d_ns.distillation.rendering import RenderSettings, grid_rays, render
+from sv4d_ns.distillation.schedules import reference_step
+from sv4d_ns.field.hash_grid import HashGrid
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
+from sv4d_ns.field.space_time import SpaceTimeField, SpaceTimeFieldConfig
+from sv4d_ns.geometry.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
+from sv4d_ns.metrics.anchor_lpips import load_lpips
+from sv4d_ns.training_data.procedural import creature
+from sv4d_ns.training_data.procedural import render as render_creature
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid
 
 SMALL = SpaceTimeFieldConfig(
     half_extent=OBJECT_BOX,

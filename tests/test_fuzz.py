@@ -9,8 +9,8 @@ from fuzz_targets import TARGETS, example
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.video.framing import Framing
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.video.crop import Framing
 
 DOSE = settings(
     max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusion_fixture import FRAMES, VIEWS, tiny_pipeline, tiny_unet, tiny_video, unet_inputs
 
-from sv4d_ns.diffusion import attention
 from sv4d_ns.diffusion.memory import Chunks
-from sv4d_ns.diffusion.plan import CARDS, GIB, Offload, dry_run, plan_memory
-from sv4d_ns.diffusion.plan_cli import command
-from sv4d_ns.errors import InputError
+from sv4d_ns.diffusion.planner.command import command
+from sv4d_ns.diffusion.planner.plan import CARDS, GIB, Offload, dry_run, plan_memory
+from sv4d_ns.diffusion.sv4d import attention
+from sv4d_ns.utils.errors import InputError
 
 
 class Crowded(torch.nn.Module):

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.grid import GeneratedGrid, GridOptions
-from sv4d_ns.diffusion.plan import GIB, Offload, Plan
-from sv4d_ns.diffusion.windows import ViewReferences, WindowStride
-from sv4d_ns.errors import InputError
-from sv4d_ns.synthesis import (
+from sv4d_ns.diffusion.planner.plan import GIB, Offload, Plan
+from sv4d_ns.diffusion.sv4d.grid import GeneratedGrid, GridOptions
+from sv4d_ns.diffusion.sv4d.windows import ViewReferences, WindowStride
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.synthesis.base import (
     DiffusionSynthesizer,
     fitting_offload,
     from_model_space,
@@ -21,7 +20,8 @@ from sv4d_ns.synthesis import (
     resize_rgba,
     to_model_space,
 )
-from sv4d_ns.views import over_white
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import over_white
 
 
 def disc(size: int = 32) -> np.ndarray:

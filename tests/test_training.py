@@ -10,17 +10,22 @@ import pytest
 import torch
 from diffusion_fixture import tiny_pipeline
 
-from sv4d_ns.cameras import ViewPlan
 from sv4d_ns.diffusion.embedded import embedded_folder, load_embedded_pipeline
 from sv4d_ns.diffusion.embedded.modules import PooledImageEncoder
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.errors import InputError
-from sv4d_ns.training import loss as objective
-from sv4d_ns.training import train as trainer
-from sv4d_ns.training.checkpoint import checkpoints
-from sv4d_ns.training.config import TrainConfig, check
-from sv4d_ns.training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, BatchShape, draw_cameras, make_batch, to_model_images
-from sv4d_ns.training.evaluate import (
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion_training import loss as objective
+from sv4d_ns.diffusion_training import train as trainer
+from sv4d_ns.diffusion_training.checkpoint import checkpoints
+from sv4d_ns.diffusion_training.config import TrainConfig, check
+from sv4d_ns.diffusion_training.data import (
+    HELD_OUT_SEEDS,
+    TRAINING_SEEDS,
+    BatchShape,
+    draw_cameras,
+    make_batch,
+    to_model_images,
+)
+from sv4d_ns.diffusion_training.evaluate import (
     EvaluateConfig,
     as_floats,
     evaluate,
@@ -29,8 +34,10 @@ from sv4d_ns.training.evaluate import (
     motion_error,
     score,
 )
-from sv4d_ns.training.model import ModelConfig, bypassed, camera_vectors_of, fit_autoencoder
-from sv4d_ns.training.train import Trainer, prepare, train
+from sv4d_ns.diffusion_training.model import ModelConfig, bypassed, camera_vectors_of, fit_autoencoder
+from sv4d_ns.diffusion_training.train import Trainer, prepare, train
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils.errors import InputError
 
 MICRO = ModelConfig(
     image_size=16, latent_channels=12, channels=(32, 32), head_dim=16, embedding_dim=8, camera_dims=(4, 8, 8)

@@ -10,14 +10,14 @@ class Terminal:
 
     def say(self, line: str) -> None:
         """Print a finding."""
-        from sv4d_ns.progress import say
+        from sv4d_ns.utils.progress import say
 
         say(line)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[], None]]:
         """A bar of `total` steps; yields the function that counts one."""
-        from sv4d_ns.progress import bar
+        from sv4d_ns.utils.progress import bar
 
         with bar(what.capitalize()) as show:
             done = count(1)

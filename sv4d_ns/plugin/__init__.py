@@ -1,1 +1,1 @@
-"""What nerfstudio is given and told: the only room that knows how its commands speak."""
+"""The nerfstudio classes of both methods; nothing else in the package subclasses nerfstudio."""

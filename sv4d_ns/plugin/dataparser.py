@@ -14,8 +14,8 @@ import torch
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 
-from sv4d_ns.errors import InputError, one_sentence_errors
 from sv4d_ns.plugin.quiet import silence_known_warnings
+from sv4d_ns.utils.errors import InputError, one_sentence_errors
 
 silence_known_warnings()
 
@@ -45,8 +45,8 @@ class Moment(DataParser):
         from nerfstudio.cameras.cameras import Cameras, CameraType
         from nerfstudio.data.scene_box import SceneBox
 
-        from sv4d_ns.cameras import OBJECT_BOX
-        from sv4d_ns.views import ViewGrid, image_name
+        from sv4d_ns.geometry.cameras import OBJECT_BOX
+        from sv4d_ns.views.grid import ViewGrid, image_name
 
         with one_sentence_errors():
             grid, frame = ViewGrid.load(self.config.data), self.config.frame

@@ -14,12 +14,12 @@ from jaxtyping import Float, UInt8
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from sv4d_ns.cameras import CAMERA_RADIUS, look_at_cameras
-from sv4d_ns.visibility import surface_map
+from sv4d_ns.field.visibility import surface_map
+from sv4d_ns.geometry.cameras import CAMERA_RADIUS, look_at_cameras
 
 if TYPE_CHECKING:
-    from sv4d_ns.occupancy import OccupancyGrid
-    from sv4d_ns.views import ViewGrid
+    from sv4d_ns.field.occupancy import OccupancyGrid
+    from sv4d_ns.views.grid import ViewGrid
 
 MAP_SIZE = 80
 """Pixels along the side of the maps surfaces are taken from: about 0.015 world units each."""
@@ -88,7 +88,7 @@ def unseen(
         rendered: alpha of the field at some novel views and frames.
         generated: alpha of the novel views stage 1 began with, there.
     """
-    from sv4d_ns.renders import silhouette_iou
+    from sv4d_ns.field.images import silhouette_iou
 
     agreement = silhouette_iou(rendered, generated) if generated.size else None
     made = grid.provenance.get("model") is not None

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sv4d_ns.progress import CONSOLE, say
+from sv4d_ns.utils.progress import CONSOLE, say
 
 WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     # nerfstudio 1.1.5 calls what torch has renamed since

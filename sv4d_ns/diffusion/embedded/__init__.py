@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+    from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 
 
 REACH = (
@@ -35,8 +35,8 @@ def load_embedded_pipeline(
 
     # diffusers loads components only from modules that are imported already
     import sv4d_ns.diffusion.embedded.modules  # noqa: F401
-    from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-    from sv4d_ns.errors import InputError
+    from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+    from sv4d_ns.utils.errors import InputError
 
     folder = embedded_folder()
     if not (folder / "model_index.json").is_file():

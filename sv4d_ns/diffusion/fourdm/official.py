@@ -25,7 +25,7 @@ from sv4d_ns.diffusion.fourdm.checkpoints import MOTION, convert_network
 from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 IMAGEDREAM = "ashawkey/imagedream-ipmv-diffusers"
 """ImageDream (pixel controller), Stable Diffusion 2.1's autoencoder, OpenCLIP ViT-H/14's two halves; openrail."""
