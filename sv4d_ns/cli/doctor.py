@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -12,22 +12,27 @@ from jaxtyping import UInt8
 from sv4d_ns.utils.files import atomic_path
 
 
+def _as_in_training(name: str) -> Any:
+    """A setting under the flag it has in ns-train, too: what the findings advise can be tried here."""
+    return tyro.conf.arg(aliases=[f"--pipeline.datamanager.{name.replace('_', '-')}"])
+
+
 @dataclass
 class Doctor:
     """Read a video, cut the object out and frame it as ns-train sv4d does, and say what was chosen and what to mend."""
 
     video: Annotated[Path, tyro.conf.Positional]
     """A video, an animated picture, a folder of pictures or a pattern."""
-    max_frames: int | None = None
-    """As --pipeline.datamanager.max-frames of ns-train sv4d; 21 where no rate is given."""
-    fps: float | None = None
-    """As --pipeline.datamanager.fps."""
-    masks: Path | None = None
-    """As --pipeline.datamanager.masks."""
-    matting: str | None = None
-    """As --pipeline.datamanager.matting."""
-    crop: Literal["fixed", "stabilised", "released"] = "fixed"
-    """As --pipeline.datamanager.crop."""
+    max_frames: Annotated[int | None, _as_in_training("max_frames")] = None
+    """Frames taken from the video, evenly in time; 21 where no rate is given."""
+    fps: Annotated[float | None, _as_in_training("fps")] = None
+    """Take so many frames a second instead."""
+    masks: Annotated[Path | None, _as_in_training("masks")] = None
+    """A folder, pattern or video of masks, one for each frame."""
+    matting: Annotated[str | None, _as_in_training("matting")] = None
+    """Model of rembg that finds the object."""
+    crop: Annotated[Literal["fixed", "stabilised", "released"], _as_in_training("crop")] = "fixed"
+    """The square shown to the model."""
     picture: Path | None = None
     """Write the cut-out frames side by side as one picture (png)."""
 

@@ -62,6 +62,8 @@ class SV4DTrainerConfig(TrainerConfig):
     """`TrainerConfig` whose schedule has a fixed length and whose run knows its own folder."""
 
     _target: type = field(default_factory=lambda: SV4DTrainer)
+    data: Path | None = None
+    """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
     device: DeviceChoice = "auto"
     """Where to run: auto takes CUDA when there is one. The choice is printed."""
     show_config: bool = False
