@@ -48,7 +48,7 @@ def command(arguments: Sequence[str]) -> None:
 
 def report(settings: Doctor) -> None:
     """Print what was read and chosen, and a line for each finding."""
-    from sv4d_ns.diffusion.embedded import REACH
+    from sv4d_ns.diffusion.bundled import REACH
     from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
     from sv4d_ns.utils.progress import say
 

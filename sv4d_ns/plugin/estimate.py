@@ -46,7 +46,7 @@ STATIC_STEP, MOVING_STEP = 0.05, 0.09
 STATIC_UNTIL = 0.12
 """Share of the schedule (`sampling.ScheduleConfig`)."""
 VIEW_SECONDS = 0.012
-"""Of a generated picture of the embedded model."""
+"""Of a generated picture of the bundled model."""
 ROUND_SECONDS = 0.046
 """Of a picture of stage 2, rendered and refined."""
 WARM_STEP, DISTILLING_STEP = 0.2, 1.5
@@ -55,7 +55,7 @@ START_SECONDS, END_SECONDS = 20.0, 24.0
 
 
 def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...]) -> Work:
-    """Of `ns-train sv4d` with the embedded model.
+    """Of `ns-train sv4d` with the bundled model.
 
     Args:
         rounds: the steps before which stage 2 renders and refines all views.
@@ -72,7 +72,7 @@ def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...]) -> W
 
 
 def distillation_work(steps: int, frames: int, views: int, warm_up: int) -> Work:
-    """Of `ns-train 4diffusion` with the embedded model; `warm_up` is the number of its first, cheap steps."""
+    """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps."""
     costs = np.where(np.arange(steps) < warm_up, WARM_STEP, DISTILLING_STEP)
     return Work(START_SECONDS + VIEW_SECONDS * frames * views, costs, end=END_SECONDS)
 

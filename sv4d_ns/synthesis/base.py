@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sv4d_ns.diffusion.embedded import REACH
+from sv4d_ns.diffusion.bundled import REACH
 from sv4d_ns.diffusion.seams import WHITE_EDGES, BoundaryDrift
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
@@ -137,7 +137,7 @@ def refine_sigma(scheduler: Mapping[str, Any], strength: float) -> float:
 
 @dataclass
 class DiffusionSynthesizer:
-    """`ViewSynthesizer` around a `StableVideo4D2Pipeline` (official or embedded weights)."""
+    """`ViewSynthesizer` around a `StableVideo4D2Pipeline` (official weights, or a model of `sv4d train`)."""
 
     pipeline: "StableVideo4D2Pipeline"
     name: str
@@ -149,8 +149,6 @@ class DiffusionSynthesizer:
     """Denoising steps of `refine` from its noise level down; None takes the pipeline's own step size."""
     refine_strength: float = 0.4
     """Noise level of `refine` where the user names none (our choice; the paper does not say)."""
-    refine_draws: int = 1
-    """Draws of noise whose results `refine` averages."""
     options: "GridOptions | None" = None
     """How grids are generated; the defaults where None."""
 
@@ -181,7 +179,6 @@ class DiffusionSynthesizer:
             "code": __version__,
             "num_inference_steps": self.num_inference_steps,
             "refine_inference_steps": self.refine_inference_steps,
-            "refine_draws": self.refine_draws,
             "options": asdict(self._options),
             "pipeline": scalars,
         }
@@ -209,24 +206,13 @@ class DiffusionSynthesizer:
         self.pipeline.scheduler = type(full_schedule).from_config(
             full_schedule.config, sigma_max=refine_sigma(full_schedule.config, strength)
         )
-        draws = self.refine_draws
         try:
-            grids = [
-                self._run(
-                    frames,
-                    plan,
-                    steps,
-                    seed=seed + DRAW_SEEDS * draw,
-                    store=store if draw == 0 else store / f"draw{draw}",
-                    progress=lambda done, total, draw=draw: progress(draw * total + done, draws * total),  # type: ignore[misc]
-                    initial_views=renders,
-                )
-                for draw in range(draws)
-            ]
+            grid = self._run(
+                frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders
+            )  # fmt: skip
         finally:
             self.pipeline.scheduler = full_schedule
-        mean = torch.stack([grid.images for grid in grids]).mean(0)
-        return replace(from_model_space(mean), drift=grids[0].drift)
+        return replace(from_model_space(grid.images), drift=grid.drift)
 
     def _run(
         self,
@@ -262,16 +248,6 @@ class DiffusionSynthesizer:
         )
 
 
-EMBEDDED_REFINE_STEPS = 1
-"""Denoising steps of the embedded model in stage 2: like its generation, best in one (more add grain)."""
-EMBEDDED_REFINE_STRENGTH = 0.9
-"""Its noise level in stage 2, by measurement (docs/optimisation.md)."""
-EMBEDDED_REFINE_DRAWS = 2
-"""It paints a mean, and two draws are nearer to that than one; four are no better."""
-DRAW_SEEDS = 1000
-"""Between the seeds of two draws; rounds of stage 2 are 1 apart."""
-
-
 def fitting_offload(plan: "Plan", memory: float) -> tuple["Offload", str]:
     """The fastest way of offloading that fits into `memory` bytes of a device, and a sentence that says why.
 
@@ -285,7 +261,7 @@ def fitting_offload(plan: "Plan", memory: float) -> tuple["Offload", str]:
         least = min(plan.bytes_by_offload.values()) / GIB
         raise InputError(
             f"The official model needs {least:.1f} GiB of device memory even where every layer is offloaded, and this "
-            f"device has {memory / GIB:.1f} GiB: use --pipeline.datamanager.synthesis embedded."
+            f"device has {memory / GIB:.1f} GiB: use --pipeline.datamanager.synthesis bundled."
         )
     peak, seconds = plan.bytes_by_offload[offload] / GIB, plan.seconds_by_offload[offload]
     return offload, (
@@ -308,7 +284,15 @@ def apply_offload(pipeline: "StableVideo4D2Pipeline", offload: "Offload", device
         pipeline.enable_sequential_cpu_offload(device=device)
 
 
-SynthesisChoice = Literal["auto", "embedded", "official"]
+SynthesisChoice = Literal["auto", "bundled", "official"]
+OFFICIAL_OPTIONS = ("references", "guidance_scale", "camera_attention")
+"""Of these the bundled model has none."""
+
+
+BUNDLED = "sv4d_ns bundled"
+"""Name of the model of this package, in provenance and messages."""
+BUNDLED_SIZE = 128
+"""Pixels per side of its views: twice the network's, because the colours that the input shows are taken from it."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +308,7 @@ class ModelFacts:
 
 
 MODELS = {
-    "embedded": ModelFacts("sv4d_ns embedded", 64, ViewPlan.EMBEDDED, REACH),
+    "bundled": ModelFacts(BUNDLED, BUNDLED_SIZE, ViewPlan.BUNDLED, REACH),
     # the 8-view model: its views close the ring around the object in one call, so they agree with each other
     "official": ModelFacts(
         "stabilityai/sv4d2.0 (8 views)", 576, ViewPlan.OFFICIAL_8, "The sides the camera does not see are its guess."
@@ -332,7 +316,7 @@ MODELS = {
 }
 
 
-def choose_model(choice: SynthesisChoice, device: str) -> tuple[Literal["embedded", "official"], str]:
+def choose_model(choice: SynthesisChoice, device: str) -> tuple[Literal["bundled", "official"], str]:
     """Which model makes the views on a device, and why.
 
     Raises:
@@ -342,10 +326,10 @@ def choose_model(choice: SynthesisChoice, device: str) -> tuple[Literal["embedde
     if choice == "official" and not on_cuda:
         raise InputError(
             "--pipeline.datamanager.synthesis official needs a CUDA device (12 GB of weights, hours on a CPU): "
-            "use --pipeline.datamanager.synthesis embedded on this machine."
+            "use --pipeline.datamanager.synthesis bundled on this machine."
         )
     reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
-    return "official" if choice == "official" or (choice == "auto" and on_cuda) else "embedded", reason
+    return "official" if choice == "official" or (choice == "auto" and on_cuda) else "bundled", reason
 
 
 def load_synthesizer(
@@ -359,7 +343,7 @@ def load_synthesizer(
 
     Args:
         choice: `auto` takes the official SV4D 2.0 weights on a CUDA device (2 billion parameters are out of reach of
-            a CPU) and the embedded model elsewhere; the other values say it outright.
+            a CPU) and the bundled model elsewhere; the other values say it outright.
         device: torch device string.
         num_inference_steps: denoising steps; None takes the model's own default.
         options: values of `GridOptions` by name; None, for any of them, takes what suits the model.
@@ -373,30 +357,30 @@ def load_synthesizer(
 
     chosen, reason = choose_model(choice, device)
     facts = MODELS[chosen]
-    if chosen == "official":
-        from sv4d_ns.diffusion.planner.plan import Offload, plan_memory, this_device
-        from sv4d_ns.diffusion.weights.official import load_official_pipeline
-
-        _, card = this_device("cuda")
-        offload, memory = fitting_offload(plan_memory("official8", card), card.memory)
-        say(memory)
-        place = device if offload is Offload.NONE else "cpu"
-        pipeline, references = load_official_pipeline(place, "sv4d2_8views.safetensors"), ViewReferences.ANCHORED
-        apply_offload(pipeline, offload, device)
-        stage_2: dict[str, Any] = {}
-    else:
-        from sv4d_ns.diffusion.embedded import load_embedded_pipeline
-
-        pipeline = load_embedded_pipeline(device)
-        stage_2 = {
-            "refine_inference_steps": EMBEDDED_REFINE_STEPS,
-            "refine_strength": EMBEDDED_REFINE_STRENGTH,
-            "refine_draws": EMBEDDED_REFINE_DRAWS,
-        }
-        references = ViewReferences.INDEPENDENT  # measured: see docs/views.md
+    sentence = f"{facts.name} at {facts.size}x{facts.size} pixels, because {reason}."
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    grid_options = GridOptions.from_values({"references": references, **given})
+    if chosen == "bundled":
+        from sv4d_ns.synthesis.bundled import load_bundled_synthesizer
+
+        for option in OFFICIAL_OPTIONS:
+            if option in given:
+                flag = "view-references" if option == "references" else option.replace("_", "-")
+                raise InputError(
+                    f"--pipeline.datamanager.{flag} is a setting of the official model, and the bundled one is used: "
+                    "leave it out."
+                )
+        return load_bundled_synthesizer(device, num_inference_steps), sentence
+    from sv4d_ns.diffusion.planner.plan import Offload, plan_memory, this_device
+    from sv4d_ns.diffusion.weights.official import load_official_pipeline
+
+    _, card = this_device("cuda")
+    offload, memory = fitting_offload(plan_memory("official8", card), card.memory)
+    say(memory)
+    place = device if offload is Offload.NONE else "cpu"
+    pipeline = load_official_pipeline(place, "sv4d2_8views.safetensors")
+    apply_offload(pipeline, offload, device)
+    grid_options = GridOptions.from_values({"references": ViewReferences.ANCHORED, **given})
     synthesizer = DiffusionSynthesizer(
-        pipeline, facts.name, facts.size, facts.plan, num_inference_steps, options=grid_options, **stage_2
+        pipeline, facts.name, facts.size, facts.plan, num_inference_steps, options=grid_options
     )
-    return synthesizer, f"{facts.name} at {facts.size}x{facts.size} pixels, because {reason}."
+    return synthesizer, sentence

@@ -7,6 +7,13 @@ if TYPE_CHECKING:
     from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
 
 
+REACH = (
+    "Of the sides the camera does not see, expect outline, main colours and motion, blurred, and wrong in detail: it is "
+    "a small model, trained for hours on a few cores."
+)
+"""How far the shipped model reaches, in the words its users read; the figures are in its model card."""
+
+
 def bundled_folder() -> Path:
     """The folder of the shipped model, in diffusers' layout."""
     return Path(__file__).parent / "weights"
