@@ -84,7 +84,7 @@ def command_flags() -> dict[str, set[str]]:
         "sv4d plan": fields(PACKAGE / "diffusion" / "planner" / "command.py"),
         "sv4d convert": fields(PACKAGE / "diffusion" / "weights" / "convert.py"),
         "sv4d cache": fields(PACKAGE / "runs" / "cache.py"),
-        "sv4d train": training | below("model", training),
+        "sv4d train": training | below("model", training) | {"config"},
         "sv4d data": set().union(*(dataclasses_of(path) for path in (PACKAGE / "training_data").rglob("*.py"))),
     }
 
