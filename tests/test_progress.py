@@ -89,3 +89,22 @@ def test_durations_are_read_at_a_glance() -> None:
     assert [clock(value) for value in (None, 0.4, 59.4, 61, 3599, 3725)] == [
         *("-", "0 s", "59 s", "1:01 min", "59:59 min", "1:02 h"),
     ]
+
+
+def test_nerfstudios_table_becomes_figures_behind_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own table is as wide as it has figures, and steps back over lines a narrow terminal has broken."""
+    from nerfstudio.utils import writer
+
+    from sv4d_ns.plugin.bar_writer import BarWriterConfig
+    from sv4d_ns.utils.progress import TrainingBar
+
+    events = [("Train Iter (time)", 0.1234), ("Train Rays / Sec", 21_500.0), ("ETA (time)", 90.0), ("other", 1.0)]
+    monkeypatch.setattr(writer, "EVENT_STORAGE", [{"name": name, "event": value, "step": 10} for name, value in events])
+    monkeypatch.setattr(writer, "GLOBAL_BUFFER", {"steps_per_log": 10, "step": 10, "max_iter": 100, "events": {}})
+    shown: list[str] = []
+    one = BarWriterConfig(enable=True).setup()
+    one.bar = TrainingBar()
+    monkeypatch.setattr(TrainingBar, "also", lambda self, text: shown.append(text))
+    one.write_stats_log(10)
+    one.write_stats_log(11)
+    assert shown == ["Train Iter 123 ms, Train Rays / Sec 21.50 K"]

@@ -13,6 +13,7 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 
 from sv4d_ns.fitting.settings import DEFAULT_FRAMES
+from sv4d_ns.plugin.bar_writer import show_behind
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.estimate import Remaining, Work, sv4d_work, time_sentence
 from sv4d_ns.plugin.help import first_in_help
@@ -297,6 +298,7 @@ class SV4DTrainer(Trainer):
             self._adopt_views()
             self._resume_in_place()
             super().setup(test_mode)
+            show_behind(self.bar)
 
     def _adopt_views(self) -> None:
         """Copy the view grids of the run we continue, so that every run folder is complete."""
