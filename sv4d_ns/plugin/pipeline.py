@@ -20,6 +20,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from sv4d_ns.plugin.datamanager import SV4DDataManager, SV4DDataManagerConfig
 from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModel, SV4DModelConfig
+from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.viewer import Playback, StartCamera
 from sv4d_ns.runs.layout import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
 from sv4d_ns.utils.devices import ensure_ffmpeg_on_path
@@ -85,6 +86,7 @@ class SV4DPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: "GradScaler | None" = None,
     ):
+        silence_nerfstudio()
         if test_mode != "val":
             ensure_ffmpeg_on_path()
         with one_sentence_errors():

@@ -292,7 +292,6 @@ class SV4DTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
-        silence_nerfstudio()  # also for a trainer that no command line made
         with one_sentence_errors():
             self._stage_1 = self.config.stage_1()
             self._adopt_views()
