@@ -247,6 +247,8 @@ class SV4DTrainer(Trainer):
     def __init__(self, config: SV4DTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
         super().__init__(config, local_rank, world_size)
         self.bar = TrainingBar()
+        self.remaining: Remaining | None = None
+        """The time that is left; None until training begins."""
         self.total_steps = config.max_num_iterations
         self._last_step: int | None = None
         self._in_step = False
@@ -258,7 +260,7 @@ class SV4DTrainer(Trainer):
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
-        left = self.remaining.after(step + 1)
+        left = None if self.remaining is None else self.remaining.after(step + 1)
         phase, run = (None, None) if left is None else left
         note = f"{self._psnr:.1f} dB" + ("" if run is None else f", run {clock(run)}")
         self.bar.update("Fitting the 4D field", step + 1, self.total_steps, note, phase)
