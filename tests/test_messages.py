@@ -112,7 +112,7 @@ def test_the_doctor_answers_without_torch_and_nerfstudio() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(SAMPLE)], capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
-    assert "The far side is made by a model." in done.stdout
+    assert "How far the bundled model reaches" in done.stdout
 
 
 def test_the_first_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ def report(settings: Doctor) -> None:
     from sv4d_ns.diffusion.bundled import REACH
     from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
     from sv4d_ns.utils.progress import say
+    from sv4d_ns.video import CropRule, load_object_video
 
     video = load_object_video(
         settings.video,
@@ -66,7 +67,7 @@ def report(settings: Doctor) -> None:
         say(f"- {message}")
     if not video.findings:
         say("Nothing was found that would spoil the result.")
-    say(f"The far side is made by a model. Of the bundled one, which runs on a CPU: {REACH}")
+    say(f"How far the bundled model reaches, which a run on a CPU takes: {REACH}")
     if settings.picture is not None:
         write_sheet(video.frames, settings.picture)
         say(f"The cut-out frames: {settings.picture}")
