@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 REACH = (
-    "Expect outline, main colours and motion of the sides the camera does not see, blurred, and wrong in detail: it is a "
-    "small model, trained for hours on a few cores."
+    "Expect outline, main colours and motion of the sides the camera does not see, blurred, and wrong in detail: it is "
+    "a small model, trained for hours on a few cores."
 )
 """How far the shipped model reaches, in the words its users read; the figures are in its model card."""
 
