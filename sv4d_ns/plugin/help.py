@@ -43,9 +43,10 @@ def first_in_help(*names: str) -> Callable[[Config], Config]:
 
 def _suppress(config: Any, names: Sequence[str]) -> None:
     hints = get_type_hints(config, include_extras=True)
+    suppress: Any = tyro.conf.Suppress  # a generic to type checkers, which want its argument to be a type's name
     config.__annotations__ = {
         **vars(config).get("__annotations__", {}),
-        **{name: tyro.conf.Suppress[hints[name]] for name in names},
+        **{name: suppress[hints[name]] for name in names},
     }
 
 
