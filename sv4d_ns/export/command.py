@@ -57,8 +57,8 @@ class _Export:
             from sv4d_ns.export.terminal import Terminal
 
             run = load_run(self.load_config)
-            with Terminal() as terminal:
-                files, advice = self.write(run, folder, terminal)
+            terminal = Terminal()
+            files, advice = self.write(run, folder, terminal)
             for line in [*(_described(file) for file in files), advice]:
                 terminal.say(line)
 

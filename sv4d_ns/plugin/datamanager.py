@@ -22,10 +22,12 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
-from nerfstudio.utils.rich_utils import CONSOLE
 
+from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.runs.layout import newest_views, windows_folder
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
     from sv4d_ns.fitting.batch_sampler import Window
@@ -36,10 +38,7 @@ if TYPE_CHECKING:
     from sv4d_ns.views.grid import ViewGrid
 
 
-DEFAULT_FRAMES = 21
-"""Frames taken where the user names neither a number nor a rate (as in the SV4D papers)."""
-
-
+@first_in_help("max_frames", "fps", "masks", "matting", "crop", "synthesis", "seed")
 @dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Where the views come from and how their pixels are drawn."""
@@ -51,8 +50,6 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Unused: cameras and images come from the view grid."""
     run_dir: tyro.conf.Suppress[Path | None] = None
     """The run's own folder, where its view grids are; filled in when the run is created."""
-    expected_steps: tyro.conf.Suppress[int] = 0
-    """Training steps of the run, for the estimate of its time; filled in like `run_dir`."""
     max_frames: int | None = None
     """Frames taken from the video, evenly in time; shorter videos keep all of theirs. The default is 21, as in the SV4D
     papers (with --pipeline.datamanager.fps: all at that rate). 1 makes a model of the first frame that stands still."""
@@ -69,7 +66,7 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """The square shown to the model: fixed is centred on the object over all frames; stabilised follows an object that
     travels (ns-export's --root-motion gives the travel back); released is the released script's, around the middle of
     the picture."""
-    input_size: int = 256
+    input_size: int = INPUT_SIZE
     """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
     synthesis: Annotated[
         Literal["auto", "bundled", "official", "fourdm"], tyro.conf.arg(aliases=["--pipeline.synthesis"])
@@ -113,8 +110,11 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     patches: int = 4
     """Patches of 16x16 rays in a training step, for the structural loss."""
 
-    def check_data(self) -> None:
+    def check_data(self) -> "ObjectVideo | None":
         """Read what the user gave as the run will, so that a bad video stops before anything is written.
+
+        Returns:
+            The object of the video; None where views were given, which are then looked through as well.
 
         Raises:
             InputError: naming the file and the remedy.
@@ -126,8 +126,22 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
             from sv4d_ns.views.grid import ViewGrid
 
             ViewGrid.load(self.data)
-        else:
-            read_video(self)
+            return None
+        return read_video(self)
+
+    def model_sentences(self, device: str) -> str:
+        """Which model will make the views, why, and how far it reaches.
+
+        Raises:
+            InputError: the model cannot run on the device.
+        """
+        from sv4d_ns.synthesis.base import MODELS, choose_model
+
+        if self.synthesis == "fourdm":
+            return "4DM, because --pipeline.datamanager.synthesis fourdm."
+        name, reason = choose_model(self.synthesis, device)
+        facts = MODELS[name]
+        return f"{facts.name} at {facts.size}x{facts.size} pixels, because {reason}. {facts.reach}"
 
 
 def is_grid(data: Path) -> bool:
@@ -140,11 +154,10 @@ def read_video(config: SV4DDataManagerConfig) -> "ObjectVideo":
     from sv4d_ns.video import CropRule, load_object_video
 
     assert config.data is not None
-    max_frames = DEFAULT_FRAMES if config.max_frames is None and config.fps is None else config.max_frames
     return load_object_video(
         config.data,
         config.input_size,
-        max_frames,
+        frames_taken(config.max_frames, config.fps),
         config.frame_ratio,
         config.fps,
         config.masks,
@@ -273,20 +286,17 @@ class SV4DDataManager(VanillaDataManager):
     def synthesizer(self) -> "ViewSynthesizer":
         """The diffusion model; loaded when it is first needed, which is never outside training."""
         assert self.test_mode == "val", "views are generated in training only"
-        synthesizer, sentence = self._load_synthesizer()
-        CONSOLE.print(sentence)
-        return synthesizer
-
-    def _load_synthesizer(self) -> tuple["ViewSynthesizer", str]:
         from sv4d_ns.synthesis.base import load_synthesizer
 
         if self.config.synthesis == "fourdm":
             from sv4d_ns.synthesis.fourdm import load_fourdm_synthesizer
 
             c = self.config
-            return load_fourdm_synthesizer(
+            synthesizer, sentence = load_fourdm_synthesizer(
                 c.fourdm_checkpoint, c.imagedream, c.prompt, str(self.device), c.synthesis_steps
             )
+            say(sentence)
+            return synthesizer
         return load_synthesizer(
             self.config.synthesis,
             str(self.device),
@@ -298,7 +308,7 @@ class SV4DDataManager(VanillaDataManager):
                 "guidance_scale": self.config.guidance_scale,
                 "camera_attention": self.config.camera_attention,
             },
-        )
+        )[0]
 
     def _open_grid(self) -> tuple["ViewGrid", Path]:
         from sv4d_ns.views.grid import ViewGrid
@@ -308,7 +318,7 @@ class SV4DDataManager(VanillaDataManager):
         folder = newest_views(run_dir)
         if folder is not None:
             if self.test_mode == "val":
-                CONSOLE.print(f"Views: using those in {folder}.")
+                say(f"Views: using those in {folder}.")
             return ViewGrid.load(folder), folder
         if self.test_mode != "val":
             raise InputError(
@@ -327,14 +337,11 @@ class SV4DDataManager(VanillaDataManager):
         from sv4d_ns.diffusion.seams import drift_line
         from sv4d_ns.synthesis.base import resize_rgba
         from sv4d_ns.utils.files import content_hash
-        from sv4d_ns.utils.progress import bar, say_expected_time
+        from sv4d_ns.utils.progress import bar
         from sv4d_ns.views.grid import ViewGrid
 
         video = read_video(self.config)
-        for message in (*video.messages, *(finding.sentence for finding in video.findings)):
-            CONSOLE.print(message)
         plan = view_plan(self.config) or self.synthesizer.default_plan()
-        say_expected_time(len(video.frames), plan.num_views, self.config.expected_steps, str(self.device))
         frames = resize_rgba(video.frames, self.synthesizer.image_size)
         description = self.synthesizer.describe()
         key = content_hash(frames, plan.to_dict(), description, self.config.seed)
@@ -343,7 +350,7 @@ class SV4DDataManager(VanillaDataManager):
                 frames, plan, seed=self.config.seed, store=windows_folder(run_dir, key), progress=progress
             )
         if views.drift:
-            CONSOLE.print(drift_line(views.drift))
+            say(drift_line(views.drift))
         return ViewGrid(
             input_frames=video.frames,
             novel_views=views.images,
@@ -378,7 +385,7 @@ class SV4DDataManager(VanillaDataManager):
         kept = views_to_fit(self.grid, self.config.leave_out)
         left_out = [f"{azimuth:g}" for view, azimuth in enumerate(azimuths) if view not in kept]
         if left_out:
-            CONSOLE.print(
+            say(
                 f"The novel views at {', '.join(left_out)} degrees show nothing, or an object that contradicts all "
                 "other views: they are left out (--pipeline.datamanager.leave-out False keeps all but empty ones)."
             )

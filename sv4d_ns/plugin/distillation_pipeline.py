@@ -7,13 +7,14 @@ from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.distillation_model import FourDiffusionModel, FourDiffusionModelConfig
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.pipeline import SV4DPipeline, SV4DPipelineConfig
 from sv4d_ns.utils.errors import one_sentence_errors
+from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sv4d_ns.distillation.priors import ViewPrior
 
 
+@first_in_help("datamanager", "movies", "warm_up")
 @dataclass
 class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """What the field is optimised for."""
@@ -51,6 +53,14 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     model."""
     keep_views: bool = False
     """Go on fitting the grid's views while distilling; the reference does not."""
+
+    def warm_up_steps(self, total: int) -> int:
+        """Of `total` steps, those of the warm-up."""
+        assert isinstance(self.datamanager, SV4DDataManagerConfig)
+        share = self.warm_up
+        if share is None:
+            share = 0.0 if self.datamanager.synthesis == "fourdm" else 0.5
+        return int(share * total)
 
 
 class FourDiffusionPipeline(SV4DPipeline):
@@ -130,10 +140,7 @@ class FourDiffusionPipeline(SV4DPipeline):
 
     @property
     def _warm_up_steps(self) -> int:
-        share = self.config.warm_up
-        if share is None:
-            share = 0.0 if self._is_fourdm else 0.5
-        return int(share * self._total_steps)
+        return self.config.warm_up_steps(self._total_steps)
 
     @property
     def _is_fourdm(self) -> bool:
@@ -150,10 +157,10 @@ class FourDiffusionPipeline(SV4DPipeline):
         view = choose_anchor(grid, self.config.anchor_view)
         azimuth = (0.0, *grid.plan.azimuths_deg)[view]
         named = "the input video itself" if view == 0 else f"view {view} of the grid, at azimuth {azimuth:g} degrees"
-        CONSOLE.print(f"Anchor: {named} (--pipeline.anchor-view chooses another).")
+        say(f"Anchor: {named} (--pipeline.anchor-view chooses another).")
         lpips = load_lpips(self.device)
         if lpips is None:
-            CONSOLE.print(MISSING)
+            say(MISSING)
         size = self.config.anchor_size or min(2 * prior.image_size, 256)
         frames = self.config.frames_per_step
         if frames is None and str(self.device) == "cpu":

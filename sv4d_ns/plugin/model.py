@@ -15,11 +15,11 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import Model, ModelConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
 from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
@@ -233,7 +233,7 @@ class SV4DModel(Model):
         if not self.config.losses.perceptual:
             return None
         network, sentence = perceptual_network(self.device)
-        CONSOLE.print(sentence)
+        say(sentence)
         return network
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -16,23 +16,28 @@ from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.plugin.datamanager import SV4DDataManager, SV4DDataManagerConfig
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModel, SV4DModelConfig
+from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.viewer import Playback, StartCamera
 from sv4d_ns.runs.layout import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
 from sv4d_ns.utils.devices import ensure_ffmpeg_on_path
 from sv4d_ns.utils.errors import InputError, NotFiniteError, one_sentence_errors
+from sv4d_ns.utils.progress import say, say_whole
 
 if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
 
+    from sv4d_ns.field.images import ResultSheet
     from sv4d_ns.movies.movies import Subject
+    from sv4d_ns.plugin.honesty import Unseen
     from sv4d_ns.plugin.trainer import SV4DTrainer
     from sv4d_ns.views.grid import ViewGrid
 
 
+@first_in_help("datamanager", "refine_steps", "movies")
 @dataclass
 class SV4DPipelineConfig(VanillaPipelineConfig):
     """The two stages of the 4D optimisation."""
@@ -53,7 +58,7 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     the model (0.4 for the official one; the paper does not say)."""
     refine_agreement: float = 0.0
     """Sharpness k of the weight exp(-k |render - refined|) of refined pixels, colours in [0, 1]; 0 leaves it out, which
-    measured better with the embedded model: it holds back just the pixels that stage 2 changes."""
+    measured better with the bundled model: it holds back just the pixels that stage 2 changes."""
     movies: tuple[Literal["orbit", "time", "orbit-time", "side-by-side", "overlay"], ...] = (
         "orbit",
         "time",
@@ -81,6 +86,7 @@ class SV4DPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: "GradScaler | None" = None,
     ):
+        silence_nerfstudio()
         if test_mode != "val":
             ensure_ffmpeg_on_path()
         with one_sentence_errors():
@@ -129,7 +135,7 @@ class SV4DPipeline(VanillaPipeline):
         trainer: Any = training_callback_attributes.trainer
         self._use_views_of_step(trainer._start_step)
         canonical, frames = self.sv4d_model.canonical_frame, self.sv4d_model.num_frames
-        CONSOLE.print(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
+        say(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
         callbacks = super().get_training_callbacks(training_callback_attributes)
         saves: list[TrainingCallback] = []
         for number, step in enumerate(self.config.refine_steps or (), start=1):
@@ -242,7 +248,7 @@ class SV4DPipeline(VanillaPipeline):
                 progress=progress,
             )
         if refined.drift:
-            CONSOLE.print(drift_line(refined.drift))
+            say(drift_line(refined.drift))
         drift = [asdict(boundary) for boundary in refined.drift]
         return ViewGrid(
             input_frames=grid.input_frames,
@@ -260,6 +266,7 @@ class SV4DPipeline(VanillaPipeline):
     def finish(self, trainer: "SV4DTrainer") -> None:
         """Write what of contact sheet, movies and summary is not there yet, and print what to do next."""
         from sv4d_ns.export.command import installed_command
+        from sv4d_ns.plugin.honesty import Unseen
         from sv4d_ns.utils.files import atomic_path
 
         self.eval()
@@ -275,21 +282,26 @@ class SV4DPipeline(VanillaPipeline):
         else:
             self._make_movies()
         config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
-        CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
-        print(
-            f"Input view: PSNR {summary['input_view_psnr']:.1f} dB, silhouette IoU {summary['input_view_iou']:.3f}.\n"
-            "Next:\n"
-            f"  ns-viewer --load-config {config_file}\n"
-            f"  ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4\n"
-            f"  {installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
-            flush=True,
+        say(
+            f"What the camera saw is repeated with PSNR {summary['input_view_psnr']:.1f} dB and silhouette IoU "
+            f"{summary['input_view_iou']:.3f}."
         )
+        for sentence in Unseen(**summary["unseen"]).sentences(on_cuda=self.device.type == "cuda"):
+            say(sentence)
+        say(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
+        say("Finished. Next:")
+        for command in (
+            f"ns-viewer --load-config {config_file}",
+            f"ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4",
+            f"{installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
+        ):
+            say_whole(f"  {command}")
 
     def _finished_summary(self, identity: str) -> dict[str, Any] | None:
         """The figures of this very field, if they and the contact sheet were made before."""
         try:
             summary = json.loads((self._run_dir / SUMMARY_FILE).read_text())
-            same = summary["field"] == identity and {"input_view_psnr", "input_view_iou"} <= set(summary)
+            same = summary["field"] == identity and {"input_view_psnr", "input_view_iou", "unseen"} <= set(summary)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return summary if same and (self._run_dir / "contact_sheet.png").is_file() else None
@@ -301,12 +313,22 @@ class SV4DPipeline(VanillaPipeline):
         from sv4d_ns.utils.progress import bar
 
         with bar("Rendering the contact sheet") as progress:
-            sheet, figures = result_sheet(
-                self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress
-            )
+            sheet = result_sheet(self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress)
         with atomic_path(self._run_dir / "contact_sheet.png") as path:
-            sheet.save(path, format="PNG")
-        return figures
+            sheet.picture.save(path, format="PNG")
+        return sheet.figures | {"unseen": asdict(self._what_is_unseen(sheet))}
+
+    def _what_is_unseen(self, sheet: "ResultSheet") -> "Unseen":
+        from sv4d_ns.plugin.honesty import unseen
+        from sv4d_ns.synthesis.base import resize_rgba
+        from sv4d_ns.views.grid import ViewGrid
+
+        # those of stage 1: stage 2's were made from renders of the field and agree with it by their making
+        first = ViewGrid.load(self._run_dir / VIEW_FOLDERS[0])
+        generated = first.novel_views[sheet.frames][:, [view - 1 for view in sheet.views]]
+        generated = resize_rgba(generated, sheet.novel_alpha.shape[-1])[..., 3]
+        model = self.sv4d_model
+        return unseen(model.field, model.occupancy, first, sheet.novel_alpha, generated)
 
     def _subject(self) -> "Subject":
         from sv4d_ns.movies.movies import Subject
@@ -327,5 +349,5 @@ class SV4DPipeline(VanillaPipeline):
         with one_sentence_errors(), bar("Rendering the movies") as progress:
             files, sentences = write_run_movies(folder, subject, self.config.movies, options, progress)
         for sentence in sentences:
-            CONSOLE.print(sentence)
-        CONSOLE.print(f"Movies: {folder} ({', '.join(file.name for file in files)})")
+            say(sentence)
+        say(f"Movies: {folder} ({', '.join(file.name for file in files)})")

@@ -2,21 +2,24 @@
 
 import shlex
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
-from nerfstudio.utils.rich_utils import CONSOLE
 
+from sv4d_ns.fitting.settings import DEFAULT_FRAMES
+from sv4d_ns.plugin.bar_writer import show_behind
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
+from sv4d_ns.plugin.estimate import Remaining, Work, sv4d_work, time_sentence
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModelConfig
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
+from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.validation import check_settings
 from sv4d_ns.plugin.viewer import local_unless_asked
 from sv4d_ns.runs.layout import (
@@ -37,19 +40,40 @@ from sv4d_ns.runs.layout import (
 from sv4d_ns.utils.devices import DeviceChoice, choose_device
 from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.utils.files import check_zip
-from sv4d_ns.utils.progress import TrainingBar
+from sv4d_ns.utils.progress import TrainingBar, clock, say
 
+if TYPE_CHECKING:
+    from sv4d_ns.video import ObjectVideo
+
+DEFAULT_VIEWS = 8
+"""Novel views of every model's own ring, for the estimate of a run's time."""
 REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
 
 
+FIRST_IN_HELP = (
+    *("data", "output_dir", "max_num_iterations", "device", "vis", "load_config", "timestamp", "show_config"),
+    "pipeline",
+)
+
+
+@first_in_help(*FIRST_IN_HELP)
 @dataclass
 class SV4DTrainerConfig(TrainerConfig):
     """`TrainerConfig` whose schedule has a fixed length and whose run knows its own folder."""
 
     _target: type = field(default_factory=lambda: SV4DTrainer)
+    data: Path | None = None
+    """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
     device: DeviceChoice = "auto"
     """Where to run: auto takes CUDA when there is one. The choice is printed."""
+    show_config: bool = False
+    """Print every setting before the run begins. They are in config.yml in the run's folder, too."""
+
+    def __post_init__(self) -> None:
+        """Take --data for what it stands for; nerfstudio would say so in a line of its own."""
+        if self.data is not None:
+            self.pipeline.datamanager.data, self.data = self.data, None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`ns-viewer` puts its own viewer settings in the place of the run's; it too is to be local unless asked."""
@@ -69,6 +93,7 @@ class SV4DTrainerConfig(TrainerConfig):
 
     def set_timestamp(self) -> None:
         """Find the run this command is about: one it made before, or a new one named after the time."""
+        silence_nerfstudio()
         new = self.timestamp == "{timestamp}"
         super().set_timestamp()
         if not new:
@@ -78,7 +103,12 @@ class SV4DTrainerConfig(TrainerConfig):
             name, sentence = claim_run(self.get_base_dir().parent, self.timestamp, self._fingerprint())
         self.timestamp = name
         if sentence:
-            CONSOLE.print(sentence)
+            say(sentence)
+
+    def print_to_terminal(self) -> None:
+        """Print every setting, if that was asked for."""
+        if self.show_config:
+            super().print_to_terminal()
 
     def _fingerprint(self, without: frozenset[str] = frozenset()) -> str | None:
         """What decides the result of the run; None where it continues another one or has no data (an error later)."""
@@ -115,19 +145,39 @@ class SV4DTrainerConfig(TrainerConfig):
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
             check_settings(self)
-            self.machine.device_type, sentence = choose_device(self.device)
-            CONSOLE.print(sentence)
+            self.machine.device_type, device = choose_device(self.device)
             identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()
             datamanager = self.pipeline.datamanager
             assert isinstance(datamanager, SV4DDataManagerConfig)
-            datamanager.expected_steps = self.max_num_iterations
             self._spread_schedules()  # also where a run is continued
-            if not self._has_views():
-                datamanager.check_data()
+            video = None if self._has_views() else datamanager.check_data()
             self._make_folder(identity)
             datamanager.run_dir = self.get_base_dir()
             super().save_config()
+            self._announce(device, video)
+
+    def _announce(self, device: str, video: "ObjectVideo | None") -> None:
+        """What a user wants to know first: where it runs, with what, of what, for how long, and where to."""
+        datamanager = self.pipeline.datamanager
+        assert isinstance(datamanager, SV4DDataManagerConfig)
+        say(device)
+        if video is None:
+            say("Views: those made before are used." if self._has_views() else f"Views: those in {datamanager.data}.")
+        else:
+            say(f"Model: {datamanager.model_sentences(self.machine.device_type)}")
+            say(f"Object: {len(video.frames)} frames at {video.fps:g} per second. {' '.join(video.messages)}")
+        frames = DEFAULT_FRAMES if video is None else len(video.frames)
+        known = self.machine.device_type == "cpu" and datamanager.synthesis != "fourdm"
+        say(f"Time: {time_sentence(self.work(frames, DEFAULT_VIEWS) if known else None)}")
+        say(f"Run: {self.get_base_dir()} (every setting is in its config.yml)")
+        for finding in () if video is None else video.findings:
+            say(f"Note: {finding.sentence}")
+
+    def work(self, frames: int, views: int) -> Work:
+        """What the run consists of, for the estimate of its time."""
+        pipeline: Any = self.pipeline
+        return sv4d_work(self.max_num_iterations, frames, views, tuple(pipeline.refine_steps or ()))
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -197,6 +247,8 @@ class SV4DTrainer(Trainer):
     def __init__(self, config: SV4DTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
         super().__init__(config, local_rank, world_size)
         self.bar = TrainingBar()
+        self.remaining: Remaining | None = None
+        """The time that is left; None until training begins."""
         self.total_steps = config.max_num_iterations
         self._last_step: int | None = None
         self._in_step = False
@@ -208,7 +260,10 @@ class SV4DTrainer(Trainer):
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
-        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._psnr:.1f} dB")
+        left = None if self.remaining is None else self.remaining.after(step + 1)
+        phase, run = (None, None) if left is None else left
+        note = f"{self._psnr:.1f} dB" + ("" if run is None else f", run {clock(run)}")
+        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, note, phase)
         self._last_step, self._in_step = step, False
         if self._interrupted:
             raise KeyboardInterrupt
@@ -239,13 +294,12 @@ class SV4DTrainer(Trainer):
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
-        # the deformation takes no step in the static phase, but its schedule runs
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         with one_sentence_errors():
             self._stage_1 = self.config.stage_1()
             self._adopt_views()
             self._resume_in_place()
             super().setup(test_mode)
+            show_behind(self.bar)
 
     def _adopt_views(self) -> None:
         """Copy the view grids of the run we continue, so that every run folder is complete."""
@@ -274,10 +328,10 @@ class SV4DTrainer(Trainer):
         try:
             check_zip(shared / f"step-{usable[-1]:09d}.ckpt")
         except (ValueError, OSError) as error:
-            CONSOLE.print(f"The stage 1 kept in {shared} cannot be used ({error}); it is fitted again.")
+            say(f"The stage 1 kept in {shared} cannot be used ({error}); it is fitted again.")
             return
         self.config.load_dir, self.config.load_step = shared, usable[-1]
-        CONSOLE.print("Stage 1 is taken from a run that differs in stage 2 only.")
+        say("Stage 1 is taken from a run that differs in stage 2 only.")
 
     def keep_stage_1(self, step: int) -> None:
         """Before stage 2: let runs with another stage 2 begin where stage 1 ended, after this step."""
@@ -296,9 +350,12 @@ class SV4DTrainer(Trainer):
         pipeline: Any = self.pipeline
         if remaining <= 0:
             # super().train() would write a checkpoint of step 0 over the finished one
-            CONSOLE.print(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
+            say(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
             pipeline.finish(self)
             return
+        grid = pipeline.datamanager.grid
+        self.remaining = Remaining(self.config.work(grid.num_frames, grid.num_views))
+        self.remaining.begin(self._start_step)
         with interrupts_handled_by(self._interrupt):
             try:
                 self._train_with_one_way_back(total)
@@ -322,7 +379,7 @@ class SV4DTrainer(Trainer):
                         f"The loss term '{error.term}' is {again}not a finite number at step {error.step}: lower the "
                         "learning rates (--optimizers...lr), or report the video; what was fitted before is kept."
                     ) from error
-                CONSOLE.print(
+                say(
                     f"The loss term '{error.term}' is not a finite number at step {error.step}: going back to step "
                     f"{steps[-1]} and on with other pixels."
                 )
@@ -340,7 +397,7 @@ class SV4DTrainer(Trainer):
         if (self.base_dir / SUMMARY_FILE).is_file() and self.training_state == "completed":
             raise SystemExit(0)  # the viewer stays open after the end until Ctrl-C
         if self._last_step is not None and self._last_step not in checkpoint_steps(self.checkpoint_dir):
-            CONSOLE.print("Stopping; the state is being saved.")
+            say("Stopping; the state is being saved.")
             self.save_checkpoint(self._last_step)
         done = self._start_step if self._last_step is None else self._last_step + 1
         config_file = shlex.quote(str(self.base_dir / "config.yml"))
@@ -374,7 +431,7 @@ class SV4DTrainer(Trainer):
                 f"{path} belongs to other settings ({reason}): give the settings it was made with, or delete it and "
                 "start again (the views are kept)."
             ) from error
-        CONSOLE.print(f"Continuing from {path}.")
+        say(f"Continuing from {path}.")
 
     def _checkpoint_to_load(self) -> Path | None:
         folder, step = self.config.load_dir, self.config.load_step
