@@ -7,7 +7,6 @@ keeps on disk, so they never need the diffusion model.
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -263,19 +262,23 @@ class SV4DDataManager(VanillaDataManager):
         self.includes_time = True
         self.frame_window: Callable[[int], Window]  # the pipeline sets both from the model's schedule
         self.canonical_frame: int
+        self._synthesizer: ViewSynthesizer | None = None
+        self._batch_sampler: BatchSampler | None = None
         self._export_sampler: BatchSampler | None = None
         self.grid, folder = self._open_grid()
         self.use_grid(self.grid, folder)
         # skips VanillaDataManager.__init__, which would ask a data parser for what the grid already holds
         DataManager.__init__(self)
 
-    @cached_property
+    # Methods, not properties: nerfstudio's viewers read every attribute of pipeline, model and data manager.
+
     def synthesizer(self) -> "ViewSynthesizer":
         """The diffusion model; loaded when it is first needed, which is never outside training."""
         assert self.test_mode == "val", "views are generated in training only"
-        synthesizer, sentence = self._load_synthesizer()
-        CONSOLE.print(sentence)
-        return synthesizer
+        if self._synthesizer is None:
+            self._synthesizer, sentence = self._load_synthesizer()
+            CONSOLE.print(sentence)
+        return self._synthesizer
 
     def _load_synthesizer(self) -> tuple["ViewSynthesizer", str]:
         from sv4d_ns.synthesis import load_synthesizer
@@ -333,13 +336,13 @@ class SV4DDataManager(VanillaDataManager):
         video = read_video(self.config)
         for message in (*video.messages, *(finding.sentence for finding in video.findings)):
             CONSOLE.print(message)
-        plan = view_plan(self.config) or self.synthesizer.default_plan()
+        plan = view_plan(self.config) or self.synthesizer().default_plan()
         say_expected_time(len(video.frames), plan.num_views, self.config.expected_steps, str(self.device))
-        frames = resize_rgba(video.frames, self.synthesizer.image_size)
-        description = self.synthesizer.describe()
+        frames = resize_rgba(video.frames, self.synthesizer().image_size)
+        description = self.synthesizer().describe()
         key = content_hash(frames, plan.to_dict(), description, self.config.seed)
         with bar("Stage 1: making novel views") as progress:
-            views = self.synthesizer.generate(
+            views = self.synthesizer().generate(
                 frames, plan, seed=self.config.seed, store=windows_folder(run_dir, key), progress=progress
             )
         if views.drift:
@@ -362,7 +365,7 @@ class SV4DDataManager(VanillaDataManager):
     def use_grid(self, grid: "ViewGrid", folder: Path) -> None:
         """Serve another grid from now on (stage 2 calls this with its refined views)."""
         self.grid = grid
-        self.__dict__.pop("batch_sampler", None)  # it belongs to the old grid
+        self._batch_sampler = None  # it belongs to the old grid
         self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid))
         self.train_dataset.metadata["leave_out"] = self.config.leave_out
         if self.test_mode == "val":
@@ -406,7 +409,7 @@ class SV4DDataManager(VanillaDataManager):
         self.train_count += 1
         if self.test_mode != "val":
             return self._first_frame_rays(), {}
-        batch = self.batch_sampler.draw(step, self.frame_window(step), self.canonical_frame)
+        batch = self.batch_sampler().draw(step, self.frame_window(step), self.canonical_frame)
         bundle = _ray_bundle(batch)
         bundle.metadata = {
             "jitter": batch.jitter[:, None],
@@ -415,10 +418,12 @@ class SV4DDataManager(VanillaDataManager):
         }
         return bundle, {"batch": batch}
 
-    @cached_property
     def batch_sampler(self) -> "BatchSampler":
         """Draws the training rays of the grid in use."""
-        return self._make_sampler(rays=self.config.train_num_rays_per_batch, patches=self.config.patches)
+        if self._batch_sampler is None:
+            config = self.config
+            self._batch_sampler = self._make_sampler(rays=config.train_num_rays_per_batch, patches=config.patches)
+        return self._batch_sampler
 
     def _make_sampler(self, rays: int, patches: int) -> "BatchSampler":
         from sv4d_ns.fitting import BatchConfig, BatchSampler, train_views

@@ -5,7 +5,6 @@ Only configuration is imported at the top; nerfstudio imports this file for ever
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -95,6 +94,7 @@ class SV4DModel(Model):
         self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()
         self._flow: SceneFlow | None = None
+        self._perceptual: tuple[Perceptual | None, str] | None = None
         self.step = 0
         self._pictures_without_time = 0
 
@@ -221,20 +221,20 @@ class SV4DModel(Model):
             self.config.losses,
             self.config.seed,
             self.step,
-            self._perceptual,
+            self._perceptual_loss(),
         )
         return terms | self.corrections.penalties()
 
-    @cached_property
-    def _perceptual(self) -> "Perceptual | None":
+    def _perceptual_loss(self) -> "Perceptual | None":
         """LPIPS, if its network is at hand; looked for at the first training step, and said aloud."""
         from sv4d_ns.perceptual import perceptual_network
 
         if not self.config.losses.perceptual:
             return None
-        network, sentence = perceptual_network(self.device)
-        CONSOLE.print(sentence)
-        return network
+        if self._perceptual is None:
+            self._perceptual = perceptual_network(self.device)
+            CONSOLE.print(self._perceptual[1])
+        return self._perceptual[0]
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of a training step's rays."""

@@ -22,7 +22,14 @@ from sv4d_ns.datamanager import SV4DDataManager, SV4DDataManagerConfig
 from sv4d_ns.devices import ensure_ffmpeg_on_path
 from sv4d_ns.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.model import SV4DModel, SV4DModelConfig
-from sv4d_ns.runs import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
+from sv4d_ns.runs import (
+    MOVIE_FOLDER,
+    SUMMARY_FILE,
+    VIEW_FOLDERS,
+    checkpoint_steps,
+    read_checkpoint,
+    windows_folder,
+)
 from sv4d_ns.viewing import Playback, StartCamera
 
 if TYPE_CHECKING:
@@ -177,7 +184,7 @@ class SV4DPipeline(VanillaPipeline):
         if len(window) == 1:
             return  # the static phase: the surface is still being found
         frame = window.first + step // self.config.visibility_every % len(window)
-        self.datamanager.batch_sampler.update_visibility(self.sv4d_model.field, self.sv4d_model.occupancy, frame)
+        self.datamanager.batch_sampler().update_visibility(self.sv4d_model.field, self.sv4d_model.occupancy, frame)
 
     def _use_views_of_step(self, step: int) -> None:
         """After a resume: the grid the field was being fitted to at that step."""
@@ -187,7 +194,7 @@ class SV4DPipeline(VanillaPipeline):
         if step > 0:  # carving opens the whole hull; where the field was found empty is in the checkpoint
             self.sv4d_model.occupancy.occupied.copy_(occupied)
         for frame, maps in self.resumed_visibility.items():
-            self.datamanager.batch_sampler.use_visibility(frame, maps.to(self.device))
+            self.datamanager.batch_sampler().use_visibility(frame, maps.to(self.device))
 
     def _use_saved_views(self, number: int) -> None:
         from sv4d_ns.views import ViewGrid
@@ -222,17 +229,17 @@ class SV4DPipeline(VanillaPipeline):
         from sv4d_ns.views import ViewGrid
 
         grid, config = self.datamanager.grid, self.datamanager.config
-        size = self.datamanager.synthesizer.image_size
+        size = self.datamanager.synthesizer().image_size
         with bar(f"Stage 2, round {number}: rendering the field") as progress:
             renders = render_grid(self.sv4d_model.field, self.sv4d_model.occupancy, grid, size, progress)
         frames = resize_rgba(grid.input_frames, size)
         seed = config.seed + number
-        strength = self.config.refine_strength or self.datamanager.synthesizer.refine_strength
+        strength = self.config.refine_strength or self.datamanager.synthesizer().refine_strength
         settings = {"strength": strength, "seed": seed}
         sharpness = self.config.refine_agreement
-        key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer.describe(), settings)
+        key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer().describe(), settings)
         with bar(f"Stage 2, round {number}: noising and denoising the renders") as progress:
-            refined = self.datamanager.synthesizer.refine(
+            refined = self.datamanager.synthesizer().refine(
                 frames,
                 renders,
                 grid.plan,
@@ -319,7 +326,7 @@ class SV4DPipeline(VanillaPipeline):
         """Write the movies of the run that are not there yet, and say where they are."""
         if not self.config.movies:
             return
-        from sv4d_ns.movies import MOVIE_FOLDER, MovieOptions, write_run_movies
+        from sv4d_ns.movies import MovieOptions, write_run_movies
         from sv4d_ns.progress import bar
 
         folder, subject = self._run_dir / MOVIE_FOLDER, self._subject()

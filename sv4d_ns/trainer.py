@@ -17,11 +17,12 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
 from sv4d_ns.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
-from sv4d_ns.files import check_zip
+from sv4d_ns.files import TEMPORARY, check_zip
 from sv4d_ns.limits import check_settings
 from sv4d_ns.model import SV4DModelConfig
 from sv4d_ns.progress import TrainingBar
 from sv4d_ns.runs import (
+    PARTIAL_CHECKPOINT,
     STAGE_2,
     SUMMARY_FILE,
     VIEW_FOLDERS,
@@ -254,7 +255,7 @@ class SV4DTrainer(Trainer):
             return
         for name in VIEW_FOLDERS:
             if (source / name).is_dir() and not (self.base_dir / name).exists():
-                partial = self.base_dir / f".{name}-partial"
+                partial = self.base_dir / f"{TEMPORARY}{name}"
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(source / name, partial)
                 partial.rename(self.base_dir / name)
@@ -390,7 +391,7 @@ class SV4DTrainer(Trainer):
         """
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
-        partial = self.base_dir / "checkpoint.partial"
+        partial = self.base_dir / PARTIAL_CHECKPOINT
         pipeline: Any = self.pipeline
         state = {
             "step": step,
@@ -398,7 +399,7 @@ class SV4DTrainer(Trainer):
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
-            "visibility": pipeline.datamanager.batch_sampler.visibility,
+            "visibility": pipeline.datamanager.batch_sampler().visibility,
         }
         try:
             torch.save(state, partial)

@@ -73,6 +73,7 @@ class FourDiffusionPipeline(SV4DPipeline):
             config.datamanager.prompt = config.model.prompt
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
         self._objective: Objective | None = None
+        self._total_steps = 0  # and so no warm-up, until the trainer says how long the run is
 
     @property
     def space_model(self) -> FourDiffusionModel:
@@ -114,13 +115,14 @@ class FourDiffusionPipeline(SV4DPipeline):
         assert self._objective is not None
         terms: dict[str, Tensor] = {}
         psnr = 0.0
-        if step < self._warm_up_steps or self.config.keep_views:
+        warm_up_steps = self._warm_up_steps()
+        if step < warm_up_steps or self.config.keep_views:
             from sv4d_ns.four_diffusion.warm_up import view_terms
 
-            batch = self.datamanager.batch_sampler.draw(step, self.space_model.frame_window(step), 0)
+            batch = self.datamanager.batch_sampler().draw(step, self.space_model.frame_window(step), 0)
             terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
-        if step >= self._warm_up_steps:
-            terms |= self._objective.terms(step - self._warm_up_steps)
+        if step >= warm_up_steps:
+            terms |= self._objective.terms(step - warm_up_steps)
             psnr = self._objective.anchor_psnr
             field, occupancy = self.space_model.field, self.space_model.occupancy
             seed = self.datamanager.config.seed
@@ -128,14 +130,12 @@ class FourDiffusionPipeline(SV4DPipeline):
         self._objective_psnr = torch.tensor(psnr)
         return terms
 
-    @property
     def _warm_up_steps(self) -> int:
         share = self.config.warm_up
         if share is None:
-            share = 0.0 if self._is_fourdm else 0.5
+            share = 0.0 if self._is_fourdm() else 0.5
         return int(share * self._total_steps)
 
-    @property
     def _is_fourdm(self) -> bool:
         return self.datamanager.config.synthesis == "fourdm"
 
@@ -165,11 +165,11 @@ class FourDiffusionPipeline(SV4DPipeline):
             make_anchor(grid, view, size, self.device),
             grid.num_frames,
             ObjectiveConfig(
-                total_steps=self._total_steps - self._warm_up_steps,
-                first_step=WARM_START if self._warm_up_steps else 0,
+                total_steps=self._total_steps - self._warm_up_steps(),
+                first_step=WARM_START if self._warm_up_steps() else 0,
                 frames_per_step=frames,
                 seed=self.datamanager.config.seed,
-                weights=own_weights(short_run=not self._is_fourdm, perceptual=lpips is not None),
+                weights=own_weights(short_run=not self._is_fourdm(), perceptual=lpips is not None),
                 noise=prior.noise,
                 render=model.render_settings(),
             ),
@@ -180,7 +180,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         from sv4d_ns.four_diffusion.priors import FourDMPrior, SV4DPrior
         from sv4d_ns.four_diffusion.synthesizer import FourDMSynthesizer
 
-        grid, synthesizer = self.datamanager.grid, self.datamanager.synthesizer
+        grid, synthesizer = self.datamanager.grid, self.datamanager.synthesizer()
         if isinstance(synthesizer, FourDMSynthesizer):
             # a grid of another model has no 4DM front: its input view is taken for it
             front = grid.plan.azimuths_deg[0] if grid.provenance.get("model") == synthesizer.name else 0.0
