@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 DEFAULT_FRAMES = 21
 """Frames taken where the user names neither a number nor a rate (as in the SV4D papers)."""
+EVAL_SEED = 2**32
+"""Between the seed of the rays trained on and that of the rays a fit is measured on: no --seed is as large."""
 
 
 @dataclass
@@ -262,6 +264,8 @@ class SV4DDataManager(VanillaDataManager):
         self.includes_time = True
         self.frame_window: Callable[[int], Window]  # the pipeline sets both from the model's schedule
         self.canonical_frame: int
+        self.retries = 0
+        """How often the run went back to a checkpoint after a loss that was not finite: it then draws other pixels."""
         self._synthesizer: ViewSynthesizer | None = None
         self._batch_sampler: BatchSampler | None = None
         self._export_sampler: BatchSampler | None = None
@@ -279,6 +283,10 @@ class SV4DDataManager(VanillaDataManager):
             self._synthesizer, sentence = self._load_synthesizer()
             CONSOLE.print(sentence)
         return self._synthesizer
+
+    def release_synthesizer(self) -> None:
+        """Let go of the diffusion model; it is loaded again if it is asked for."""
+        self._synthesizer = None
 
     def _load_synthesizer(self) -> tuple["ViewSynthesizer", str]:
         from sv4d_ns.synthesis import load_synthesizer
@@ -371,6 +379,8 @@ class SV4DDataManager(VanillaDataManager):
         if self.test_mode == "val":
             self._say_what_is_left_out()
         self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid))
+        if hasattr(self, "eval_dataloader"):
+            self.setup_eval()  # the loaders hold the dataset
         self.train_dataparser_outputs = self.train_dataset._dataparser_outputs
         self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
 
@@ -409,17 +419,20 @@ class SV4DDataManager(VanillaDataManager):
         self.train_count += 1
         if self.test_mode != "val":
             return self._first_frame_rays(), {}
-        batch = self.batch_sampler().draw(step, self.frame_window(step), self.canonical_frame)
-        bundle = _ray_bundle(batch)
-        bundle.metadata = {
-            "jitter": batch.jitter[:, None],
-            "background": batch.background.expand(len(bundle), 3),
-            "view": batch.view[:, None],
-        }
-        return bundle, {"batch": batch}
+        return _with_targets(self.training_sampler().draw(step, self.frame_window(step), self.canonical_frame))
+
+    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
+        """Rays like those of training, but others, for --steps-per-eval-batch; they disturb no training step."""
+        self.eval_count += 1
+        sampler = self.batch_sampler().with_seed(self.config.seed + EVAL_SEED)
+        return _with_targets(sampler.draw(step, self.frame_window(step), self.canonical_frame))
+
+    def training_sampler(self) -> "BatchSampler":
+        """`batch_sampler` with the seed of this attempt."""
+        return self.batch_sampler().with_seed(self.config.seed + self.retries)
 
     def batch_sampler(self) -> "BatchSampler":
-        """Draws the training rays of the grid in use."""
+        """Draws rays of the grid in use."""
         if self._batch_sampler is None:
             config = self.config
             self._batch_sampler = self._make_sampler(rays=config.train_num_rays_per_batch, patches=config.patches)
@@ -454,6 +467,17 @@ class SV4DDataManager(VanillaDataManager):
         if self._export_sampler is None or self._export_sampler.config.rays != rays:
             self._export_sampler = self._make_sampler(rays=rays, patches=0)
         return _ray_bundle(self._export_sampler.draw(self.train_count, Window(0, 0), 0))
+
+
+def _with_targets(batch: "Batch") -> tuple[RayBundle, dict[str, Any]]:
+    """A batch's rays with all that rendering them takes, and the batch."""
+    bundle = _ray_bundle(batch)
+    bundle.metadata = {
+        "jitter": batch.jitter[:, None],
+        "background": batch.background.expand(len(bundle), 3),
+        "view": batch.view[:, None],
+    }
+    return bundle, {"batch": batch}
 
 
 def _ray_bundle(batch: "Batch") -> RayBundle:

@@ -4,6 +4,7 @@ The nerfstudio data manager and model are wired to this file, and so is `benchma
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -247,6 +248,12 @@ class BatchSampler:
         self.pixels = [PixelSampler(view.alpha) for view in views]
         self.visibility: dict[int, Tensor] = {}
         """What `update_visibility` found last for each frame, [v, s, s]; what a resumed run has to be given."""
+
+    def with_seed(self, seed: int) -> "BatchSampler":
+        """The same views and weights, of which other rays are drawn."""
+        other = copy(self)
+        other.seed = seed
+        return other
 
     def draw(self, step: int, window: Window, canonical: int) -> Batch:
         """The batch of a step whose frames lie in `window`; orthogonal views, most pixels near the object."""

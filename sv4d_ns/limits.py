@@ -85,6 +85,12 @@ def check_settings(config: Any) -> None:
         value = _value(config, limit.flag)
         if value is not None and not limit.allows(value):
             raise InputError(f"--{limit.flag} is {value!r}: give {limit.wanted}.")
+    late = [step for step in _value(config, "pipeline.refine-steps") or () if step >= config.max_num_iterations]
+    if late:
+        raise InputError(
+            f"--pipeline.refine-steps {late[0]} is not within the run's {config.max_num_iterations} steps, so stage 2 "
+            "would never come: give an earlier step, more steps (--max-num-iterations), or none for stage 1 alone."
+        )
     for flag in _not_numbers(config, ""):
         raise InputError(f"--{flag} is not a number (nan): give one.")
 

@@ -176,7 +176,7 @@ class SV4DPipeline(VanillaPipeline):
 
     def go_back(self, step: int) -> None:
         """Be as before `step`: its views, and other pixels than those that led to a loss that is not finite."""
-        self.datamanager.config.seed += 1
+        self.datamanager.retries += 1
         self._use_views_of_step(step)
 
     def _update_visibility(self, step: int) -> None:
@@ -188,13 +188,15 @@ class SV4DPipeline(VanillaPipeline):
 
     def _use_views_of_step(self, step: int) -> None:
         """After a resume: the grid the field was being fitted to at that step."""
-        rounds = sum(step > refine_step for refine_step in self.config.refine_steps or ())
         occupied = self.sv4d_model.occupancy.occupied.clone()
-        self._use_saved_views(rounds)
+        self._use_saved_views(self._refinements_before(step))
         if step > 0:  # carving opens the whole hull; where the field was found empty is in the checkpoint
             self.sv4d_model.occupancy.occupied.copy_(occupied)
         for frame, maps in self.resumed_visibility.items():
             self.datamanager.batch_sampler().use_visibility(frame, maps.to(self.device))
+
+    def _refinements_before(self, step: int) -> int:
+        return sum(step > refine_step for refine_step in self.config.refine_steps or ())
 
     def _use_saved_views(self, number: int) -> None:
         from sv4d_ns.views import ViewGrid

@@ -5,6 +5,7 @@ stage 2 calls `refine` (SDEdit on the whole grid); both return plain uint8 RGBA 
 """
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -204,25 +205,24 @@ class DiffusionSynthesizer:
         steps = self.refine_inference_steps or self.pipeline.steps_to_run(self.num_inference_steps, strength)
         full_schedule = self.pipeline.scheduler
         # the schedule from the noise level of `strength` down, in as many steps as we like
-        self.pipeline.scheduler = type(full_schedule).from_config(
+        short_schedule = type(full_schedule).from_config(
             full_schedule.config, sigma_max=refine_sigma(full_schedule.config, strength)
         )
-        draws = self.refine_draws
-        try:
-            grids = [
-                self._run(
-                    frames,
-                    plan,
-                    steps,
-                    seed=seed + DRAW_SEEDS * draw,
-                    store=store if draw == 0 else store / f"draw{draw}",
-                    progress=lambda done, total, draw=draw: progress(draw * total + done, draws * total),  # type: ignore[misc]
-                    initial_views=renders,
-                )
-                for draw in range(draws)
-            ]
-        finally:
-            self.pipeline.scheduler = full_schedule
+        pipeline = copy(self.pipeline)  # the same networks; the pipeline itself may be others' too
+        pipeline.scheduler = short_schedule
+        refiner, draws = replace(self, pipeline=pipeline), self.refine_draws
+        grids = [
+            refiner._run(
+                frames,
+                plan,
+                steps,
+                seed=seed + DRAW_SEEDS * draw,
+                store=store if draw == 0 else store / f"draw{draw}",
+                progress=lambda done, total, draw=draw: progress(draw * total + done, draws * total),  # type: ignore[misc]
+                initial_views=renders,
+            )
+            for draw in range(draws)
+        ]
         mean = torch.stack([grid.images for grid in grids]).mean(0)
         return replace(from_model_space(mean), drift=grids[0].drift)
 

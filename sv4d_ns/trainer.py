@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -45,12 +46,22 @@ REFINE_AT = 0.64
 
 
 @dataclass
+class AutoMachineConfig(MachineConfig):
+    """nerfstudio's, whose device may be left to --device."""
+
+    device_type: Literal["auto", "cpu", "cuda"] = "auto"  # type: ignore[assignment]
+    """The same as --device."""
+
+
+@dataclass
 class SV4DTrainerConfig(TrainerConfig):
     """`TrainerConfig` whose schedule has a fixed length and whose run knows its own folder."""
 
     _target: type = field(default_factory=lambda: SV4DTrainer)
     device: DeviceChoice = "auto"
     """Where to run: auto takes CUDA when there is one. The choice is printed."""
+    machine: MachineConfig = field(default_factory=AutoMachineConfig)
+    """Machine configuration."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`ns-viewer` puts its own viewer settings in the place of the run's; it too is to be local unless asked."""
@@ -81,6 +92,18 @@ class SV4DTrainerConfig(TrainerConfig):
         if sentence:
             CONSOLE.print(sentence)
 
+    def chosen_device(self) -> DeviceChoice:
+        """What was asked for by --device, or by nerfstudio's own flag for it.
+
+        Raises:
+            InputError: the two contradict each other.
+        """
+        machine = self.machine
+        asked = machine.device_type if isinstance(machine, AutoMachineConfig) else "auto"
+        if "auto" not in (asked, self.device) and asked != self.device:
+            raise InputError(f"--device {self.device} contradicts --machine.device-type {asked}: leave out one of them.")
+        return self.device if asked == "auto" else asked
+
     def _fingerprint(self, without: frozenset[str] = frozenset()) -> str | None:
         """What decides the result of the run; None where it continues another one or has no data (an error later)."""
         datamanager = self.pipeline.datamanager
@@ -88,7 +111,7 @@ class SV4DTrainerConfig(TrainerConfig):
         if self.source_run() is not None or datamanager.data is None:
             return None
         self._spread_schedules()  # a config that is read back has them spread already
-        device, _ = choose_device(self.device)
+        device, _ = choose_device(self.chosen_device())
         settings = [
             self.method_name,
             self.pipeline,
@@ -116,7 +139,7 @@ class SV4DTrainerConfig(TrainerConfig):
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
             check_settings(self)
-            self.machine.device_type, sentence = choose_device(self.device)
+            device, sentence = choose_device(self.chosen_device())
             CONSOLE.print(sentence)
             identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()
@@ -129,6 +152,8 @@ class SV4DTrainerConfig(TrainerConfig):
             self._make_folder(identity)
             datamanager.run_dir = self.get_base_dir()
             super().save_config()
+            # not written down: another machine goes on with what it has
+            self.machine.device_type = device  # type: ignore[assignment]
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -139,10 +164,14 @@ class SV4DTrainerConfig(TrainerConfig):
         if pipeline.refine_steps is None:
             source = self.source_run()
             earlier = None if source is None else recorded_rounds(source)
-            pipeline.refine_steps = earlier or (max(1, round(REFINE_AT * self.max_num_iterations)),)
+            pipeline.refine_steps = earlier or self._default_rounds()
         for group in self.optimizers.values():
             if isinstance(group.get("scheduler"), DecaySchedulerConfig):
                 group["scheduler"].max_steps = self.max_num_iterations
+
+    def _default_rounds(self) -> tuple[int, ...]:
+        step = max(1, round(REFINE_AT * self.max_num_iterations))
+        return (step,) if step < self.max_num_iterations else ()
 
     def _check_resume(self) -> None:
         if self.load_dir is not None and not checkpoint_steps(self.load_dir):

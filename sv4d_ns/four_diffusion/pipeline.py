@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
@@ -34,10 +35,14 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """The video and the model behind distillation."""
     model: ModelConfig = field(default_factory=FourDiffusionModelConfig)
     """The space-time field."""
-    refine_steps: tuple[int, ...] | None = ()
-    """Score distillation looks at the views anew in every step, so there is no second stage."""
-    visibility_every: int = 0
-    """Not used: the anchor is one view."""
+    refine_steps: tyro.conf.Suppress[tuple[int, ...] | None] = ()
+    """Unused: score distillation looks at the views anew in every step, so there is no second stage."""
+    refine_strength: tyro.conf.Suppress[float | None] = None
+    """Unused, like `refine_steps`."""
+    refine_agreement: tyro.conf.Suppress[float] = 0.0
+    """Unused, like `refine_steps`."""
+    visibility_every: tyro.conf.Suppress[int] = 0
+    """Unused: the anchor is one view."""
     anchor_view: int | None = None
     """View of the grid that the field is to match (0 the input, then the novel views in order); None takes the input
     itself where its camera is known, else the sampled view that looks most like it."""
@@ -107,6 +112,20 @@ class FourDiffusionPipeline(SV4DPipeline):
                 raise NotFiniteError(name, step)
         return {}, terms, {"psnr": self._objective_psnr}
 
+    def get_eval_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """How well the field fits rays of the grid's views that it may not have seen; distillation has no such measure."""
+        import torch
+
+        from sv4d_ns.four_diffusion.warm_up import view_terms
+
+        _, batch = self.datamanager.next_eval(step)
+        with torch.no_grad():
+            terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch["batch"])
+        return {}, terms, {"psnr": torch.tensor(psnr)}
+
+    def _refinements_before(self, step: int) -> int:
+        return 0  # whatever a config.yml says: this method has no second stage
+
     def _terms(self, step: int) -> dict[str, Tensor]:
         import torch
 
@@ -119,7 +138,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         if step < warm_up_steps or self.config.keep_views:
             from sv4d_ns.four_diffusion.warm_up import view_terms
 
-            batch = self.datamanager.batch_sampler().draw(step, self.space_model.frame_window(step), 0)
+            batch = self.datamanager.training_sampler().draw(step, self.space_model.frame_window(step), 0)
             terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
         if step >= warm_up_steps:
             terms |= self._objective.terms(step - warm_up_steps)
@@ -184,6 +203,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         if isinstance(synthesizer, FourDMSynthesizer):
             # a grid of another model has no 4DM front: its input view is taken for it
             front = grid.plan.azimuths_deg[0] if grid.provenance.get("model") == synthesizer.name else 0.0
+            self.datamanager.release_synthesizer()  # its encoders, half of its memory, are not needed any more
             return FourDMPrior(synthesizer.pipeline, grid.input_frames, synthesizer.prompt, front)
         loaded: Any = synthesizer
         plan = grid.plan

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.store import WindowStore
+from sv4d_ns.diffusion.store import WindowStore, code_fingerprint
 from sv4d_ns.diffusion.windows import plan_windows
 from sv4d_ns.errors import InputError
 from sv4d_ns.files import content_hash
@@ -137,7 +137,7 @@ class FourDMSynthesizer:
             report(0)
             numbers = list(window.frames)
             known = None if window.anchor is None else _frame_of(latents, windows, window.anchor, window.start)
-            key = content_hash(self.describe(), frames[numbers], seed, strength, number, known is None)
+            key = content_hash(self.describe(), code_fingerprint(), frames[numbers], seed, strength, number, known is None)
             name = f"window{number:03d}"
             made = store.load(name, key) if start is None else None
             if made is None:
