@@ -85,6 +85,19 @@ class Channels(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len({**self._ready, **self._makers})
 
+    def __repr__(self) -> str:
+        """The names: nerfstudio prints `keys()` where one is asked for that does not exist."""
+        return ", ".join(self)
+
+
+def channel_names(deforms: bool) -> tuple[str, ...]:
+    """All that a picture of a run can show.
+
+    Args:
+        deforms: whether the field says where matter moves.
+    """
+    return tuple(name for name in LEGENDS if deforms or name not in ("motion", "deformation"))
+
 
 @dataclass(frozen=True)
 class FlatRays:

@@ -42,6 +42,14 @@ EVAL_SEED = 2**32
 
 
 @dataclass
+class GridParserConfig:
+    """What `ns-render dataset` sets of a data parser."""
+
+    downscale_factor: float = 1.0
+    """How many times smaller the pictures are to be than the input view."""
+
+
+@dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Where the views come from and how their pixels are drawn."""
 
@@ -49,7 +57,7 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     data: Path | None = None
     """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
     dataparser: tyro.conf.Suppress[Any] = None
-    """Unused: cameras and images come from the view grid."""
+    """Cameras and images come from the view grid; nerfstudio's commands set a `GridParserConfig`."""
     run_dir: tyro.conf.Suppress[Path | None] = None
     """The run's own folder, where its view grids are; filled in when the run is created."""
     expected_steps: tyro.conf.Suppress[int] = 0
@@ -170,11 +178,14 @@ def view_plan(config: SV4DDataManagerConfig) -> "ViewPlan | None":
     return ViewPlan(config.view_azimuths, elevations)
 
 
-def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]]) -> InputDataset:
+def grid_dataset(
+    grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]], downscale_factor: float = 1.0
+) -> InputDataset:
     """Some images of a saved grid as a nerfstudio dataset on white, in the given order.
 
     Args:
         views_and_frames: (view, frame) pairs; view 0 is the input.
+        downscale_factor: how many times smaller than the input view the pictures are.
     """
     from sv4d_ns.fitting import largest_silhouette
     from sv4d_ns.views import image_name
@@ -182,7 +193,7 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
     c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
     views = torch.tensor([view for view, _ in views_and_frames])
     frames = torch.tensor([frame for _, frame in views_and_frames])
-    size = grid.input_frames.shape[1]
+    size = max(round(grid.input_frames.shape[1] / downscale_factor), 1)
     cameras = Cameras(
         camera_to_worlds=c2w[views],
         fx=grid.plan.focal_px(size),
@@ -323,8 +334,8 @@ class SV4DDataManager(VanillaDataManager):
             return ViewGrid.load(folder), folder
         if self.test_mode != "val":
             raise InputError(
-                f"{run_dir} holds no views: the run was stopped before they were made, or its folder was moved "
-                "(run commands from the folder the training was started in); start the training again."
+                f"{run_dir} holds no views: bring the folder views/ of the run to it; if the run was stopped before "
+                "they were made, give its ns-train command again."
             )
         folder = run_dir / "views"
         assert self.config.data is not None
@@ -374,11 +385,12 @@ class SV4DDataManager(VanillaDataManager):
         """Serve another grid from now on (stage 2 calls this with its refined views)."""
         self.grid = grid
         self._batch_sampler = None  # it belongs to the old grid
-        self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid))
+        parser: GridParserConfig = self.config.dataparser or GridParserConfig()
+        self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid), parser.downscale_factor)
         self.train_dataset.metadata["leave_out"] = self.config.leave_out
         if self.test_mode == "val":
             self._say_what_is_left_out()
-        self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid))
+        self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid), parser.downscale_factor)
         if hasattr(self, "eval_dataloader"):
             self.setup_eval()  # the loaders hold the dataset
         self.train_dataparser_outputs = self.train_dataset._dataparser_outputs
@@ -397,8 +409,9 @@ class SV4DDataManager(VanillaDataManager):
             )
 
     def get_datapath(self) -> Path:
-        """The folder of the user's data (nerfstudio's viewer puts camera paths there)."""
-        return self.config.data if self.config.data is not None else Path.cwd()
+        """The user's data (nerfstudio's viewer puts camera paths beside it), or the run's folder where that is gone."""
+        data = self.config.data
+        return data if data is not None and data.exists() else self.config.run_dir or Path.cwd()
 
     def setup_train(self) -> None:
         """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `sampling`."""

@@ -15,7 +15,6 @@ import numpy as np
 
 from sv4d_ns.errors import InputError
 
-
 TEMPORARY = ".sv4d-tmp-"
 """How the names of half-written files and folders begin; nobody else's do, so what a killed process left can be told
 from files of others."""

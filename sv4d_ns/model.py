@@ -182,7 +182,8 @@ class SV4DModel(Model):
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> Any:
         """One picture, its channels by name (`channels.camera_channels`).
 
-        Only what lies in `obb_box` is shown. Cameras without a time are played: each is one 24th of a second after the last, in a loop. nerfstudio's
+        Only what lies in `obb_box` is shown. Cameras without a time are played: each is one 24th of a second after the
+        last, in a loop. nerfstudio's
         `ns-render interpolate` and camera paths saved without `render_time` make such cameras.
         """
         from sv4d_ns.channels import camera_channels

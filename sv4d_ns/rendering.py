@@ -125,7 +125,7 @@ def march(
     times: Float[Tensor, "n 1"],
     step: float,
     jitter: Float[Tensor, " n"],
-    bounds: "Bounds | None" = None,
+    bounds: Bounds | None = None,
 ) -> RaySamples:
     """Samples every `step` from where each ray enters the box, shifted by jitter * step, in occupied cells only.
 

@@ -156,7 +156,7 @@ def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, .
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run of this package: it holds the record `record_run` writes (others have a run.json, too)."""
+    """Whether a folder is a run: it holds what `record_run` writes (a run.json have others, too)."""
     try:
         record = json.loads((folder / RUN_FILE).read_text())
     except (OSError, ValueError):

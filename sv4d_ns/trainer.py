@@ -15,12 +15,14 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from sv4d_ns.configs import open_paths_of_other_systems
 from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.devices import DeviceChoice, choose_device
 from sv4d_ns.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.files import TEMPORARY, check_zip
 from sv4d_ns.limits import check_settings
 from sv4d_ns.model import SV4DModelConfig
+from sv4d_ns.plugin.nerfstudio_commands import opening, prepare
 from sv4d_ns.progress import TrainingBar
 from sv4d_ns.runs import (
     PARTIAL_CHECKPOINT,
@@ -40,6 +42,8 @@ from sv4d_ns.runs import (
 )
 from sv4d_ns.schedulers import DecaySchedulerConfig
 from sv4d_ns.viewing import local_unless_asked
+
+open_paths_of_other_systems()  # nerfstudio imports this file before it reads any config.yml
 
 REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
@@ -68,6 +72,29 @@ class SV4DTrainerConfig(TrainerConfig):
         if name == "viewer" and "viewer" in vars(self):
             value = local_unless_asked(value)
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read from a config.yml: the run may have been moved, and the command may ask what cannot be done."""
+        self.__dict__.update(state)
+        opened = opening()
+        if opened is not None:
+            with one_sentence_errors():
+                prepare(self, opened)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without where the run happens to lie on this machine."""
+        return {name: value for name, value in vars(self).items() if name != "_moved_to"}
+
+    def move_to(self, folder: Path) -> None:
+        """Say where the run lies, where that is not what output folder and names make of it."""
+        if folder != self.get_base_dir().absolute():
+            self.__dict__["_moved_to"] = folder
+        self.pipeline.datamanager.run_dir = folder  # type: ignore[attr-defined]
+
+    def get_base_dir(self) -> Path:
+        """The run's folder."""
+        moved_to: Path | None = vars(self).get("_moved_to")
+        return super().get_base_dir() if moved_to is None else moved_to
 
     def set_experiment_name(self) -> None:
         """Name the experiment after the video (nerfstudio would take the folder it lies in)."""
@@ -101,7 +128,9 @@ class SV4DTrainerConfig(TrainerConfig):
         machine = self.machine
         asked = machine.device_type if isinstance(machine, AutoMachineConfig) else "auto"
         if "auto" not in (asked, self.device) and asked != self.device:
-            raise InputError(f"--device {self.device} contradicts --machine.device-type {asked}: leave out one of them.")
+            raise InputError(
+                f"--device {self.device} contradicts --machine.device-type {asked}: leave out one of them."
+            )
         return self.device if asked == "auto" else asked
 
     def _fingerprint(self, without: frozenset[str] = frozenset()) -> str | None:

@@ -20,7 +20,6 @@ from sv4d_ns.files import TEMPORARY
 from sv4d_ns.runs import STAGES, SUMMARY_FILE, record_run, release_run
 from sv4d_ns.views import ViewGrid
 
-
 KEY = "0123456789abcdef" * 2
 
 

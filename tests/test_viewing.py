@@ -261,7 +261,9 @@ def test_crop_box_and_background_of_viewer_and_render_are_used() -> None:
 
     whole, counts = ball_picture()
     assert max(counts) == 50, "--eval-num-rays-per-chunk"
-    left_half = OrientedBox.from_params((0.0, -1.0, 0.0), (0.0, 0.0, 0.0), (2.0, 2.0, 2.0))  # y below 0: left in the picture
+    left_half = OrientedBox.from_params(
+        (0.0, -1.0, 0.0), (0.0, 0.0, 0.0), (2.0, 2.0, 2.0)
+    )  # y below 0: left in the picture
     red = torch.tensor([1.0, 0.0, 0.0])
     cut, _ = ball_picture(left_half, red)
     assert whole["accumulation"][12, 6:18].min() > 0.8

@@ -52,12 +52,12 @@ class Similarity:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The similarity of each moment: one for each frame where the crop followed the object, one for all where it stood."""
+    """The similarity of each moment: one for each frame where the crop followed the object, else one for all."""
 
     frames: tuple[Similarity, ...]
 
     def at(self, time: float) -> Similarity:
-        """That of a time in [0, 1]; between two frames what lies between theirs (they differ by a shift and a scale)."""
+        """That of a time in [0, 1]; between two frames what lies between theirs (a shift and a scale apart)."""
         place = time * (len(self.frames) - 1)
         first = self.frames[int(place)]
         second, share = self.frames[min(int(place) + 1, len(self.frames) - 1)], place - int(place)

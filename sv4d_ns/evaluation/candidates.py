@@ -252,15 +252,15 @@ def uncropped(grid: ViewGrid, case: Case, size: int) -> np.ndarray:
         same = [v for v in novel_views(case) if _same_view(_relative(case, v), relative)]
         source = grid.novel_views[:, view]
         if same:
-            framings = [_shown_part(to_source.at(float(t)), same[0], case, grid, source.shape[1], size) for t in grid.times]
+            framings = [
+                _shown_part(to_source.at(float(t)), same[0], case, grid, source.shape[1], size) for t in grid.times
+            ]
             source = np.concatenate([f.apply(picture[None]) for f, picture in zip(framings, source, strict=True)])
         columns.append(resize_rgba(source, size))
     return np.stack(columns, axis=1)
 
 
-def _shown_part(
-    moment: Similarity, view: CaseView, case: Case, grid: ViewGrid, pixels: int, size: int
-) -> "Framing":
+def _shown_part(moment: Similarity, view: CaseView, case: Case, grid: ViewGrid, pixels: int, size: int) -> "Framing":
     """The part of the grid's picture (of `pixels` along its side, in its own pixels) that the case's picture shows."""
     from sv4d_ns.video.framing import Framing
 

@@ -113,7 +113,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         return {}, terms, {"psnr": self._objective_psnr}
 
     def get_eval_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """How well the field fits rays of the grid's views that it may not have seen; distillation has no such measure."""
+        """How well the field fits other rays of the grid's views; distillation has no such measure."""
         import torch
 
         from sv4d_ns.four_diffusion.warm_up import view_terms

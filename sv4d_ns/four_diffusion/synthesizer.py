@@ -137,7 +137,9 @@ class FourDMSynthesizer:
             report(0)
             numbers = list(window.frames)
             known = None if window.anchor is None else _frame_of(latents, windows, window.anchor, window.start)
-            key = content_hash(self.describe(), code_fingerprint(), frames[numbers], seed, strength, number, known is None)
+            key = content_hash(
+                self.describe(), code_fingerprint(), frames[numbers], seed, strength, number, known is None
+            )
             name = f"window{number:03d}"
             made = store.load(name, key) if start is None else None
             if made is None:
