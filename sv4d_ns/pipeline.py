@@ -7,7 +7,9 @@ other in 3D, so the refined views do so more than the generated ones.
 """
 
 import json
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +35,7 @@ from sv4d_ns.runs import (
 from sv4d_ns.viewing import Playback, StartCamera
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.cuda.amp.grad_scaler import GradScaler
 
     from sv4d_ns.movies import Subject
@@ -73,6 +76,24 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     """Pixels along the side of their rendered pictures, even."""
 
 
+def read_step(losses: "Mapping[str, Tensor]", psnr: "Tensor", step: int) -> float:
+    """The PSNR of a step as a number, once all its losses are known to be finite.
+
+    All is read in one go: a GPU's work goes on while nobody asks for results.
+
+    Raises:
+        NotFiniteError: naming the first loss that is not finite.
+    """
+    import torch
+
+    finite = [loss.detach().isfinite().all() for loss in losses.values()]
+    *flags, value = torch.stack([*finite, psnr.detach().to(finite[0].device)]).tolist()
+    for term, flag in zip(losses, flags, strict=True):
+        if not flag:
+            raise NotFiniteError(term, step)
+    return float(value)
+
+
 class SV4DPipeline(VanillaPipeline):
     """Wires the view grid, the field and stage 2 together."""
 
@@ -98,6 +119,8 @@ class SV4DPipeline(VanillaPipeline):
 
         self.resumed_visibility: dict[int, Any] = {}
         """The sampler's visibility of views as it was when the checkpoint was saved that the run goes on from."""
+        self.psnr = math.nan
+        """Of the last training step's rays, dB."""
         self.start_camera = StartCamera()
         self.playback = Playback(self.sv4d_model, lambda: self.datamanager.grid)
         self.sv4d_model.views = GridWitnesses(lambda: self.datamanager.grid)
@@ -169,9 +192,7 @@ class SV4DPipeline(VanillaPipeline):
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """nerfstudio's; raises `NotFiniteError` before the loss can spoil the field."""
         outputs, loss_dict, metrics_dict = super().get_train_loss_dict(step)
-        for term, loss in loss_dict.items():
-            if not loss.isfinite().all():
-                raise NotFiniteError(term, step)
+        self.psnr = read_step(loss_dict, metrics_dict["psnr"], step)
         return outputs, loss_dict, metrics_dict
 
     def go_back(self, step: int) -> None:

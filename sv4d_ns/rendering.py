@@ -182,7 +182,8 @@ def _march_fused(occupancy, origins, directions, near, far, low, high, step, jit
 
 
 def _march_torch(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
-    n_steps = max(int(((far - near).amax() / step).ceil()), 1) if len(near) else 1
+    # as many as the box's diagonal takes: to ask the rays for their longest would wait for the device
+    n_steps = math.ceil(2 * occupancy.half_extent * math.sqrt(3) / step) + 1
     k = torch.arange(n_steps, device=origins.device)
     distance = near[:, None] + (k + jitter[:, None]) * step
     position = origins[:, None] + distance[..., None] * directions[:, None]
@@ -228,23 +229,24 @@ def _before_opaque(occupancy, origins, directions, low, high, ray, distance, ste
     cell = ((position + occupancy.half_extent) / occupancy.cell_size).long().clamp(0, occupancy.resolution - 1)
     i, j, m = cell.unbind(-1)
     depth = torch.minimum(occupancy.density[low[ray], i, j, m], occupancy.density[high[ray], i, j, m]) * step
-    opaque = (_sum_before(depth.double(), ray) > OPAQUE_OPTICAL_DEPTH).double()
-    return _sum_before(opaque, ray) + opaque <= extra
+    opaque = (sum_before(depth.double(), ray) > OPAQUE_OPTICAL_DEPTH).double()
+    return sum_before(opaque, ray) + opaque <= extra
 
 
-def _sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+def sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
     """Of packed values, the sum of those before each on its own ray: one running sum, minus its value at the ray's
     start (in float64, because it grows with the batch)."""
     before = values.cumsum(0) - values
-    first = torch.ones_like(rays, dtype=torch.bool)
-    first[1:] = rays[1:] != rays[:-1]
-    starts, segment = first.nonzero()[:, 0], first.long().cumsum(0) - 1
-    return before - before[starts][segment]
+    place = torch.arange(len(rays), device=rays.device)
+    new = torch.ones_like(rays, dtype=torch.bool)
+    new[1:] = rays[1:] != rays[:-1]
+    start = torch.where(new, place, 0).cummax(0).values if len(rays) else place
+    return before - before[start]
 
 
 def transmittance(optical: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
     """T_i = exp(-sum of optical thickness (density * step) before i on the same ray), in [0, 1]."""
-    return torch.exp(-_sum_before(optical.double(), samples.ray_indices)).to(optical.dtype)
+    return torch.exp(-sum_before(optical.double(), samples.ray_indices)).to(optical.dtype)
 
 
 def compositing_weights(density: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:

@@ -267,10 +267,14 @@ class SV4DTrainer(Trainer):
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
-        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._psnr:.1f} dB")
+        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._shown_psnr():.1f} dB")
         self._last_step, self._in_step = step, False
         if self._interrupted:
             raise KeyboardInterrupt
+
+    def _shown_psnr(self) -> float:
+        pipeline: Any = self.pipeline
+        return float(pipeline.psnr)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -285,16 +289,6 @@ class SV4DTrainer(Trainer):
         again, self._interrupted = self._interrupted, True
         if not again and not self._in_step:
             raise KeyboardInterrupt
-
-    def train_iteration(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """nerfstudio's iteration; its PSNR is shown in the bar.
-
-        Raises:
-            NotFiniteError: by the pipeline, before anything is changed.
-        """
-        loss, loss_dict, metrics_dict = super().train_iteration(step)
-        self._psnr = float(metrics_dict["psnr"].detach())
-        return loss, loss_dict, metrics_dict
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
