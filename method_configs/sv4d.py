@@ -3,9 +3,9 @@
 from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, ViewerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from sv4d_ns.pipeline import SV4DPipelineConfig
-from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, FusedAdamConfig
-from sv4d_ns.trainer import SV4DTrainerConfig
+from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, FusedAdamConfig
+from sv4d_ns.plugin.pipeline import SV4DPipelineConfig
+from sv4d_ns.plugin.trainer import SV4DTrainerConfig
 
 method = MethodSpecification(
     config=SV4DTrainerConfig(

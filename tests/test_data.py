@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sv4d_ns.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
-from sv4d_ns.data import blender, dataset, framing, render
-from sv4d_ns.data.curate import CurateConfig, Thresholds, curate
-from sv4d_ns.data.dataset import ObjectRecord, RenderedDataset, composited, finished_names, picture_name, png
-from sv4d_ns.data.environments import ENVIRONMENTS
-from sv4d_ns.data.exclusions import OBJAVERSEDY_TEST_IDS, is_test_object
-from sv4d_ns.data.orbits import Orbit, draw_orbit
-from sv4d_ns.data.render import RenderConfig, pack_shards, render_dataset
-from sv4d_ns.data.sources import list_assets
-from sv4d_ns.errors import InputError
+from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
+from sv4d_ns.training_data import blender, dataset, framing, render
+from sv4d_ns.training_data.curate import CurateConfig, Thresholds, curate
+from sv4d_ns.training_data.dataset import ObjectRecord, RenderedDataset, composited, finished_names, picture_name, png
+from sv4d_ns.training_data.environments import ENVIRONMENTS
+from sv4d_ns.training_data.exclusions import OBJAVERSEDY_TEST_IDS, is_test_object
+from sv4d_ns.training_data.orbits import Orbit, draw_orbit
+from sv4d_ns.training_data.render import RenderConfig, pack_shards, render_dataset
+from sv4d_ns.training_data.sources import list_assets
+from sv4d_ns.utils.errors import InputError
 
 TEST_ID = "34d16c3882f94a31bde584948883a06a"
 

@@ -9,8 +9,8 @@ import torch
 from tiny_run import tiny_config, tiny_grid
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sv4d_ns.errors import NotFiniteError
-from sv4d_ns.pipeline import read_step
+from sv4d_ns.plugin.pipeline import read_step
+from sv4d_ns.utils.errors import NotFiniteError
 
 READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal")
 """A number is read: `float`, `int`, `bool`, `item`, `tolist` end in these."""

@@ -17,10 +17,10 @@ from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from tiny_run import tiny_config, write_tiny_run
 
-from sv4d_ns.configs import check_config
-from sv4d_ns.errors import InputError
-from sv4d_ns.limits import check_settings
 from sv4d_ns.plugin.nerfstudio_commands import camera_path_flaw, say_file_errors
+from sv4d_ns.plugin.validation import check_settings
+from sv4d_ns.runs.safe_config import check_config
+from sv4d_ns.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_what_a_command_cannot_do_is_said_before_the_work(
 def test_exporters_that_do_not_fit_name_the_one_that_does(
     run: Path, tmp_path: Path, command: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sv4d_ns.export.cli import run as export
+    from sv4d_ns.export.command import run as export
 
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -255,7 +255,7 @@ def test_4diffusion_has_no_flags_of_what_it_does_not_do() -> None:
     import tyro
     from sv4d_ns.method_configs.four_diffusion import method
 
-    from sv4d_ns.four_diffusion.trainer import FourDiffusionTrainerConfig
+    from sv4d_ns.plugin.distillation_trainer import FourDiffusionTrainerConfig
 
     flags = tyro.extras.get_parser(FourDiffusionTrainerConfig, default=method.config).format_help()
     for flag in ("--pipeline.refine-", "--pipeline.visibility-every", "--pipeline.model.encoding"):
@@ -276,7 +276,7 @@ def test_4diffusion_carves_with_the_views_that_are_not_left_out(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "sv4d_ns.fitting.train_views", lambda grid, device, leave_out=True: asked.append(leave_out) or []
+        "sv4d_ns.fitting.objective.train_views", lambda grid, device, leave_out=True: asked.append(leave_out) or []
     )
     for leave_out in (True, False):
         config = yaml.unsafe_load((runs["4diffusion"] / "config.yml").read_text())
@@ -318,7 +318,7 @@ def test_going_back_draws_other_pixels_and_leaves_the_settings(runs: dict[str, P
 
 
 def test_refinement_leaves_the_pipeline_it_was_given_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sv4d_ns.synthesis import load_synthesizer
+    from sv4d_ns.synthesis.base import load_synthesizer
 
     synthesizer, _ = load_synthesizer("embedded", "cpu")
     scheduler = synthesizer.pipeline.scheduler  # type: ignore[attr-defined]
@@ -329,7 +329,7 @@ def test_refinement_leaves_the_pipeline_it_was_given_as_it_is(tmp_path: Path, mo
         assert synthesizer.pipeline.scheduler is scheduler  # type: ignore[attr-defined]
         return SimpleNamespace(images=torch.zeros(3, 8, 4, 64, 64), drift=())
 
-    monkeypatch.setattr("sv4d_ns.diffusion.grid.generate_grid", generate_grid)
+    monkeypatch.setattr("sv4d_ns.diffusion.sv4d.grid.generate_grid", generate_grid)
     frames, renders = np.zeros((3, 64, 64, 4), np.uint8), np.zeros((3, 8, 64, 64, 4), np.uint8)
     plan = synthesizer.default_plan()
     synthesizer.refine(frames, renders, plan, strength=0.5, seed=0, store=tmp_path, progress=lambda done, total: None)

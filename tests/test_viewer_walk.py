@@ -14,8 +14,8 @@ from sv4d_ns.method_configs.four_diffusion import method as four_diffusion
 from sv4d_ns.method_configs.sv4d import method as sv4d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.views.grid import ViewGrid
 
 
 class Operations(TorchDispatchMode):

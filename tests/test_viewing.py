@@ -12,15 +12,15 @@ import torch
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs.base_config import ViewerConfig
 
-from sv4d_ns import rendering
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.channels import LEGENDS, GridWitnesses, camera_channels
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fluid import SMALLEST_SIDE, SizeControl
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import pixel_rays
-from sv4d_ns.viewing import Clock, Playback, local_unless_asked, thumbnails
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.field import volume_rendering as rendering
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import pixel_rays
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, SizeControl
+from sv4d_ns.plugin.render_outputs import LEGENDS, GridWitnesses, camera_channels
+from sv4d_ns.plugin.viewer import Clock, Playback, local_unless_asked, thumbnails
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES, SIZE = 5, 16
 
@@ -230,8 +230,8 @@ def ball_picture(obb: object = None, background: torch.Tensor | None = None) -> 
     from nerfstudio.cameras.cameras import Cameras
     from nerfstudio.model_components.renderers import background_color_override_context
 
-    from sv4d_ns import channels
-    from sv4d_ns.model import SV4DModel
+    from sv4d_ns.plugin import render_outputs as channels
+    from sv4d_ns.plugin.model import SV4DModel
 
     ball = model_with_a_ball()
     ball.config.eval_num_rays_per_chunk = 50

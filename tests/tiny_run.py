@@ -9,8 +9,8 @@ import yaml
 from sv4d_ns.method_configs.four_diffusion import method as four_diffusion
 from sv4d_ns.method_configs.sv4d import method as sv4d
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.views.grid import ViewGrid
 
 METHODS = {"sv4d": sv4d, "4diffusion": four_diffusion}
 SIZE = 16

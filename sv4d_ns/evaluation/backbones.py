@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 LpipsNet = Literal["alex", "vgg"]
 ClipVariant = Literal["ViT-B/32", "ViT-L/14"]

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation.alignment import Alignment, Similarity, check_source_size, run_to_source, whole_picture
 from sv4d_ns.evaluation.backbones import sha256
 from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView
 from sv4d_ns.evaluation.protocols import CONSISTENT4D_AZIMUTHS, eval_files
 from sv4d_ns.evaluation.scores import Pictures
-from sv4d_ns.files import content_hash
-from sv4d_ns.runs import checkpoint_steps
-from sv4d_ns.synthesis import Progress, resize_rgba
-from sv4d_ns.views import GRID_FILE, ViewGrid
+from sv4d_ns.runs.layout import checkpoint_steps
+from sv4d_ns.synthesis.base import Progress, resize_rgba
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import content_hash
+from sv4d_ns.views.grid import GRID_FILE, ViewGrid
 
 if TYPE_CHECKING:
-    from sv4d_ns.video.framing import Framing
+    from sv4d_ns.video.crop import Framing
 
 CONFIG_FILE = "config.yml"
 ANGLE_TOLERANCE_DEG = 0.5
@@ -104,7 +104,7 @@ def novel_views(case: Case) -> tuple[CaseView, ...]:
 
 
 def _open_run(folder: Path, case: Case | None, size: int | None, progress: Progress) -> Opened:
-    from sv4d_ns.export.cli import load_run
+    from sv4d_ns.export.command import load_run
 
     run = load_run(folder / CONFIG_FILE)
     grid = run.views
@@ -145,7 +145,7 @@ def _rendered(
     times: Float[np.ndarray, " t"],
     progress: Progress,
 ) -> UInt8[np.ndarray, "t v size size 4"]:
-    from sv4d_ns.renders import render_rgba
+    from sv4d_ns.field.images import render_rgba
 
     count = cameras.shape[-3]
     made = np.empty((len(times), count, size, size, 4), np.uint8)
@@ -176,7 +176,7 @@ def alignment_to(grid: ViewGrid, case: Case) -> Alignment:
 
 def _squares(grid: ViewGrid, case: Case) -> "tuple[Framing, ...]":
     """The crop of each frame, or one for all."""
-    from sv4d_ns.video.framing import Framing
+    from sv4d_ns.video.crop import Framing
     from sv4d_ns.video.stabilised import StabilisedFraming
 
     if grid.framing is None:
@@ -262,7 +262,7 @@ def uncropped(grid: ViewGrid, case: Case, size: int) -> np.ndarray:
 
 def _shown_part(moment: Similarity, view: CaseView, case: Case, grid: ViewGrid, pixels: int, size: int) -> "Framing":
     """The part of the grid's picture (of `pixels` along its side, in its own pixels) that the case's picture shows."""
-    from sv4d_ns.video.framing import Framing
+    from sv4d_ns.video.crop import Framing
 
     origin = moment.points(np.zeros((1, 3)))[0]
     centre, magnified = _seen_at(origin, view.c2w, case, moment.scale, grid)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from sv4d_ns.cameras import ViewPlan, look_at_cameras
-from sv4d_ns.export.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
-from sv4d_ns.export.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
-from sv4d_ns.export.mesh import (
+from sv4d_ns.export.colour.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
+from sv4d_ns.export.colour.texture import bake, unwrap
+from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
+from sv4d_ns.export.formats.sequence import Still
+from sv4d_ns.export.root_motion import root_motion
+from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
     Tracks,
     canonical_mesh,
@@ -19,12 +21,10 @@ from sv4d_ns.export.mesh import (
     opacity_grid,
     vertex_normals,
 )
-from sv4d_ns.export.motion import root_motion
-from sv4d_ns.export.registration import refitted, registered, without_strays
-from sv4d_ns.export.run import FinishedRun
-from sv4d_ns.export.sequence import Still
-from sv4d_ns.export.texture import bake, unwrap
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.export.surface.registration import refitted, registered, without_strays
+from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
+from sv4d_ns.runs.open import FinishedRun
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from sv4d_ns.export.terminal import Terminal
@@ -200,7 +200,7 @@ def field_pictures(run: FinishedRun, frame: int, advance: Callable[[], None] | N
     The views constrained the colours of whole rays, not of points: the field's colour at the surface itself is the
     outermost, least supervised layer's, and 2 to 3 dB worse than what a rendering shows there.
     """
-    from sv4d_ns.renders import render_rgba
+    from sv4d_ns.field.images import render_rgba
 
     plan, size, time = run.views.plan, FIELD_PICTURE_SIZE, run.time(frame)
     pictures = []

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sv4d_ns.errors import InputError, file_sentence
-from sv4d_ns.runs import checkpoint_steps, newest_views
+from sv4d_ns.runs.layout import checkpoint_steps, newest_views
+from sv4d_ns.utils.errors import InputError, file_sentence
 
 RAW, TRUE = "raw-", "gt-"
 """What `ns-render dataset` lets stand before the name of a picture."""
@@ -59,7 +59,7 @@ def prepare(config: Any, opened: Opening) -> None:
         check_command(opened.command, config)
     find_run(config, opened.path, needs_checkpoint=not opened.training)
     if config.pipeline.datamanager.dataparser is None:
-        from sv4d_ns.datamanager import GridParserConfig
+        from sv4d_ns.plugin.datamanager import GridParserConfig
 
         config.pipeline.datamanager.dataparser = GridParserConfig()
 
@@ -137,8 +137,8 @@ def _check_render(command: Any, config: Any) -> None:
 
 
 def _check_names(command: Any, config: Any) -> None:
-    from sv4d_ns.channels import channel_names
-    from sv4d_ns.four_diffusion.model import FourDiffusionModelConfig
+    from sv4d_ns.plugin.distillation_model import FourDiffusionModelConfig
+    from sv4d_ns.plugin.render_outputs import channel_names
 
     known = (*channel_names(deforms=not isinstance(config.pipeline.model, FourDiffusionModelConfig)), "rgba")
     if type(command).__name__ == "DatasetRender":

@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from scipy import ndimage
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.video.clip import Region
-from sv4d_ns.video.framing import FRAME_RATIO, VISIBLE_ALPHA, Framing, check_ratio, union_box
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.crop import FRAME_RATIO, VISIBLE_ALPHA, Framing, check_ratio, union_box
+from sv4d_ns.video.reader import Region
 
 SMOOTHING = 1.5
 """Standard deviation, in frames, of the smoothing of the square's way: the box around a walking object jumps with every

@@ -1,0 +1,1 @@
+"""Colours of a moving surface."""

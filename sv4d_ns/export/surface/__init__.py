@@ -1,0 +1,1 @@
+"""The surface of a field and its motion, as one mesh."""
