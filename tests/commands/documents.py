@@ -80,10 +80,8 @@ class Rule:
     """It cannot run here, because."""
 
 
-TRAIN = "--max-num-iterations {steps} --pipeline.datamanager.max-frames 2 --pipeline.movie-size 16"
-TRAIN_LENGTH = TRAIN.format(steps=3)
+TRAIN_LENGTH = "--max-num-iterations 3 --pipeline.movie-size 16"
 MESH_LENGTH = "--resolution 24 --max-faces 200 --texture-size 64"
-TRAINING_LENGTH = "--steps-3d 1 --steps-4d 0 --objects-3d 1"
 
 RULES = (
     Rule(r"sv4d doctor video\.mp4", "quick"),

@@ -25,6 +25,10 @@ def run(place: Workplace, command: Command) -> None:
     rule = rule_for(command)
     assert rule is not None
     asked = words(command, rule)
+    filled = tuple(place.filled_in(word) for word in asked)
+    if filled in place.done:  # another document has the same command
+        return
+    place.done.add(filled)
     if asked[0] == "ns-viewer":
         place.serve(asked)
     elif ALL:

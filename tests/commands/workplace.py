@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import chdir, closing
+from contextlib import closing
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -27,6 +27,8 @@ class Workplace:
 
     def __init__(self, folder: Path, train: Callable[["Workplace", str], None]) -> None:
         self.folder, self._train = folder, train
+        self.done: set[tuple[str, ...]] = set()
+        """Commands that have run."""
         case = write_case(folder / "CASE")
         shutil.copytree(case, folder / "CASES" / "CASE")
         self._write_grids()
@@ -69,14 +71,15 @@ class Workplace:
         # nerfstudio has a script called ns-export, too (docs/export.md)
         scripts = [script for script in entry_points(group="console_scripts") if script.name == program]
         script = next((one for one in scripts if one.value.startswith("sv4d_ns.")), scripts[0])
-        before = sys.argv, sys.excepthook
+        before, place = (sys.argv, sys.excepthook), Path.cwd()
         sys.argv = [program, *arguments]
+        os.chdir(self.folder)
         try:
-            with chdir(self.folder):
-                code = script.load()()
+            code = script.load()()
         except SystemExit as ended:
             code = ended.code
         finally:
+            os.chdir(place)
             sys.argv, sys.excepthook = before
         assert not code, f"{shlex.join([program, *arguments])} ended with {code}"
 
