@@ -18,7 +18,9 @@ from sv4d_ns.cli.main import main
 from sv4d_ns.evaluation import backbones, candidates, command, geometry, protocols, scores
 from sv4d_ns.evaluation.alignment import Alignment, Similarity, run_to_source, whole_picture
 from sv4d_ns.evaluation.cases import Case, find_cases
+from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.metrics.images import silhouette_iou
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video.crop import Framing, fixed_framing
 from sv4d_ns.video.stabilised import StabilisedFraming
 from sv4d_ns.views.grid import ViewGrid

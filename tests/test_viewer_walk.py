@@ -33,7 +33,7 @@ class Operations(TorchDispatchMode):
 def make_pipeline(name: str, folder: Path, test_mode: str) -> Any:
     pixels = np.full((3, 9, 16, 16, 4), 255, np.uint8)
     pixels[:, :, :4, :, 3] = 0
-    ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.EMBEDDED, fps=10).save(folder / "views")
+    ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.BUNDLED, fps=10).save(folder / "views")
     method = sv4d if name == "sv4d" else four_diffusion
     config = yaml.unsafe_load(yaml.dump(method.config.pipeline))
     config.datamanager.run_dir = folder

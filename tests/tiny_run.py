@@ -20,7 +20,7 @@ def tiny_grid(frames: int = 3) -> ViewGrid:
     """Squares in the lower three quarters of every picture."""
     pixels = np.full((frames, 9, SIZE, SIZE, 4), 255, np.uint8)
     pixels[:, :, : SIZE // 4, :, 3] = 0
-    return ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.EMBEDDED, fps=10)
+    return ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.BUNDLED, fps=10)
 
 
 def tiny_config(method: str, folder: Path, **changes: Any) -> Any:

@@ -18,7 +18,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.model import SV4DModelConfig
 from sv4d_ns.plugin.nerfstudio_commands import opening, prepare
+from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
 from sv4d_ns.plugin.validation import check_settings
+from sv4d_ns.plugin.viewer import local_unless_asked
 from sv4d_ns.runs.layout import (
     PARTIAL_CHECKPOINT,
     STAGE_2,
