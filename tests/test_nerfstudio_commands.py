@@ -16,7 +16,7 @@ from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from tiny_run import tiny_config, write_tiny_run
 
-from sv4d_ns.plugin.nerfstudio_commands import camera_path_flaw, say_file_errors
+from sv4d_ns.plugin.nerfstudio_commands import camera_path_flaw, say_file_errors, say_missing_config
 from sv4d_ns.plugin.validation import check_settings
 from sv4d_ns.runs.safe_config import check_config
 from sv4d_ns.utils.errors import InputError
@@ -191,12 +191,21 @@ def test_exporters_that_do_not_fit_name_the_one_that_does(
         export([command, "--load-config", str(run / "config.yml"), "--output-dir", str(tmp_path / "out")])
 
 
-def test_files_at_fault_are_named_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_at_fault_are_named_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     try:
         tmp_path.mkdir()
     except FileExistsError as error:
         say_file_errors(type(error), error, error.__traceback__)
     assert capsys.readouterr().err == f"Error: {tmp_path} cannot be used (File exists): choose another path.\n"
+    missing = tmp_path / "config.yml"
+    monkeypatch.setattr(sys, "argv", ["ns-eval", f"--load-config={missing}"])
+    try:
+        missing.read_text()
+    except FileNotFoundError as error:
+        say_missing_config(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err.startswith(f"Error: {missing} does not exist: give the config.yml")
     try:
         raise ValueError("not of files")
     except ValueError as error:

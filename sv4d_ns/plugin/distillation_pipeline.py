@@ -1,6 +1,6 @@
 """The nerfstudio pipeline of 4Diffusion: it makes the prior and the anchor of a run and asks the objective."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -119,6 +119,16 @@ class FourDiffusionPipeline(SV4DPipeline):
             terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch["batch"])
         return {}, terms, {"psnr": torch.tensor(psnr)}
 
+    def go_back(self, step: int) -> None:
+        """As the other method's, and with other views and noise in distillation, too."""
+        super().go_back(step)
+        if self._objective is not None:
+            self._objective.config = replace(self._objective.config, seed=self._seed())
+
+    def _seed(self) -> int:
+        """Of this attempt."""
+        return self.datamanager.config.seed + self.datamanager.retries
+
     def _refinements_before(self, step: int) -> int:
         return 0  # whatever a config.yml says: this method has no second stage
 
@@ -140,8 +150,7 @@ class FourDiffusionPipeline(SV4DPipeline):
             terms |= self._objective.terms(step - warm_up_steps)
             psnr = self._objective.anchor_psnr
             field, occupancy = self.space_model.field, self.space_model.occupancy
-            seed = self.datamanager.config.seed
-            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, seed, step)
+            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, self._seed(), step)
         self._objective_psnr = torch.tensor(psnr)
         return terms
 
@@ -183,7 +192,7 @@ class FourDiffusionPipeline(SV4DPipeline):
                 total_steps=self._total_steps - self._warm_up_steps(),
                 first_step=WARM_START if self._warm_up_steps() else 0,
                 frames_per_step=frames,
-                seed=self.datamanager.config.seed,
+                seed=self._seed(),
                 weights=own_weights(short_run=not self._is_fourdm(), perceptual=lpips is not None),
                 noise=prior.noise,
                 render=model.render_settings(),

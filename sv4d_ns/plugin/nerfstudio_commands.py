@@ -102,6 +102,20 @@ def say_file_errors(kind: type[BaseException], error: BaseException, traceback: 
         print(f"Error: {sentence}", file=sys.stderr)
 
 
+def expect_missing_configs() -> None:
+    """For `sys.excepthook`: a sentence where a file or folder of the user's is at fault."""
+    if Path(sys.argv[0]).name.startswith("ns-"):
+        sys.excepthook = say_missing_config
+
+
+def say_missing_config(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """For `sys.excepthook`: a sentence for a file of the command line that does not exist."""
+    if isinstance(error, FileNotFoundError) and any(str(error.filename) in word for word in sys.argv[1:]):
+        print(f"Error: {error.filename} does not exist: give the config.yml in a run's folder.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 # ---------------------------------------------------------------------------------------------------------- the checks
 
 

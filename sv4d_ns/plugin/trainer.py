@@ -17,7 +17,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.model import SV4DModelConfig
-from sv4d_ns.plugin.nerfstudio_commands import opening, prepare
+from sv4d_ns.plugin.nerfstudio_commands import expect_missing_configs, opening, prepare
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
 from sv4d_ns.plugin.validation import check_settings
 from sv4d_ns.plugin.viewer import local_unless_asked
@@ -43,7 +43,9 @@ from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_
 from sv4d_ns.utils.files import TEMPORARY, check_zip
 from sv4d_ns.utils.progress import TrainingBar
 
-open_paths_of_other_systems()  # nerfstudio imports this file before it reads any config.yml
+# nerfstudio imports this file before it reads any config.yml
+open_paths_of_other_systems()
+expect_missing_configs()
 
 REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
