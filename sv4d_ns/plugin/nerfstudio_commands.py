@@ -103,7 +103,7 @@ def say_file_errors(kind: type[BaseException], error: BaseException, traceback: 
 
 
 def expect_missing_configs() -> None:
-    """For `sys.excepthook`: a sentence where a file or folder of the user's is at fault."""
+    """In nerfstudio's commands: a sentence where --load-config names no file, which they read before ours can look."""
     if Path(sys.argv[0]).name.startswith("ns-"):
         sys.excepthook = say_missing_config
 
