@@ -99,7 +99,7 @@ RULES = (
     Rule(r"sv4d render orbit .*", "quick", "--size 16 --seconds 0.2"),
     Rule(r"sv4d evaluate (GRID|A|A B) .*", "quick"),
     Rule(r"sv4d evaluate (RUN|outputs/\S+) --truth CASE --out report", "long", "--size 24"),
-    Rule(r"sv4d data render \S+ \S+", "long"),
+    Rule(r"sv4d data render \S+ \S+", "long", "--frames 3 --views 2 --size 32"),
     Rule(r"sv4d data curate \S+", "long"),
     Rule(r"scripts/test", "elsewhere", why="it runs this very test"),
     Rule(

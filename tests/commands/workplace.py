@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from evaluation_fixture import FRAMES, write_case
+from glb_fixture import waving
 from test_run import write_video
 
 BIN = Path(sys.executable).parent
@@ -23,7 +24,7 @@ READY_S, ENDS_S = 240, 60
 
 
 class Workplace:
-    """video.mp4, CASE, CASES, GRID, A and B; RUN and every `...` are the run that the documents' ns-train makes."""
+    """video.mp4, CASE, GRID, assets and so on; RUN and every `...` are the run that the documents' ns-train makes."""
 
     def __init__(self, folder: Path, train: Callable[["Workplace", str], None]) -> None:
         self.folder, self._train = folder, train
@@ -32,6 +33,9 @@ class Workplace:
         case = write_case(folder / "CASE")
         shutil.copytree(case, folder / "CASES" / "CASE")
         self._write_grids()
+        for name in ("assets", "SOURCE"):
+            (folder / name).mkdir()
+            waving(folder / name / "fish.glb")
         from sv4d_ns.evaluation.cases import Case
 
         read = Case.load(case)
