@@ -109,9 +109,7 @@ def _check_workers(client: "Client", cluster: str) -> None:
     for worker, version in answers.items():
         if version != __version__:
             found = "does not have sv4d-ns" if isinstance(version, BaseException) else f"has sv4d-ns {version}"
-            raise InputError(
-                f"The worker {worker} {found}, and this is {__version__}: install the same everywhere."
-            )
+            raise InputError(f"The worker {worker} {found}, and this is {__version__}: install the same everywhere.")
 
 
 def run_all(
