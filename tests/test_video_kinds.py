@@ -332,7 +332,7 @@ def test_printed_commands_can_be_pasted():
     from sv4d_ns.plugin.pipeline import next_commands
 
     name = "my cat's #1 [new] $x"
-    lines = next_commands(Path("outputs") / name, name, "ns-export").splitlines()
+    lines = next_commands(Path("outputs") / name, name, "ns-export")
     words = [shlex.split(line, comments=True) for line in lines]
     assert words[0] == ["ns-viewer", "--load-config", f"outputs/{name}/config.yml"]
     assert words[1][-1] == f"renders/{name}.mp4" and words[2][-1] == f"exports/{name}"

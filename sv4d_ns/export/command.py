@@ -57,8 +57,8 @@ class _Export:
             from sv4d_ns.export.terminal import Terminal
 
             run = load_run(self.load_config)
-            with Terminal() as terminal:
-                files, advice = self.write(run, folder, terminal)
+            terminal = Terminal()
+            files, advice = self.write(run, folder, terminal)
             for line in [*(_described(file) for file in files), advice]:
                 terminal.say(line)
 
@@ -254,6 +254,7 @@ def run(arguments: Sequence[str], program: str = "sv4d export") -> None:
     else:
         # nerfstudio marks its union the same way: booleans take a value
         command = tyro.cli(commands(), prog=program, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
+        check_config_path(command.load_config)  # nerfstudio's do not look
     command.main()
 
 
