@@ -35,11 +35,12 @@ class _Export:
     """Nodes of the marching-cubes grid along each side of the object's box."""
     max_faces: Annotated[Optional[int], tyro.conf.arg(aliases=["--faces"])] = 20_000  # noqa: UP045 - as in nerfstudio
     """Face budget: the mesh is simplified to it. None keeps every face of the marching cubes."""
-    texture: Literal["field", "views", "none"] = "field"
-    """Where colours come from: the fitted field (consistent), or the input and generated views that see a place best
-    (sharp). none: from the field, kept at the vertices, without a texture."""
-    texture_size: int = 1024
-    """Texels along the side of the texture."""
+    texture: Literal["film", "field", "views", "none"] = "film"
+    """Where colours come from: the input video where it saw a place and the fitted field elsewhere (film); the field
+    alone; or the input and generated views that see a place best (views). none: as film, kept at the vertices, without
+    a texture."""
+    texture_size: Optional[int] = None  # noqa: UP045
+    """Texels along the side of the texture. None: 1024, or 2048 for a video of 384 pixels or more."""
     fps: Optional[float] = None  # noqa: UP045
     """Frames per second of the animation. None keeps the input clip's."""
     root_motion: Literal["in-place", "restore"] = "in-place"
@@ -68,7 +69,8 @@ class _Export:
 
         check_resolution(self.resolution)
         check_face_budget(self.max_faces)
-        check_texture_size(self.texture_size)
+        if self.texture_size is not None:
+            check_texture_size(self.texture_size)
         if self.fps is not None and not self.fps > 0:
             raise InputError(f"--fps {self.fps:g} is not a speed: give a number above 0, or leave it out.")
 

@@ -1,0 +1,1 @@
+"""Colours of the moving surface, from pictures of it."""

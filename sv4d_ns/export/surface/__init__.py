@@ -1,0 +1,1 @@
+"""From a field's density to one moving surface."""
