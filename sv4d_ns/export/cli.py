@@ -106,6 +106,11 @@ class ExportMesh(_Export):
     """Bones the skeleton may have; they are added until the error is below 0.5 % of the box's diagonal."""
     watertight: bool = False
     """Close the mesh: every edge belongs to exactly two faces."""
+    ground: bool = True
+    """Put the lowest point of the whole clip at height 0; --no-ground keeps the middle of the object's box there."""
+    height: Optional[float] = None  # noqa: UP045
+    """Metres the object is to be tall, from its lowest to its highest point where it stands tallest (1.8 for a person).
+    None keeps the run's scale, in which the object's box is about 1 m wide."""
     usd: Literal["none", "usdc", "usdz"] = "none"
     """Also write the animation as USD (needs the extra 'usd': pip install 'sv4d-ns[usd]')."""
     sequence: Literal["none", "obj", "ply"] = "none"
@@ -115,6 +120,8 @@ class ExportMesh(_Export):
         super().check()
         if not 1 <= self.max_bones <= 255:
             raise InputError(f"--max-bones {self.max_bones} cannot be: give 1 to 255.")
+        if self.height is not None and not self.height > 0:
+            raise InputError(f"--height {self.height:g} is no size: give metres above 0, or leave it out.")
         if self.usd != "none":
             from sv4d_ns.export.usd import require_usd
 
@@ -130,7 +137,16 @@ class ExportMesh(_Export):
             file_format = "ply" if self.sequence == "none" else self.sequence
             return files.write_frames(run, self.options(), folder, file_format, self.usd, terminal)
         return files.write_mesh(
-            run, self.options(), folder, self.animation, self.max_bones, self.usd, self.sequence, terminal
+            run,
+            self.options(),
+            folder,
+            self.animation,
+            self.max_bones,
+            self.usd,
+            self.sequence,
+            terminal,
+            self.ground,
+            self.height,
         )
 
 

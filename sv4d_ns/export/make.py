@@ -28,7 +28,7 @@ from sv4d_ns.export.run import FinishedRun
 from sv4d_ns.export.sequence import Still
 from sv4d_ns.export.surface.carving import completed, silhouettes
 from sv4d_ns.export.surface.mending import mended
-from sv4d_ns.export.surface.outlines import fitted_to_outlines
+from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.texture import bake, unwrap
 from sv4d_ns.views import ViewGrid
 
@@ -39,6 +39,10 @@ INPUT_TRUST = 3.0
 """Weight of the input camera against each generated view's when colours are gathered: its pixels are real."""
 FIELD_PICTURE_SIZE = 320
 """Pixels along the side of the pictures of the field that its colours are taken from (about one voxel each)."""
+UNDER_PICTURE_SIZE = 208
+"""The same where the film shows the rest: the field's far sides are no sharper than this, at two fifths of the time."""
+CONFIDENCE_EVERY = 2
+"""Frames from one to the next whose generated views tell what they saw: what one frame sees, its neighbour does too."""
 FIELD_ELEVATIONS_DEG = (-50.0, 0.0, 50.0)
 """Rings of cameras, relative to the input view's elevation, of the pictures of the field."""
 FIELD_AZIMUTHS = 6
@@ -96,10 +100,26 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     if run.deforms:
         positions, changed = mended(positions, surface.vertices, surface.faces, silhouettes(film), run.canonical_frame)
         if changed.any():
-            terminal.say(f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended")
+            terminal.say(
+                f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended"
+            )
     with terminal.bar("fitting the outlines", frames) as advance:
         positions = fitted_to_outlines(positions, surface.faces, film, advance=advance)
+    with terminal.bar("fitting what is on them", frames) as advance:
+        colors = _film_at_vertices(film, positions, surface.faces)
+        positions = fitted_to_film(positions, surface.faces, film, colors, advance)
     return surface, Tracks(positions.astype(np.float32), tracks.residuals, tracks.guessed)
+
+
+def _film_at_vertices(
+    film: Sequence[Picture], positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3"]
+) -> Float[np.ndarray, "n 3"]:
+    """The vertices' colours as the film shows them, continued where it does not."""
+    normals, corners = (
+        np.stack([vertex_normals(x, faces) for x in positions]),
+        vertices_as_points(faces, positions.shape[1]),
+    )
+    return filled(*film_colors(film, positions, normals, faces, corners).at(corners), faces)
 
 
 def _canonical_surface(
@@ -218,7 +238,8 @@ def _confidence(
     views: ViewGrid, mesh: AnimatedMesh, corners: SurfacePoints, terminal: "Terminal"
 ) -> Float[np.ndarray, " n"]:
     """Which cameras saw each vertex."""
-    kinds = input_pictures(views), generated_pictures(views)
+    generated = [picture for picture in generated_pictures(views) if picture.frame % CONFIDENCE_EVERY == 0]
+    kinds = input_pictures(views), generated
     with terminal.bar("who saw what", sum(map(len, kinds))) as advance:
         seen = [gather(kind, corners, mesh.positions, mesh.normals, mesh.faces, advance)[1] for kind in kinds]
     sure = confidence(*seen)
@@ -242,7 +263,8 @@ def _layers(
         pictures = [*input_pictures(run.views), *generated_pictures(run.views)]
     else:
         with terminal.bar("drawing the field", len(field_cameras(run.views.plan))) as advance:
-            pictures = field_pictures(run, run.canonical_frame, advance)
+            size = UNDER_PICTURE_SIZE if texture in ("film", "none") else FIELD_PICTURE_SIZE
+            pictures = field_pictures(run, run.canonical_frame, size, advance)
 
     def under(points: SurfacePoints) -> tuple[np.ndarray, np.ndarray]:
         return gather(pictures, points, mesh.positions, mesh.normals, mesh.faces)
@@ -286,15 +308,17 @@ def field_cameras(plan: ViewPlan) -> Float[np.ndarray, "v 4 4"]:
     return look_at_cameras(np.tile(azimuths, len(elevations)), np.repeat(elevations, FIELD_AZIMUTHS), plan.radius)
 
 
-def field_pictures(run: FinishedRun, frame: int, advance: Callable[[], None] | None = None) -> list[Picture]:
-    """Renderings of the field at a frame from all sides.
+def field_pictures(
+    run: FinishedRun, frame: int, size: int = FIELD_PICTURE_SIZE, advance: Callable[[], None] | None = None
+) -> list[Picture]:
+    """Renderings of the field at a frame from all sides, `size` pixels along their sides.
 
     The views constrained the colours of whole rays, not of points: the field's colour at the surface itself is the
     outermost, least supervised layer's, and 2 to 3 dB worse than what a rendering shows there.
     """
     from sv4d_ns.renders import render_rgba
 
-    plan, size, time = run.views.plan, FIELD_PICTURE_SIZE, run.time(frame)
+    plan, time = run.views.plan, run.time(frame)
     pictures = []
     for camera in field_cameras(plan):
         rgba = render_rgba(run.field, run.occupancy, camera, plan.focal_px(size), size, time)

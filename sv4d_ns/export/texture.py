@@ -93,9 +93,7 @@ def padded(
     return image[row, column]
 
 
-def bake(
-    atlas: Atlas, colors: Callable[[SurfacePoints], Float[np.ndarray, "k 3"]]
-) -> UInt8[np.ndarray, "size size 3"]:
+def bake(atlas: Atlas, colors: Callable[[SurfacePoints], Float[np.ndarray, "k 3"]]) -> UInt8[np.ndarray, "size size 3"]:
     """The sRGB base colour image of an atlas.
 
     Args:

@@ -1,7 +1,7 @@
 """What the input video's silhouettes say about the canonical shape.
 
 The input camera saw the object in every frame, so its silhouettes are the truth there. Canonical matter that a frame
-moves out of the silhouette, or that motion pulls apart, is cut away (webs between legs); rays of the canonical frame
+moves out of the silhouette is cut away (webs between legs); rays of the canonical frame
 that the video shows full and the density leaves empty are filled (a thin tail whose density is fog). Both are done on
 the nodes of the opacity grid, before a surface is cut out of it, so that every cut is closed and smooth by itself.
 Own design.
@@ -27,8 +27,6 @@ OUTSIDE = 0.014
 registration (`outlines`) mends what is nearer."""
 LEAST_FRAMES = 2
 """Frames that must speak against a node: one may be a slip of the motion."""
-STRETCH = 4.0
-"""Times its canonical length from which an edge between two nodes counts as torn."""
 NEIGHBOURS = 4
 """Surface vertices a node's motion is averaged over."""
 MENDED = 2
@@ -136,9 +134,8 @@ def carved(
 ) -> tuple[np.ndarray, float]:
     """`solid` without the matter that the film contradicts, and the share of nodes cut.
 
-    A node is doubted where it lies outside the silhouette in `LEAST_FRAMES` frames or more, or where motion stretches
-    an edge to its neighbour over `STRETCH` times. It stays all the same when more frames need it than speak against
-    it: without the doubted nodes, pixels of their silhouettes would be empty.
+    A node is doubted where it lies outside the silhouette in `LEAST_FRAMES` frames or more. It stays all the same when
+    more frames need it than speak against it: without the doubted nodes, pixels of their silhouettes would be empty.
 
     Args:
         vertices: of the surface cut out of `solid`.
@@ -151,7 +148,7 @@ def carved(
     moved = _carried(nodes, vertices, positions)
     shapes = silhouettes(film)
     against = np.stack([shape.at(x) > OUTSIDE for shape, x in zip(shapes, moved, strict=True)]).sum(axis=0)
-    doubted = (against >= min(LEAST_FRAMES, len(shapes))) | _torn(present, nodes, moved)
+    doubted = against >= min(LEAST_FRAMES, len(shapes))
     needed = np.zeros(len(nodes), np.int64)
     for shape, x in zip(shapes, moved, strict=True):
         needed += _needed(shape, x, doubted)
@@ -166,7 +163,9 @@ def carved(
 
 
 def _nodes(grid: OpacityGrid) -> Float[np.ndarray, "m 3"]:
-    axes = [np.linspace(low, high, count) for low, high, count in zip(grid.low, grid.high, grid.values.shape, strict=True)]
+    axes = [
+        np.linspace(low, high, count) for low, high, count in zip(grid.low, grid.high, grid.values.shape, strict=True)
+    ]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
@@ -181,19 +180,6 @@ def _carried(
     return np.stack([nodes + np.einsum("mk,mkc->mc", weight, (x - vertices)[nearest]) for x in positions])
 
 
-def _torn(
-    present: Bool[np.ndarray, "r r r"], nodes: Float[np.ndarray, "m 3"], moved: Float[np.ndarray, "t m 3"]
-) -> Bool[np.ndarray, " m"]:
-    """Nodes with an edge to a neighbour that some frame stretches."""
-    torn = np.zeros(len(nodes), dtype=bool)
-    for first, second in _grid_edges(present):
-        rest = np.linalg.norm(nodes[first] - nodes[second], axis=-1)
-        for x in moved:
-            far = np.linalg.norm(x[first] - x[second], axis=-1) > STRETCH * rest
-            torn[first[far]] = torn[second[far]] = True
-    return torn
-
-
 def _grid_edges(present: Bool[np.ndarray, "r r r"]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pairs of neighbouring present nodes along each axis, as indices among the present ones."""
     number = np.full(present.shape, -1)
@@ -206,9 +192,7 @@ def _grid_edges(present: Bool[np.ndarray, "r r r"]) -> list[tuple[np.ndarray, np
     return pairs
 
 
-def _needed(
-    shape: Silhouette, x: Float[np.ndarray, "m 3"], doubted: Bool[np.ndarray, " m"]
-) -> Bool[np.ndarray, " m"]:
+def _needed(shape: Silhouette, x: Float[np.ndarray, "m 3"], doubted: Bool[np.ndarray, " m"]) -> Bool[np.ndarray, " m"]:
     """Doubted nodes that stand for pixels of the silhouette which no other node is near."""
     picture = shape.picture
     pixels, _ = project(x, picture.c2w, picture.fov_focal * PICTURE, PICTURE)

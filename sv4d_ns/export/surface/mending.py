@@ -138,7 +138,11 @@ def mended(
     result = positions.astype(np.float64)
     changed = np.zeros(positions.shape[:2], dtype=bool)
     frames = len(positions)
-    order = [(first, None), *((i, i - 1) for i in range(first + 1, frames)), *((i, i + 1) for i in range(first - 1, -1, -1))]
+    order = [
+        (first, None),
+        *((i, i - 1) for i in range(first + 1, frames)),
+        *((i, i + 1) for i in range(first - 1, -1, -1)),
+    ]
     for frame, neighbour in order:
         bad = bad_vertices(rest, positions[frame], faces, silhouettes[frame])
         if not bad.any() or bad.all():

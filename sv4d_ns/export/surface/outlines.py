@@ -23,7 +23,7 @@ from sv4d_ns.export.raster import Coverage, project, rasterise
 
 RASTER = 512
 """Pixels along the side of the rasters the mesh's outline is read from."""
-ROUNDS = ((30.0, 0.12), (10.0, 0.1), (3.0, 0.1), (1.0, 0.06), (0.3, 0.02), (0.1, 0.01))
+ROUNDS = ((30.0, 0.12), (10.0, 0.1), (3.0, 0.1), (1.0, 0.04), (0.3, 0.015))
 """(weight of the membrane, longest pull as a share of the picture's width), from stiff and far to soft and near."""
 ALIKE = 0.5
 """Cosine between two outlines' normals from which their points may be the same place."""
@@ -172,3 +172,85 @@ def fitted_to_outlines(
         if advance is not None:
             advance()
     return result
+
+
+# ------------------------------------------------------------------------------------------------------ inside them
+
+TEXTURE_ROUNDS = ((2.0, 0.02), (0.3, 0.012))
+"""(weight of the membrane, longest pull) of the rounds in which what is drawn on the surface is registered too."""
+TEXTURE_WEIGHT = 0.3
+"""What a pixel of optical flow counts against a point of the outline where the picture has structure."""
+INSIDE = 3
+"""Pixels from either outline nearer than which optical flow is not believed."""
+STRUCTURE = 0.05
+"""Slope of the luminance, in [0, 1] per pixel, from which a pixel's flow counts fully."""
+
+
+def texture_pulls(
+    coverage: Coverage, shades: Float[np.ndarray, " n"], faces: Int[np.ndarray, "f 3"], film: Picture, reach: float
+) -> Pulls:
+    """What draws the surface's own picture onto the film: the optical flow from the one to the other.
+
+    Args:
+        coverage: of the mesh at the film's camera and size.
+        shades: luminance of the vertices in [0, 1].
+    """
+    from sv4d_ns.scene_flow import optical_flow
+
+    covered, inside = coverage.face >= 0, film.rgba[..., 3] >= 128
+    drawn = np.zeros(covered.shape)
+    drawn[covered] = np.einsum("kj,kj->k", coverage.barycentric[covered], shades[faces[coverage.face[covered]]])
+    shown = _luminance(film.rgba[..., :3] / 255.0)
+    flow = optical_flow(*(_on_black(value, alpha) for value, alpha in ((drawn, covered), (shown, inside))))
+    slope = np.hypot(*np.gradient(ndimage.gaussian_filter(shown, 1.0)))
+    both = ndimage.binary_erosion(covered & inside, iterations=INSIDE) & (np.linalg.norm(flow, axis=-1) < reach)
+    weight = TEXTURE_WEIGHT * np.clip(slope[both] / STRUCTURE, 0.02, 1)
+    return Pulls(coverage.face[both], coverage.barycentric[both], flow[both].astype(np.float64), weight)
+
+
+def _luminance(rgb: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
+    return rgb @ np.array([0.299, 0.587, 0.114])
+
+
+def _on_black(value: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """8-bit grey in which the darkest object stands out from the background."""
+    return np.round(255 * np.where(alpha, 0.25 + 0.75 * np.clip(value, 0, 1), 0)).astype(np.uint8)
+
+
+def fitted_to_film(
+    positions: Float[np.ndarray, "t n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    film: Sequence[Picture],
+    colors: Float[np.ndarray, "n 3"],
+    advance: Callable[[], None] | None = None,
+) -> Float[np.ndarray, "t n 3"]:
+    """Positions at which outline and colours of the surface lie where the film has them, frame by frame.
+
+    Args:
+        colors: sRGB in [0, 1] of the vertices, as all frames together show them.
+        advance: called once per frame.
+    """
+    membrane, shades = Membrane(faces, positions.shape[1]), _luminance(colors)
+    result = np.empty_like(positions)
+    for picture in film:
+        x, size = positions[picture.frame].astype(np.float64), len(picture.rgba)
+        outline = film_outline(picture)
+        for stiffness, reach in TEXTURE_ROUNDS:
+            fine, plain = (
+                rasterise(*project(x, picture.c2w, picture.fov_focal * side, side), faces, side)
+                for side in (RASTER, size)
+            )
+            pulls = _joined(outline_pulls(fine, outline, reach), texture_pulls(plain, shades, faces, picture, reach))
+            if len(pulls.face):
+                x = membrane.moved(x, picture.c2w, picture.fov_focal, pulls, stiffness)
+        result[picture.frame] = x
+        if advance is not None:
+            advance()
+    return result
+
+
+def _joined(*parts: Pulls) -> Pulls:
+    columns = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("face", "barycentric", "shift", "weight")
+    )
+    return Pulls(*columns)
