@@ -33,6 +33,8 @@ MENDED = 2
 """Pixels of a coverage picture that the registration of outlines is trusted to close."""
 FOG = 0.02
 """Opacity from which a node of an empty ray says where along the ray the object is."""
+SLOPE = 1.0
+"""Steepest way, depth over width, from the object to what is filled: fog far before or behind it is a stray."""
 FLOATER = 0.02
 """Part of all nodes below which a loose piece is a floater, unless the film needs it."""
 
@@ -70,8 +72,8 @@ def completed(
 ) -> Float[np.ndarray, "r r r"]:
     """`solid` with matter on rays of the canonical frame that the film shows full and that miss its largest piece.
 
-    It is put where along the ray the density is highest, or, where there is none, at the depth of the nearest full
-    ray, and as thick as the silhouette is wide there.
+    It is put where along the ray the density is highest, no farther from the depth of the nearest full ray than a way
+    of `SLOPE` leads, or at that depth where there is no density; and as thick as the silhouette is wide there.
 
     Args:
         solid: smoothed opacity on the nodes of `grid`.
@@ -85,26 +87,24 @@ def completed(
     inside = film.rgba[..., 3] >= 128
     # a node covers what its cell does
     reach = max(1, round(grid.spacing.max() * film.fov_focal * size / np.median(depth)))
-    full = np.zeros(size * size, dtype=bool)
     pieces, _ = ndimage.label(solid > level)
-    full[ray[pieces.ravel() == np.bincount(pieces.ravel())[1:].argmax() + 1]] = True
-    full = ndimage.binary_dilation(full.reshape(size, size), iterations=reach)
+    body = pieces.ravel() == np.bincount(pieces.ravel())[1:].argmax() + 1
+    count = np.bincount(ray[body], minlength=size * size).reshape(size, size)
+    full = ndimage.binary_dilation(count > 0, iterations=reach)
     empty = inside & ~full
-    empty = ndimage.binary_dilation(empty, iterations=2 * reach) & inside if empty.any() else empty
     if not empty.any() or not (inside & full).any():
         return solid
-    along = _depths(values, depth, ray, size, reach)
-    known = np.isfinite(along) & inside
-    if not known.any():
-        return solid
-    nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
-    along = ndimage.median_filter(along[tuple(nearest)], 2 * reach + 1)
-    world_per_pixel = along / (film.fov_focal * size)
-    half = np.maximum(ndimage.distance_transform_edt(inside) * world_per_pixel, 0.75 * grid.spacing.max())
-    # where neighbouring rays know different depths, matter runs from one to the other
-    window = 2 * reach + 1
-    deepest, nearest_depth = ndimage.maximum_filter(along, window), ndimage.minimum_filter(along, window)
-    along, half = 0.5 * (deepest + nearest_depth), half + 0.5 * (deepest - nearest_depth)
+    empty = ndimage.binary_dilation(empty, iterations=2 * reach) & inside
+    middle = np.bincount(ray[body], depth[body], size * size).reshape(size, size) / np.maximum(count, 1)
+    far, nearest = ndimage.distance_transform_edt(count == 0, return_indices=True)
+    start = middle[tuple(nearest)]
+    per_pixel = start / (film.fov_focal * size)
+    fog = _depths(values, depth, ray, size, reach)
+    along = np.where(np.isfinite(fog), fog, start).clip(
+        start - SLOPE * far * per_pixel, start + SLOPE * far * per_pixel
+    )
+    along = ndimage.uniform_filter(np.where(empty, along, start), 2 * reach + 1)
+    half = np.maximum(ndimage.distance_transform_edt(inside) * per_pixel, 0.75 * grid.spacing.max())
     filled = empty.ravel()[ray] & (np.abs(depth - along.ravel()[ray]) < half.ravel()[ray])
     return np.where(filled.reshape(solid.shape), np.maximum(solid, 0.5 + 0.5 * level), solid)
 
@@ -134,8 +134,9 @@ def carved(
 ) -> tuple[np.ndarray, float]:
     """`solid` without the matter that the film contradicts, and the share of nodes cut.
 
-    A node is doubted where it lies outside the silhouette in `LEAST_FRAMES` frames or more. It stays all the same when
-    more frames need it than speak against it: without the doubted nodes, pixels of their silhouettes would be empty.
+    A node is doubted where it lies outside the silhouette in `LEAST_FRAMES` frames or more. A connected piece of doubted
+    nodes stays all the same when more frames need it than speak against it: without it, pixels of their silhouettes
+    would be empty.
 
     Args:
         vertices: of the surface cut out of `solid`.
@@ -152,7 +153,9 @@ def carved(
     needed = np.zeros(len(nodes), np.int64)
     for shape, x in zip(shapes, moved, strict=True):
         needed += _needed(shape, x, doubted)
-    cut = doubted & (needed <= against)
+    # whole pieces, or a rest near what stays would be cut between two parts that the film needs
+    piece = _pieces(present, doubted)
+    cut = doubted & (np.bincount(piece, needed)[piece] <= np.bincount(piece, against)[piece])
     cut |= _loose(present, cut, needed)
     opened = np.zeros(present.shape, dtype=bool)
     opened[present] = cut
@@ -205,13 +208,18 @@ def _needed(shape: Silhouette, x: Float[np.ndarray, "m 3"], doubted: Bool[np.nda
     return doubted & seen & bare[place[:, 1], place[:, 0]] & (shape.at(x) < 0)
 
 
+def _pieces(present: Bool[np.ndarray, "r r r"], chosen: Bool[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+    """A number for each connected piece of the chosen present nodes; the others are pieces of their own."""
+    first, second = (np.concatenate(part) for part in zip(*_grid_edges(present), strict=True))
+    both = chosen[first] & chosen[second]
+    graph = coo_matrix((np.ones(both.sum()), (first[both], second[both])), (len(chosen),) * 2)
+    return csgraph.connected_components(graph, directed=False)[1]
+
+
 def _loose(
     present: Bool[np.ndarray, "r r r"], cut: Bool[np.ndarray, " m"], needed: Int[np.ndarray, " m"]
 ) -> Bool[np.ndarray, " m"]:
     """Nodes of small pieces that the cut leaves hanging in the air, unless the film needs them."""
-    rows, columns = (np.concatenate(part) for part in zip(*_grid_edges(present), strict=True))
-    whole = ~cut[rows] & ~cut[columns]
-    graph = coo_matrix((np.ones(whole.sum()), (rows[whole], columns[whole])), (len(cut),) * 2)
-    _, piece = csgraph.connected_components(graph, directed=False)
+    piece = _pieces(present, ~cut)
     size, wanted = np.bincount(piece), np.bincount(piece, weights=needed)
     return (size[piece] < FLOATER * len(cut)) & (wanted[piece] == 0)
