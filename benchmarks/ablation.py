@@ -17,19 +17,19 @@ import numpy as np
 import torch
 import tyro
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.files import atomic_path
-from sv4d_ns.training.config import TrainConfig
-from sv4d_ns.training.data import to_model_images
-from sv4d_ns.training.evaluate import Clip, Scores, as_floats, held_out_clip, mean_views, score, table
-from sv4d_ns.training.model import ModelConfig, SamplingConfig, bypassed
-from sv4d_ns.training.train import Trainer
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion_training.config import TrainConfig
+from sv4d_ns.diffusion_training.data import to_model_images
+from sv4d_ns.diffusion_training.evaluate import Clip, Scores, as_floats, held_out_clip, mean_views, score, table
+from sv4d_ns.diffusion_training.model import ModelConfig, SamplingConfig, bypassed
+from sv4d_ns.diffusion_training.train import Trainer
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils.files import atomic_path
 
 SMALL = ModelConfig(
     image_size=32, latent_channels=16, channels=(32, 64), head_dim=32, embedding_dim=64, camera_dims=(16, 32, 32)
 )
-PLAN = ViewPlan.ring(ViewPlan.EMBEDDED.azimuths_deg[::2])
+PLAN = ViewPlan.ring(ViewPlan.BUNDLED.azimuths_deg[::2])
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from sv4d_ns.diffusion.streaming import write_tensors
+from sv4d_ns.diffusion.weights.streaming import write_tensors
 
 LAYOUT = Path(__file__).parents[1] / "tests" / "data" / "sv4d2" / "keys_sv4d2.json.gz"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -71,7 +71,7 @@ def anonymous_memory(pid: int) -> int:
 
 def run(file: Path, output: Path, dtype: str, kill_after: float | None = None) -> tuple[float, int, int]:
     """Convert in a process of its own: seconds, largest resident and largest anonymous bytes."""
-    code = "import sys; from sv4d_ns.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from sv4d_ns.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "convert", str(file), str(output), "--dtype", dtype]
     began, anonymous = time.monotonic(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -23,10 +23,10 @@ import tyro
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from sv4d_ns.errors import InputError, one_sentence_errors
-from sv4d_ns.files import atomic_path
-from sv4d_ns.runs import newest_views
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.runs.layout import newest_views
+from sv4d_ns.utils.errors import InputError, one_sentence_errors
+from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.views.grid import ViewGrid
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import export_reader
@@ -207,7 +207,7 @@ def shape(glb: PlayedGlb, config: Path, case: Path | None, frames: list[int] | N
 
     from sv4d_ns.evaluation.cases import Case
     from sv4d_ns.evaluation.geometry import sample_surface, surface_at
-    from sv4d_ns.export.run import load_run
+    from sv4d_ns.runs.open import load_run
 
     run = load_run(config)
     low, high = run.field.aabb.cpu().numpy()

@@ -48,15 +48,15 @@ SAME = 1e-6
 """Largest difference of a figure (dB, IoU) that counts as the same."""
 IMPORTED = [
     "nerfstudio.scripts.train",
-    "sv4d_ns.trainer",
+    "sv4d_ns.plugin.trainer",
     "sv4d_ns.video",
-    "sv4d_ns.movies",
-    "sv4d_ns.renders",
-    "sv4d_ns.fitting",
-    "sv4d_ns.export.cli",
-    "sv4d_ns.diffusion.grid",
-    "sv4d_ns.diffusion.pipeline",
-    "sv4d_ns.diffusion.embedded",
+    "sv4d_ns.movies.movies",
+    "sv4d_ns.field.images",
+    "sv4d_ns.fitting.objective",
+    "sv4d_ns.export.command",
+    "sv4d_ns.diffusion.sv4d.grid",
+    "sv4d_ns.diffusion.sv4d.pipeline",
+    "sv4d_ns.diffusion.bundled",
 ]
 """What a job imports; jobs are forked from a process that has done so."""
 FIRST_LINE = "Device: "
@@ -197,10 +197,10 @@ class Job:
 
 def write_video(path: Path) -> None:
     """Two frames of a moving creature on white."""
-    from sv4d_ns.cameras import ViewPlan
-    from sv4d_ns.procedural import creature, render
+    from sv4d_ns.geometry.cameras import ViewPlan
+    from sv4d_ns.training_data.procedural import creature, render
 
-    rgba = render(creature(2**31 + 5), np.linspace(0, 1, 2), ViewPlan.EMBEDDED.c2w()[:1], 96)[:, 0] / 255.0
+    rgba = render(creature(2**31 + 5), np.linspace(0, 1, 2), ViewPlan.BUNDLED.c2w()[:1], 96)[:, 0] / 255.0
     frames = np.round(255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])).astype(np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
@@ -417,7 +417,7 @@ def _unprivileged(spoil: Callable[[Path], None]) -> tuple[str, ...]:
 
 def every_file(bench: Bench) -> None:
     """Every file the cache keeps cut in half, in turn: `sv4d cache verify` has to name it."""
-    from sv4d_ns.cache import entries, flaws
+    from sv4d_ns.runs.cache import entries, flaws
 
     if not bench.wanted("truncate every file"):
         return

@@ -28,16 +28,18 @@ import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sv4d_ns import fitting, losses, sampling
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fields.motion import FrequencyMotion, mlp
-from sv4d_ns.files import atomic_path
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import march, pixel_rays, render_rays
-from sv4d_ns.renders import psnr, render_rgba
-from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
-from sv4d_ns.views import ViewGrid, over_white
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.images import psnr, render_rgba
+from sv4d_ns.field.motion import FrequencyMotion, mlp
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import march, pixel_rays, render_rays
+from sv4d_ns.fitting import batch_sampler as sampling
+from sv4d_ns.fitting import losses
+from sv4d_ns.fitting import objective as fitting
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
+from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.views.grid import ViewGrid, over_white
 
 now = time.perf_counter
 """The clock of all figures; `FieldBenchmark.clock` sets it."""
@@ -127,7 +129,7 @@ class FieldBenchmark:
             grid = case.grid(case.with_role("nv8"), self.size)
             shown = [(view.c2w, case.frames(view, self.judged_size)) for view in case.with_role("elev")]
         else:
-            from sv4d_ns.procedural import creature, render
+            from sv4d_ns.training_data.procedural import creature, render
 
             plan, elevated = ViewPlan.ring(RING), ViewPlan(*(tuple(v) for v in zip(*ELEVATED, strict=True)))
             animal, times = creature(self.seed), np.linspace(0, 1, self.frames)

@@ -23,13 +23,13 @@ import torch
 import tyro
 from field_fit import FitConfig, evaluate, fit, load_views
 
-from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.evaluation.cases import find_cases
-from sv4d_ns.fields.deformable import DeformableFieldConfig
-from sv4d_ns.files import atomic_path
-from sv4d_ns.fitting import BatchConfig
-from sv4d_ns.losses import LossWeights
-from sv4d_ns.sampling import ScheduleConfig
+from sv4d_ns.field.deformable import DeformableFieldConfig
+from sv4d_ns.fitting.batch_sampler import ScheduleConfig
+from sv4d_ns.fitting.losses import LossWeights
+from sv4d_ns.fitting.objective import BatchConfig
+from sv4d_ns.utils.errors import one_sentence_errors
+from sv4d_ns.utils.files import atomic_path
 
 FIGURES = {
     "elev_psnr": ("PSNR elev, dB", "{:.2f}"),

@@ -23,15 +23,24 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from sv4d_ns import losses, sampling
 from sv4d_ns.evaluation.alignment import Similarity
 from sv4d_ns.evaluation.cases import Case
 from sv4d_ns.evaluation.geometry import evaluate_geometry
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fitting import BatchConfig, BatchSampler, TrainView, advance, hull_views, loss_terms, surface_flow
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import pixel_rays, render_rays, render_rays_chunked
-from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import pixel_rays, render_rays, render_rays_chunked
+from sv4d_ns.fitting import batch_sampler as sampling
+from sv4d_ns.fitting import losses
+from sv4d_ns.fitting.objective import (
+    BatchConfig,
+    BatchSampler,
+    TrainView,
+    advance,
+    hull_views,
+    loss_terms,
+    surface_flow,
+)
+from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 
 FOV_TAN = float(np.tan(np.radians(33.9) / 2))
 

@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 import tyro
 
-from sv4d_ns.errors import InputError, one_sentence_errors
-from sv4d_ns.fields.hash_grid import tinycudann_works
-from sv4d_ns.files import atomic_path
-from sv4d_ns.rendering import marcher
+from sv4d_ns.field.hash_grid import tinycudann_works
+from sv4d_ns.field.volume_rendering import marcher
+from sv4d_ns.utils.errors import InputError, one_sentence_errors
+from sv4d_ns.utils.files import atomic_path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from field import FieldBenchmark, Ours, fit, seconds_to

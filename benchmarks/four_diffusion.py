@@ -6,7 +6,7 @@
     python benchmarks/four_diffusion.py memory
 
 `targets` says at which noise the model knows more than a field fitted to its own sampled views.
-`ablation` fits held-out procedural creatures with the embedded model, every arm in the same number of steps. The first
+`ablation` fits held-out procedural creatures with the bundled model, every arm in the same number of steps. The first
 half is the same for all: the sampled views. Then the views go on alone; or distillation and anchor take their place,
 together or one of them; or the input video joins the views (what can be had without distillation).
 `speed` compares one step with the same step as the reference's code words it.
@@ -30,31 +30,31 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion_training.evaluate import as_floats, held_out_clip, motion_error, roughness
+from sv4d_ns.distillation import losses
+from sv4d_ns.distillation.cameras import DrawnViews
+from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anchor
+from sv4d_ns.distillation.priors import SV4DPrior
+from sv4d_ns.distillation.rendering import Rays, RenderSettings, grid_rays, render
+from sv4d_ns.distillation.schedules import own_weights
+from sv4d_ns.distillation.warm_start import view_terms
 from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, picture_figures, video_figures
-from sv4d_ns.fields.space_time import SpaceTimeField
-from sv4d_ns.files import atomic_path
-from sv4d_ns.fitting import BatchConfig, BatchSampler, hull_views, train_views
-from sv4d_ns.four_diffusion import losses
-from sv4d_ns.four_diffusion.cameras import DrawnViews
-from sv4d_ns.four_diffusion.model import field_config
-from sv4d_ns.four_diffusion.objective import Objective, ObjectiveConfig, make_anchor
-from sv4d_ns.four_diffusion.occupancy import SharedOccupancyGrid
-from sv4d_ns.four_diffusion.pipeline import WARM_START
-from sv4d_ns.four_diffusion.priors import SV4DPrior
-from sv4d_ns.four_diffusion.rendering import Rays, RenderSettings, grid_rays, render
-from sv4d_ns.four_diffusion.schedules import own_weights
-from sv4d_ns.four_diffusion.warm_up import view_terms
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import RaySamples, accumulate, compositing_weights
-from sv4d_ns.renders import psnr, render_rgba
-from sv4d_ns.sampling import ScheduleConfig, Window
-from sv4d_ns.schedulers import DecaySchedulerConfig, decay_factor
-from sv4d_ns.synthesis import load_synthesizer, to_model_space
-from sv4d_ns.training.evaluate import as_floats, held_out_clip, motion_error, roughness
-from sv4d_ns.views import ViewGrid, over_white
+from sv4d_ns.field.images import psnr, render_rgba
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
+from sv4d_ns.field.space_time import SpaceTimeField
+from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights
+from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
+from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, hull_views, train_views
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.plugin.distillation_model import field_config
+from sv4d_ns.plugin.distillation_pipeline import WARM_START
+from sv4d_ns.plugin.optimizers import DecaySchedulerConfig, decay_factor
+from sv4d_ns.synthesis.base import load_synthesizer, to_model_space
+from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.views.grid import ViewGrid, over_white
 
 FRAMES, SIZE = 8, 64
 SAMPLED, WITH_INPUT = "sampled views alone", "sampled views and input video"
@@ -89,9 +89,9 @@ class Case:
 
 
 def make_case(index: int, model: Path | None = None) -> Case:
-    """The index-th held-out creature of the embedded model's evaluation, seen by that model or another one."""
+    """The index-th held-out creature of the bundled model's evaluation, seen by that model or another one."""
     clip = held_out_clip(index, FRAMES, SIZE)
-    synthesizer: Any = load_synthesizer("embedded", "cpu")[0]
+    synthesizer: Any = load_synthesizer("bundled", "cpu")[0]
     if model is not None:
         synthesizer.pipeline = StableVideo4D2Pipeline.from_pretrained(model)
     with tempfile.TemporaryDirectory() as store:
@@ -206,7 +206,7 @@ class Ablation:
     arms: tuple[str, ...] = ARMS
     """What to fit."""
     model: Path | None = None
-    """Folder of another model than the embedded one, as `sv4d train` writes it."""
+    """Folder of another model than the bundled one, as `sv4d train` writes it."""
     threads: int = 1
     """CPU threads."""
     out: Path = Path("four_diffusion_ablation")

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from sv4d_ns import fitting
-from sv4d_ns.corrections import ViewCorrections
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import render_rays
-from sv4d_ns.sampling import ScheduleConfig
-from sv4d_ns.schedulers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import render_rays
+from sv4d_ns.fitting import objective as fitting
+from sv4d_ns.fitting.batch_sampler import ScheduleConfig
+from sv4d_ns.fitting.corrections import ViewCorrections
+from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
+from sv4d_ns.views.grid import ViewGrid
 
 SAMPLES, OCCUPANCY_EVERY = 128, 2
 """The model's defaults."""

@@ -24,8 +24,8 @@ import tyro
 from literal_unet import LiteralUNet
 from torch import Tensor, nn
 
-from sv4d_ns.diffusion.checkpoints import restore_unet, unet_config
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.weights.key_maps import restore_unet, unet_config
 
 SETTINGS = {
     "model_channels": 64,

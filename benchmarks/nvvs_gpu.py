@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from sv4d_ns.diffusion.official import Architecture
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline, released_scheduler
-from sv4d_ns.diffusion.plan import matrix_rate
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.planner.plan import matrix_rate
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.weights.official import Architecture
 
 START, END = "<!-- nvvs_gpu: start -->", "<!-- nvvs_gpu: end -->"
 BACKENDS = ("native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math")

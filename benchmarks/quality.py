@@ -30,8 +30,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from sv4d_ns.errors import InputError, one_sentence_errors
-from sv4d_ns.files import atomic_path, content_hash
+from sv4d_ns.utils.errors import InputError, one_sentence_errors
+from sv4d_ns.utils.files import atomic_path, content_hash
 
 Views = Literal["truth", "model"]
 
@@ -267,8 +267,8 @@ def judge(folder: Path, config: Path, place: Path, settings: Quality) -> dict[st
     from sv4d_ns.evaluation.geometry import evaluate_geometry
     from sv4d_ns.evaluation.protocols import PROTOCOLS
     from sv4d_ns.evaluation.scores import load_backbones, pair_figures, video_figures
-    from sv4d_ns.export.cli import load_run
-    from sv4d_ns.progress import bar
+    from sv4d_ns.export.command import load_run
+    from sv4d_ns.utils.progress import bar
 
     started = time.monotonic()
     case, run = Case.load(folder), load_run(config)
@@ -308,7 +308,7 @@ def save_sheets(pictures: Any, folder: Path) -> None:
     """One picture a view: truth above, field below, some moments."""
     from PIL import Image
 
-    from sv4d_ns.views import over_white
+    from sv4d_ns.views.grid import over_white
 
     folder.mkdir(exist_ok=True)
     shown = np.unique(np.linspace(0, len(pictures.times) - 1, 6).round().astype(int))

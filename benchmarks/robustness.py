@@ -24,15 +24,15 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch.nn import functional
 
-from sv4d_ns import renders
-from sv4d_ns.corrections import ViewCorrections
-from sv4d_ns.errors import one_sentence_errors
 from sv4d_ns.evaluation.cases import Case, find_cases
-from sv4d_ns.fields.deformable import DeformableField
-from sv4d_ns.files import atomic_path
-from sv4d_ns.fit_settings import CorrectionConfig, LossWeights
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.views import ViewGrid, over_white
+from sv4d_ns.field import images as renders
+from sv4d_ns.field.deformable import DeformableField
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.fitting.corrections import ViewCorrections
+from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.utils.errors import one_sentence_errors
+from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.views.grid import ViewGrid, over_white
 
 POSE_ERROR_DEG = 2.0
 SCALE_ERROR = 0.02

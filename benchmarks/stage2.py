@@ -1,8 +1,8 @@
-"""What stage 2 adds over stage 1 alone, on held-out creatures and the embedded model's own views.
+"""What stage 2 adds over stage 1 alone, on held-out creatures and the bundled model's own views.
 
     python benchmarks/stage2.py --out OUT --objects 3
 
-For each creature the embedded model makes the novel views of a short clip, and the field is fitted to them up to the
+For each creature the bundled model makes the novel views of a short clip, and the field is fitted to them up to the
 step of stage 2. From there it goes on in as many ways as are compared, all for the same number of steps: with the same
 views (`alone`), and with views refined from its own renders (`refined`, at some strengths). Judged are pictures of the
 field at the views of the ring, where the true creature is rendered too, and at two elevated views; besides, the targets
@@ -21,16 +21,16 @@ from grid_fit import FitOptions, GridFit
 from jaxtyping import UInt8
 from PIL import Image
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import one_sentence_errors
+from sv4d_ns.diffusion_training.evaluate import FIRST_EVALUATED
 from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, load_backbones, pair_figures, video_figures
-from sv4d_ns.files import atomic_path
-from sv4d_ns.procedural import creature, render
-from sv4d_ns.renders import agreement, joint_confidence, render_grid
-from sv4d_ns.synthesis import ViewSynthesizer, load_synthesizer, resize_rgba
-from sv4d_ns.training.evaluate import FIRST_EVALUATED
-from sv4d_ns.views import ViewGrid, over_white
+from sv4d_ns.field.images import agreement, joint_confidence, render_grid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.synthesis.base import ViewSynthesizer, load_synthesizer, resize_rgba
+from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.utils.errors import one_sentence_errors
+from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.views.grid import ViewGrid, over_white
 
 ELEVATED = ((45.0, 30.0), (225.0, 30.0))
 """Azimuth and elevation of the views nothing is made for, degrees."""
@@ -62,7 +62,7 @@ class Stage2:
     def main(self) -> None:
         """Run all creatures, print and write the table."""
         self.out.mkdir(parents=True, exist_ok=True)
-        synthesizer, sentence = load_synthesizer("embedded", "cpu")
+        synthesizer, sentence = load_synthesizer("bundled", "cpu")
         print(sentence)
         backbones, rows = load_backbones(PROTOCOLS["benchmark"]), []
         for number in range(self.objects):

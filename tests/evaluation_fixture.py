@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sv4d_ns.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
+from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
 
 FRAMES, SIZE = 5, 48
 RING = (36.0, 72.0, 108.0, 144.0, 180.0, 216.0, 252.0, 288.0, 324.0)

@@ -4,16 +4,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.export.asset import AnimatedMesh, animated_mesh
-from sv4d_ns.export.baking import Picture
-from sv4d_ns.export.mesh import CanonicalMesh, canonical_mesh, follow_vertices, opacity_grid
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.formats.asset import AnimatedMesh, animated_mesh
+from sv4d_ns.export.surface.extraction import CanonicalMesh, canonical_mesh, follow_vertices, opacity_grid
+from sv4d_ns.geometry.cameras import ViewPlan
 
 SURFACE_DENSITY = 120.0
 
 
 class SwingingLimb:
-    """Satisfies `sv4d_ns.export.mesh.AnimatedField`.
+    """Satisfies `sv4d_ns.export.surface.extraction.AnimatedField`.
 
     Points turn about the y axis by angle(t) * ramp(distance from the axis). The turn keeps that distance, so the
     inverse map is the opposite turn, exactly; near the axis (the body) nothing moves.

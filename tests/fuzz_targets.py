@@ -16,13 +16,13 @@ from PIL import Image
 from test_video import ball, over, write_video
 from test_views import make_grid
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.configs import check_config
-from sv4d_ns.errors import InputError
-from sv4d_ns.runs import read_checkpoint
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.runs.layout import read_checkpoint
+from sv4d_ns.runs.safe_config import check_config
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import StabilisedFraming, read_clip
-from sv4d_ns.video.framing import Framing
-from sv4d_ns.views import GRID_FILE, TRANSFORMS_FILE, ViewGrid
+from sv4d_ns.video.crop import Framing
+from sv4d_ns.views.grid import GRID_FILE, TRANSFORMS_FILE, ViewGrid
 
 Target = Callable[[bytes, Path], None]
 
@@ -100,9 +100,9 @@ def example(name: str, folder: Path) -> bytes:
     if name in ("grid", "transforms"):
         return (make_grid().save(folder / "good") / f"{name}.json").read_bytes()
     if name == "cameras":
-        return json.dumps(ViewPlan.EMBEDDED.to_dict()).encode()
+        return json.dumps(ViewPlan.BUNDLED.to_dict()).encode()
     if name == "config":
-        return b"!!python/object:sv4d_ns.model.SV4DModelConfig\nschedule_steps: 3\n"
+        return b"!!python/object:sv4d_ns.plugin.model.SV4DModelConfig\nschedule_steps: 3\n"
     stream = io.BytesIO()
     torch.save({"step": 1, "pipeline": {"a": torch.from_numpy(np.arange(64.0))}}, stream)
     return stream.getvalue()

@@ -24,11 +24,11 @@ from test_video import BAD, ball, over
 from test_video import write_video as write_any_video
 from test_views import DAMAGE, make_grid
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import InputError, one_sentence_errors
-from sv4d_ns.limits import LIMITS
-from sv4d_ns.runs import read_checkpoint
-from sv4d_ns.trainer import SV4DTrainerConfig
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.plugin.trainer import SV4DTrainerConfig
+from sv4d_ns.plugin.validation import LIMITS
+from sv4d_ns.runs.layout import read_checkpoint
+from sv4d_ns.utils.errors import InputError, one_sentence_errors
 
 LONGEST = 500
 """Characters of a sentence, with the folders of the tests."""

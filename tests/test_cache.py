@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from sv4d_ns.cache import WINDOWS, entries, flaws, leftovers
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.cli import main
-from sv4d_ns.diffusion.store import WindowStore
-from sv4d_ns.errors import InputError
-from sv4d_ns.runs import SUMMARY_FILE, record_run, release_run
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.cli.main import main
+from sv4d_ns.diffusion.window_store import WindowStore
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.runs.cache import WINDOWS, entries, flaws, leftovers
+from sv4d_ns.runs.layout import SUMMARY_FILE, record_run, release_run
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def outputs(tmp_path: Path) -> Path:
         record_run(runs / name, name)
         release_run(runs / name)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 9, 16, 16, 4), np.uint8)
-    ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.EMBEDDED, fps=10).save(runs / "first" / "views")
+    ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.BUNDLED, fps=10).save(runs / "first" / "views")
     (runs / "first" / "nerfstudio_models").mkdir()
     torch.save({"step": 3, "x": torch.rand(9999)}, runs / "first" / "nerfstudio_models" / "step-000000003.ckpt")
     (runs / "first" / SUMMARY_FILE).write_text("{}")

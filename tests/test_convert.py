@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_official_checkpoint import official_state, tiny_architecture
 
-from sv4d_ns import cli
-from sv4d_ns.diffusion import convert as converter
-from sv4d_ns.diffusion import streaming
-from sv4d_ns.diffusion.convert import convert
-from sv4d_ns.diffusion.official import load_official_pipeline
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.errors import InputError
+from sv4d_ns.cli import main as cli
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.weights import convert as converter
+from sv4d_ns.diffusion.weights import streaming
+from sv4d_ns.diffusion.weights.convert import convert
+from sv4d_ns.diffusion.weights.official import load_official_pipeline
+from sv4d_ns.utils.errors import InputError
 
 OWN_FILES = {"README.md", "NOTICE", "conversion.json"}
 

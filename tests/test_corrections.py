@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_fitting import ball_grid
 
-from sv4d_ns.corrections import COLOR_RANGE, ViewCorrections, robust_weights
-from sv4d_ns.fit_settings import CorrectionConfig
-from sv4d_ns.fitting import BatchConfig, BatchSampler, train_views
-from sv4d_ns.rendering import pixel_rays
-from sv4d_ns.sampling import ScheduleConfig, Window
+from sv4d_ns.field.volume_rendering import pixel_rays
+from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
+from sv4d_ns.fitting.corrections import COLOR_RANGE, ViewCorrections, robust_weights
+from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, train_views
+from sv4d_ns.fitting.settings import CorrectionConfig
 
 ALL = CorrectionConfig(pose=True, color=True, robust=True)
 
@@ -102,7 +102,7 @@ def test_the_running_error_finds_the_view_that_contradicts_the_field() -> None:
 
 def _as_rendered(batch, truth):  # type: ignore[no-untyped-def]
     """What a true field would show for a batch's rays: looked up where they meet each true view's pixels."""
-    from sv4d_ns.rendering import RaySamples, RenderOutput
+    from sv4d_ns.field.volume_rendering import RaySamples, RenderOutput
 
     rgb, alpha = batch.rgb.clone(), batch.alpha.clone()
     for view in truth.views:

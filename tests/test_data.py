@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sv4d_ns.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
-from sv4d_ns.data import blender, dataset, framing, render
-from sv4d_ns.data.curate import CurateConfig, Thresholds, curate
-from sv4d_ns.data.dataset import ObjectRecord, RenderedDataset, composited, finished_names, picture_name, png
-from sv4d_ns.data.environments import ENVIRONMENTS
-from sv4d_ns.data.exclusions import OBJAVERSEDY_TEST_IDS, is_test_object
-from sv4d_ns.data.orbits import Orbit, draw_orbit
-from sv4d_ns.data.render import RenderConfig, pack_shards, render_dataset
-from sv4d_ns.data.sources import list_assets
-from sv4d_ns.errors import InputError
+from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
+from sv4d_ns.training_data import blender, dataset, framing, render
+from sv4d_ns.training_data.curate import CurateConfig, Thresholds, curate
+from sv4d_ns.training_data.dataset import ObjectRecord, RenderedDataset, composited, finished_names, picture_name, png
+from sv4d_ns.training_data.environments import ENVIRONMENTS
+from sv4d_ns.training_data.exclusions import OBJAVERSEDY_TEST_IDS, is_test_object
+from sv4d_ns.training_data.orbits import Orbit, draw_orbit
+from sv4d_ns.training_data.render import RenderConfig, pack_shards, render_dataset
+from sv4d_ns.training_data.sources import list_assets
+from sv4d_ns.utils.errors import InputError
 
 TEST_ID = "34d16c3882f94a31bde584948883a06a"
 
@@ -253,7 +253,9 @@ def test_bad_assets_are_skipped_counted_and_listed(tmp_path, fake):
     (assets / "empty.glb").write_bytes(b"")
     (assets / "fine.json").write_text('{"license": "CC-BY-4.0"}')
     out = tmp_path / "out"
-    settings = config(out, source=str(assets), blender_python=fake, timeout_s=8.0, licence="own", workers=2)
+    settings = config(
+        out, source=str(assets), renderer="blender", blender_python=fake, timeout_s=8.0, licence="own", workers=2
+    )
     summary = render_dataset(settings)
     assert sorted(summary.rendered) == ["fine", "sub-fine"]
     reasons = {line["name"]: line["reason"] for line in map(json.loads, (out / "skipped.jsonl").open())}
@@ -272,7 +274,9 @@ def test_nothing_usable_is_an_error(tmp_path, fake):
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "crashes.glb").write_bytes(b"asset")
     with pytest.raises(InputError, match=r"None of the 1 assets.*crashes: Blender ended"):
-        render_dataset(config(tmp_path / "out", source=str(tmp_path / "assets"), blender_python=fake))
+        render_dataset(
+            config(tmp_path / "out", source=str(tmp_path / "assets"), renderer="blender", blender_python=fake)
+        )
 
 
 def test_without_blender_the_remedy_is_named(tmp_path, monkeypatch):

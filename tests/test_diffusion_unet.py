@@ -6,8 +6,9 @@ from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTrans
 from diffusers.models.attention_processor import Attention
 from diffusion_fixture import randomised, tiny_unet, unet_inputs
 
-from sv4d_ns.diffusion import attention
-from sv4d_ns.diffusion.attention import (
+from sv4d_ns.diffusion.memory import Chunks
+from sv4d_ns.diffusion.sv4d import attention
+from sv4d_ns.diffusion.sv4d.attention import (
     CameraAttention,
     GroupBlock,
     SpatialBlock,
@@ -15,8 +16,7 @@ from sv4d_ns.diffusion.attention import (
     single_token_attention,
     to_camera_groups,
 )
-from sv4d_ns.diffusion.memory import Chunks
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet, TemporalConv
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet, TemporalConv
 
 KINDS = list(CameraAttention)
 

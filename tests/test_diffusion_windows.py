@@ -9,13 +9,13 @@ from diffusion_fixture import FRAMES, SIZE, VIEWS, tiny_pipeline, tiny_unet, tin
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sv4d_ns.diffusion.attention import CameraAttention
-from sv4d_ns.diffusion.drift import boundary_drift, drift_line
-from sv4d_ns.diffusion.grid import GridOptions, generate_grid
-from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind, GuidanceRule
-from sv4d_ns.diffusion.store import WHOLE, WindowStore, weights_fingerprint
-from sv4d_ns.diffusion.windows import ViewReferences, WindowStride, plan_calls, plan_windows
-from sv4d_ns.errors import InputError
+from sv4d_ns.diffusion.seams import boundary_drift, drift_line
+from sv4d_ns.diffusion.sv4d.attention import CameraAttention
+from sv4d_ns.diffusion.sv4d.grid import GridOptions, generate_grid
+from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind, GuidanceRule
+from sv4d_ns.diffusion.sv4d.windows import ViewReferences, WindowStride, plan_calls, plan_windows
+from sv4d_ns.diffusion.window_store import WHOLE, WindowStore, weights_fingerprint
+from sv4d_ns.utils.errors import InputError
 
 
 @given(n=st.integers(1, 200), window=st.integers(2, 16))

@@ -11,12 +11,13 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio
 
-from sv4d_ns.cameras import look_at_cameras
-from sv4d_ns.errors import InputError
-from sv4d_ns.evaluation import backbones, geometry, images, videos
+from sv4d_ns.evaluation import backbones, geometry, videos
 from sv4d_ns.evaluation.alignment import Similarity
-from sv4d_ns.evaluation.consistency import flicker, hull_agreement
 from sv4d_ns.evaluation.frechet import bootstrap, frechet_distance, frechet_with_interval, mean_with_interval
+from sv4d_ns.geometry.cameras import look_at_cameras
+from sv4d_ns.metrics import images
+from sv4d_ns.metrics.consistency import flicker, hull_agreement
+from sv4d_ns.utils.errors import InputError
 
 
 def pictures(seed: int, count: int = 3, size: int = 32) -> torch.Tensor:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from evaluation_fixture import write_case
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import quality
@@ -25,7 +25,7 @@ def test_a_case_is_fitted_within_its_budget_and_judged(
     monkeypatch.setattr(quality, "in_own_process", lambda function, *arguments: function(*arguments))
     # the clock says 40 s for each look at it: the budget of 2 minutes ends the fit after a few steps
     seconds = iter(range(0, 10**6, 40))
-    monkeypatch.setattr("sv4d_ns.renders.SHEET_SIZE", 8)  # the sheet at the end of a run is not judged
+    monkeypatch.setattr("sv4d_ns.field.images.SHEET_SIZE", 8)  # the sheet at the end of a run is not judged
     monkeypatch.setattr("sv4d_ns.evaluation.geometry.SURFACE_RESOLUTION", 24)
     monkeypatch.setattr(quality, "budget_clock", lambda kind: float(next(seconds)))
     settings = quality.Quality(

@@ -14,15 +14,15 @@ from evaluation_fixture import FRAMES, RING, SIZE, ball_radius, centre, picture,
 from PIL import Image
 from test_evaluation_metrics import random_lpips, saved_i3d, tiny_clip
 
-from sv4d_ns.cameras import ViewPlan, look_at_cameras
-from sv4d_ns.cli import main
-from sv4d_ns.errors import InputError
+from sv4d_ns.cli.main import main
 from sv4d_ns.evaluation import backbones, candidates, command, geometry, protocols, scores
 from sv4d_ns.evaluation.alignment import Similarity, run_to_source, whole_picture
 from sv4d_ns.evaluation.cases import Case, find_cases
-from sv4d_ns.evaluation.images import silhouette_iou
-from sv4d_ns.video.framing import Framing, fixed_framing
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
+from sv4d_ns.metrics.images import silhouette_iou
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.crop import Framing, fixed_framing
+from sv4d_ns.views.grid import ViewGrid
 
 
 @pytest.fixture(scope="module")
@@ -281,14 +281,14 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(case: Case, monkeypatch:
         plan=plan, framing=framing.to_dict(), times=case.times, content_id="0", provenance={}, num_frames=FRAMES
     )
     run = SimpleNamespace(field=TrueBall(), occupancy=Occupied(), views=grid, name="run")
-    monkeypatch.setattr("sv4d_ns.export.cli.load_run", lambda path: run)
+    monkeypatch.setattr("sv4d_ns.export.command.load_run", lambda path: run)
     monkeypatch.setattr(candidates, "_run_facts", lambda folder: {})
 
     def exact(field, occupancy, c2w, focal, size, time):  # type: ignore[no-untyped-def]
         assert focal == pytest.approx(case.focal_px)
         return picture(to_source.camera(c2w), time, size)
 
-    monkeypatch.setattr("sv4d_ns.renders.render_rgba", exact)
+    monkeypatch.setattr("sv4d_ns.field.images.render_rgba", exact)
     opened = candidates.open_candidate(candidates.Candidate(Path("x"), "run"), case, None, lambda done, total: None)
     # the run's cameras, brought to the source, are the truth's
     assert (opened.pictures.made == opened.pictures.truth).mean() > 0.999

@@ -15,10 +15,10 @@ import tyro
 import yaml
 from export_reader import read_glb
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.cli import main
-from sv4d_ns.export import cli
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.cli.main import main
+from sv4d_ns.export import command as cli
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES, FPS, RADIUS, SHIFT = 4, 12.0, 0.3, 0.12
 
@@ -43,7 +43,7 @@ def refused(capsys, arguments: list[str]) -> str:
 def test_help_is_quick_and_imports_nothing_heavy(word):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run_python(
-        f"import sys; from sv4d_ns.cli import main; code = main(['{word}'])\n"
+        f"import sys; from sv4d_ns.cli.main import main; code = main(['{word}'])\n"
         "heavy = {'torch', 'nerfstudio', 'numpy', 'tyro'} & set(sys.modules)\n"
         "assert not heavy, heavy\nsys.exit(code)"
     )
@@ -59,7 +59,7 @@ def test_help_of_mesh_explains_every_flag_without_torch():
         "--root-motion --mode --animation --max-bones --watertight --usd --sequence"
     )
     done = run_python(
-        "import sys; sys.argv = ['ns-export', 'mesh', '--help']\nfrom sv4d_ns.export.cli import entrypoint\n"
+        "import sys; sys.argv = ['ns-export', 'mesh', '--help']\nfrom sv4d_ns.export.command import entrypoint\n"
         "try:\n    entrypoint()\nfinally:\n    assert 'torch' not in sys.modules"
     )
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_a_folder_with_files_is_not_written_to_unasked(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("script", "command"),
     [
-        ("from sv4d_ns.export.cli import entrypoint", "ns-export"),
+        ("from sv4d_ns.export.command import entrypoint", "ns-export"),
         ("from nerfstudio.scripts.exporter import entrypoint", "sv4d export"),
         (None, "sv4d export"),
     ],
@@ -204,7 +204,7 @@ def finished_run(tmp_path_factory) -> Path:
     pictures = np.full((FRAMES, 16, 16, 4), 255, np.uint8)
     square = {"side": 300.0, "source_width": 640, "source_height": 360, "size": 16}
     framing = {"center_x": [200.0, 220.0, 240.0, 260.0], "center_y": [180.0] * FRAMES, **square}
-    provenance = {"source": "ball.mp4", "model": "sv4d_ns embedded"}
+    provenance = {"source": "ball.mp4", "model": "sv4d_ns bundled"}
     framing["side"] = [300.0] * FRAMES
     grid = ViewGrid(pictures, pictures[:, None], ViewPlan.ring((90.0,)), FPS, framing=framing, provenance=provenance)
     grid.save(run / "views")
@@ -243,7 +243,7 @@ def test_a_run_becomes_a_playing_file(finished_run, tmp_path, capsys, monkeypatc
     np.testing.assert_allclose(moved, [SHIFT, 0, 0], atol=0.02)
     extras = raw.json["asset"]["extras"]["sv4d"]
     assert extras["provenance"]["source"] == "ball.mp4"
-    assert extras["licences"]["novel views"] == "sv4d_ns embedded, Apache-2.0"
+    assert extras["licences"]["novel views"] == "sv4d_ns bundled, Apache-2.0"
     assert extras["confidence"] == {"1": "seen by the input camera", "0.5": "by generated views only", "0": "by none"}
     np.testing.assert_allclose(np.median(raw.image().reshape(-1, 3), axis=0), [204, 51, 26], atol=20)
     color = np.median(trimesh.load(tmp_path / "asset" / "frames_ply" / "frame_0000.ply").visual.vertex_colors, axis=0)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from export_fixture import SwingingLimb, drawn, exported
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.export.asset import AnimatedMesh
-from sv4d_ns.export.gltf import write_animated_glb
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.export.formats.asset import AnimatedMesh
+from sv4d_ns.export.formats.gltf import write_animated_glb
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.views.grid import ViewGrid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import export_fidelity

@@ -3,9 +3,9 @@
 import numpy as np
 from test_export_surface import PLAN, ball, filmed
 
-from sv4d_ns.export.baking import Picture, vertices_as_points
+from sv4d_ns.export.colour.baking import Picture, vertices_as_points
 from sv4d_ns.export.colour.film import film_colors, levelled, mirrored
-from sv4d_ns.export.mesh import vertex_normals
+from sv4d_ns.export.surface.extraction import vertex_normals
 
 FRAMES = 5
 

@@ -8,13 +8,13 @@ import trimesh
 from export_fixture import SwingingLimb, exported
 from export_reader import read_glb
 
-from sv4d_ns.cameras import look_at_cameras
-from sv4d_ns.export.asset import AnimatedMesh, RootMotion, with_texture
-from sv4d_ns.export.gltf import from_gltf_axes, linear_from_srgb, to_gltf_axes, write_animated_glb
-from sv4d_ns.export.mesh import vertex_normals
-from sv4d_ns.export.sequence import stills, write_sequence
-from sv4d_ns.export.skin import decompose
-from sv4d_ns.export.texture import Atlas
+from sv4d_ns.export.colour.texture import Atlas
+from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, with_texture
+from sv4d_ns.export.formats.gltf import from_gltf_axes, linear_from_srgb, to_gltf_axes, write_animated_glb
+from sv4d_ns.export.formats.sequence import stills, write_sequence
+from sv4d_ns.export.rig import decompose
+from sv4d_ns.export.surface.extraction import vertex_normals
+from sv4d_ns.geometry.cameras import look_at_cameras
 
 FPS = 12.5
 

@@ -9,8 +9,7 @@ import trimesh
 from export_fixture import SwingingLimb
 from scipy.spatial import cKDTree
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.export.mesh import (
+from sv4d_ns.export.surface.extraction import (
     _with_holes_closed,
     _without_pinches,
     canonical_mesh,
@@ -22,7 +21,8 @@ from sv4d_ns.export.mesh import (
     vertex_graph,
     vertex_normals,
 )
-from sv4d_ns.export.registration import RESIDUAL_BOUND, refitted, registered
+from sv4d_ns.export.surface.registration import RESIDUAL_BOUND, refitted, registered
+from sv4d_ns.utils.errors import InputError
 
 DIAGONAL = 1.14 * np.sqrt(3)
 TIMES = np.linspace(0, 1, 6)

@@ -6,12 +6,12 @@ import torch
 import trimesh
 from export_fixture import SwingingLimb, exported
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.export.baking import Picture
-from sv4d_ns.export.gltf import from_gltf_axes
-from sv4d_ns.export.points import sample_points
-from sv4d_ns.export.sequence import write_point_clouds
-from sv4d_ns.export.splats import PROPERTIES, SH_C0, refine, sample_splats, write_splats
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.formats.gltf import from_gltf_axes
+from sv4d_ns.export.formats.points import sample_points
+from sv4d_ns.export.formats.sequence import write_point_clouds
+from sv4d_ns.export.formats.splats import PROPERTIES, SH_C0, refine, sample_splats, write_splats
+from sv4d_ns.geometry.cameras import ViewPlan
 
 FPS, FRAMES = 12.0, 3
 

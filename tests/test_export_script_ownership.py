@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-OURS, THEIRS = "sv4d_ns.export.cli", "nerfstudio.scripts.exporter"
+OURS, THEIRS = "sv4d_ns.export.command", "nerfstudio.scripts.exporter"
 
 
 def empty_wheel(folder: Path, name: str, version: str, requires: list[str]) -> Path:

@@ -6,8 +6,8 @@ from export_fixture import SwingingLimb, exported
 from export_reader import read_glb
 from scipy.spatial.transform import Rotation
 
-from sv4d_ns.export.gltf import from_gltf_axes, write_animated_glb
-from sv4d_ns.export.skin import decompose
+from sv4d_ns.export.formats.gltf import from_gltf_axes, write_animated_glb
+from sv4d_ns.export.rig import decompose
 
 DIAGONAL = 1.14 * np.sqrt(3)
 

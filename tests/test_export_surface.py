@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import trimesh
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.export.asset import animated_mesh, grounded, moved_to
-from sv4d_ns.export.baking import Picture
-from sv4d_ns.export.mesh import OpacityGrid
-from sv4d_ns.export.raster import project, rasterise
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.colour.raster import project, rasterise
+from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
 from sv4d_ns.export.surface.carving import carved, completed, silhouettes
+from sv4d_ns.export.surface.extraction import OpacityGrid
 from sv4d_ns.export.surface.mending import mended
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
+from sv4d_ns.geometry.cameras import ViewPlan
 
 PLAN = ViewPlan.ring((90.0,), 0.0)
 SIZE = 128
@@ -169,8 +169,9 @@ def test_a_tail_of_fog_is_filled_where_the_film_shows_it():
     axis = np.linspace(-0.57, 0.57, 64)
     x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
     fog = np.where(tail(x, y, z), 0.1, grid.values)
-    parts = trimesh.creation.box((0.3, 0.3, 0.4)), trimesh.creation.box(
-        (0.06, 0.3, 0.06), trimesh.transformations.translation_matrix((0.05, 0.25, 0))
+    parts = (
+        trimesh.creation.box((0.3, 0.3, 0.4)),
+        trimesh.creation.box((0.06, 0.3, 0.06), trimesh.transformations.translation_matrix((0.05, 0.25, 0))),
     )
     merged = trimesh.util.concatenate(parts)
     film = filmed(np.asarray(merged.vertices), np.asarray(merged.faces))

@@ -5,12 +5,12 @@ import pytest
 import torch
 from export_fixture import SwingingLimb, exported, pictures
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import InputError
-from sv4d_ns.export.asset import with_texture
-from sv4d_ns.export.baking import Picture, confidence, filled, gather, vertices_as_points
-from sv4d_ns.export.raster import project, rasterise
-from sv4d_ns.export.texture import bake, padded, texels, unwrap
+from sv4d_ns.export.colour.baking import Picture, confidence, filled, gather, vertices_as_points
+from sv4d_ns.export.colour.raster import project, rasterise
+from sv4d_ns.export.colour.texture import bake, padded, texels, unwrap
+from sv4d_ns.export.formats.asset import with_texture
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils.errors import InputError
 
 TIMES = np.array([0.0, 0.4])
 PLAN = ViewPlan.ring((90.0, 180.0, 270.0))

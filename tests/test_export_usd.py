@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from export_fixture import SwingingLimb, exported
 
-from sv4d_ns.export.asset import with_texture
-from sv4d_ns.export.gltf import from_gltf_axes, linear_from_srgb
-from sv4d_ns.export.sequence import Still, stills
-from sv4d_ns.export.texture import Atlas
-from sv4d_ns.export.usd import write_usd
+from sv4d_ns.export.colour.texture import Atlas
+from sv4d_ns.export.formats.asset import with_texture
+from sv4d_ns.export.formats.gltf import from_gltf_axes, linear_from_srgb
+from sv4d_ns.export.formats.sequence import Still, stills
+from sv4d_ns.export.formats.usd import write_usd
 
 pytest.importorskip("pxr")
 from pxr import Usd, UsdGeom, UsdShade, UsdUtils

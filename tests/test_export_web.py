@@ -10,9 +10,9 @@ import pytest
 from export_fixture import SwingingLimb, exported
 from PIL import Image
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.export.gltf import write_animated_glb
-from sv4d_ns.export.web import write_page
+from sv4d_ns.export.formats.gltf import write_animated_glb
+from sv4d_ns.export.formats.web import write_page
+from sv4d_ns.geometry.cameras import ViewPlan
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fields.encoding import HashEncoding
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.encoding import HashEncoding
+from sv4d_ns.utils.errors import InputError
 
 
 def encodings(**sizes: int) -> tuple[HashEncoding, HashEncoding]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sv4d_ns.files import atomic_path, content_hash
+from sv4d_ns.utils.files import atomic_path, content_hash
 
 
 def test_the_file_appears_whole_with_the_users_permissions(tmp_path):

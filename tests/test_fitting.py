@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fitting import (
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import render_rays
+from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
+from sv4d_ns.fitting.losses import LossWeights
+from sv4d_ns.fitting.objective import (
     RIGIDITY_BESIDE_FLOW,
     BatchConfig,
     BatchSampler,
@@ -21,11 +24,8 @@ from sv4d_ns.fitting import (
     surface_flow,
     train_views,
 )
-from sv4d_ns.losses import LossWeights
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import render_rays
-from sv4d_ns.sampling import ScheduleConfig, Window
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.views.grid import ViewGrid
 
 
 def grid(frames: int = 3) -> ViewGrid:
@@ -247,7 +247,7 @@ def test_visibility_is_computed_when_asked_and_kept_in_between(monkeypatch: pyte
         calls.append(len(cameras))
         return torch.full((len(cameras), 24, 24), 0.25)
 
-    monkeypatch.setattr("sv4d_ns.fitting.view_weights", seen)
+    monkeypatch.setattr("sv4d_ns.fitting.objective.view_weights", seen)
     sampler.update_visibility(None, None, 1)  # type: ignore[arg-type]
     for step in range(5):
         sampler.draw(step, Window(0, 1), 0)

@@ -13,12 +13,12 @@ from PIL import Image
 from sv4d_ns.method_configs.four_diffusion import method
 from test_run import object_frames, write_video
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.four_diffusion import generation
-from sv4d_ns.four_diffusion.synthesizer import load_fourdm_synthesizer
-from sv4d_ns.four_diffusion.trainer import CPU_STEPS, FOURDM_STEPS, FourDiffusionTrainerConfig
-from sv4d_ns.runs import checkpoint_steps
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.distillation import text_to_video as generation
+from sv4d_ns.plugin.distillation_trainer import CPU_STEPS, FOURDM_STEPS, FourDiffusionTrainerConfig
+from sv4d_ns.runs.layout import checkpoint_steps
+from sv4d_ns.synthesis.fourdm import load_fourdm_synthesizer
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES, STEPS = 3, 6
 
@@ -70,9 +70,9 @@ def test_a_run_goes_on_from_its_checkpoint_and_starts_from_a_grid(finished, tmp_
 
 
 def test_a_finished_run_can_be_rendered_and_exported(finished):
-    from sv4d_ns.export.mesh import canonical_mesh, follow_vertices, opacity_grid
-    from sv4d_ns.export.run import load_run
-    from sv4d_ns.renders import render_rgba
+    from sv4d_ns.export.surface.extraction import canonical_mesh, follow_vertices, opacity_grid
+    from sv4d_ns.field.images import render_rgba
+    from sv4d_ns.runs.open import load_run
 
     loaded = load_run(finished / "config.yml")
     plan = loaded.views.plan

@@ -12,11 +12,11 @@ from sv4d_ns.diffusion.fourdm import official
 from sv4d_ns.diffusion.fourdm.checkpoints import MOTION, convert_network, keys_of
 from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, TokenOrder, camera_vectors, network_rows
 from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
-from sv4d_ns.diffusion.fourdm.motion import MotionModule
+from sv4d_ns.diffusion.fourdm.motion_module import MotionModule
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline, view_cameras
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
-from sv4d_ns.errors import InputError
-from sv4d_ns.four_diffusion.synthesizer import FourDMSynthesizer, fourdm_plan
+from sv4d_ns.synthesis.fourdm import FourDMSynthesizer, fourdm_plan
+from sv4d_ns.utils.errors import InputError
 
 
 def tiny_network(seed: int = 0) -> FourDMUNet:
@@ -285,10 +285,10 @@ def test_long_videos_are_made_in_windows_that_share_a_frame(tmp_path):
 
 def test_plans_4dm_has_no_views_for(tmp_path):
     synthesizer = FourDMSynthesizer(PaintingPipeline(), "test")  # type: ignore[arg-type]
-    from sv4d_ns.cameras import ViewPlan
+    from sv4d_ns.geometry.cameras import ViewPlan
 
     with pytest.raises(InputError, match="four views a quarter turn apart"):
-        synthesizer.generate(frames_of(2), ViewPlan.EMBEDDED, seed=0, store=tmp_path, progress=lambda a, b: None)
+        synthesizer.generate(frames_of(2), ViewPlan.BUNDLED, seed=0, store=tmp_path, progress=lambda a, b: None)
     turned = fourdm_plan(-90.0)
     assert turned.azimuths_deg == (270.0, 0.0, 90.0, 180.0)
     synthesizer._front(turned)

@@ -6,9 +6,9 @@ from fourdm_fixture import fourdm_pipeline
 from fourdm_fixture import squares as frames
 
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
-from sv4d_ns.errors import InputError
-from sv4d_ns.four_diffusion.cameras import DrawnViews
-from sv4d_ns.four_diffusion.priors import FourDMPrior
+from sv4d_ns.distillation.cameras import DrawnViews
+from sv4d_ns.distillation.priors import FourDMPrior
+from sv4d_ns.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

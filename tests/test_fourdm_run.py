@@ -18,17 +18,17 @@ from test_four_diffusion_run import run, short_config
 from test_run import object_frames, write_video
 from test_run import short_config as short_sv4d_config
 
-from sv4d_ns import renders
-from sv4d_ns.datamanager import SV4DDataManagerConfig
 from sv4d_ns.diffusion.fourdm.official import load_fourdm_pipeline
-from sv4d_ns.errors import InputError
+from sv4d_ns.distillation import text_to_video as generation
+from sv4d_ns.distillation.anchor import KNOWN_POSE
 from sv4d_ns.evaluation.command import Evaluate
-from sv4d_ns.four_diffusion import generation
-from sv4d_ns.four_diffusion.anchor import KNOWN_POSE
-from sv4d_ns.four_diffusion.pipeline import FourDiffusionPipeline
-from sv4d_ns.four_diffusion.synthesizer import FourDMSynthesizer
-from sv4d_ns.runs import checkpoint_steps
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.field import images as renders
+from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
+from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipeline
+from sv4d_ns.runs.layout import checkpoint_steps
+from sv4d_ns.synthesis.fourdm import FourDMSynthesizer
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES = 4
 """One more than the tiny model's window."""

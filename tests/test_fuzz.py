@@ -9,8 +9,8 @@ from fuzz_targets import TARGETS, example
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.video.framing import Framing
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.video.crop import Framing
 
 DOSE = settings(
     max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -85,5 +85,5 @@ def test_descriptions_of_grids(tmp_path: Path, good: dict[str, bytes], name: str
 @given(data=st.data())
 def test_cameras_and_crops(tmp_path: Path, data: st.DataObject) -> None:
     crop = Framing(10.0, 12.0, 20.0, 64, 48, 32).to_dict()
-    start = data.draw(st.sampled_from([ViewPlan.EMBEDDED.to_dict(), crop, {**crop, "side": [20.0, 21.0]}]))
+    start = data.draw(st.sampled_from([ViewPlan.BUNDLED.to_dict(), crop, {**crop, "side": [20.0, 21.0]}]))
     TARGETS["cameras"](json.dumps(_replaced(start, data)).encode(), tmp_path)

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from sv4d_ns import rendering
-from sv4d_ns.errors import InputError
-from sv4d_ns.fields import hash_grid, kernels
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fields.encoding import HashEncoding
-from sv4d_ns.fields.hash_grid import HashGrid
-from sv4d_ns.occupancy import OccupancyGrid
+from sv4d_ns.field import hash_grid, kernels
+from sv4d_ns.field import volume_rendering as rendering
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.encoding import HashEncoding
+from sv4d_ns.field.hash_grid import HashGrid
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.utils.errors import InputError
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 FIT = """
 import sys, torch
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import render_rays
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import render_rays
 
 torch.manual_seed(0)
 field = DeformableField(DeformableFieldConfig(keyframes=3, log2_table_size=10, motion_resolutions=(2, 3)))
@@ -134,8 +134,8 @@ def test_a_table_of_tinycudann_opens_on_the_cpu() -> None:
 
 
 def test_a_run_s_configuration_names_the_layout_of_its_table() -> None:
-    from sv4d_ns.datamanager import object_box
-    from sv4d_ns.model import SV4DModelConfig
+    from sv4d_ns.plugin.datamanager import object_box
+    from sv4d_ns.plugin.model import SV4DModelConfig
 
     metadata = {"num_frames": 2, "canonical_frame": 0, "num_views": 1}
     for encoding, layout in (("numba", HashEncoding), ("tinycudann", HashGrid)):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from sv4d_ns import losses
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.rendering import RaySamples
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.volume_rendering import RaySamples
+from sv4d_ns.fitting import losses
 
 
 def test_photometric_is_a_weighted_mean_square() -> None:

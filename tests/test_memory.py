@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusion_fixture import FRAMES, VIEWS, tiny_pipeline, tiny_unet, tiny_video, unet_inputs
 
-from sv4d_ns.diffusion import attention
 from sv4d_ns.diffusion.memory import Chunks
-from sv4d_ns.diffusion.plan import CARDS, GIB, Offload, dry_run, plan_memory
-from sv4d_ns.diffusion.plan_cli import command
-from sv4d_ns.errors import InputError
+from sv4d_ns.diffusion.planner.command import command
+from sv4d_ns.diffusion.planner.plan import CARDS, GIB, Offload, dry_run, plan_memory
+from sv4d_ns.diffusion.sv4d import attention
+from sv4d_ns.utils.errors import InputError
 
 
 class Crowded(torch.nn.Module):
@@ -118,12 +118,12 @@ def test_plan_of_the_released_model():
 
 
 def test_plan_command(capsys):
-    command(["--model", "embedded", "--device", "rtx-3060"])
+    command(["--model", "official4", "--device", "rtx-4090"])
     text = capsys.readouterr().out
-    assert "unet" in text and "Recommended on rtx-3060: offload 'none'" in text
+    assert "unet" in text and "Recommended on rtx-4090: offload 'none'" in text
     with pytest.raises(InputError, match="rtx-4090"):
         command(["--device", "rtx-1"])
-    with pytest.raises(InputError, match="--size must be a multiple of 8"):
-        plan_memory("embedded", CARDS["t4"], size=60)
+    with pytest.raises(InputError, match="--size must be a multiple of 64"):
+        plan_memory("official4", CARDS["t4"], size=60)
     with pytest.raises(InputError, match="--frames"):
-        plan_memory("embedded", CARDS["t4"], frames=0)
+        plan_memory("official4", CARDS["t4"], frames=0)

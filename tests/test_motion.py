@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.fields.motion import FrequencyMotion, KeyframeGrid, frequency_encoding
+from sv4d_ns.field.motion import FrequencyMotion, KeyframeGrid, frequency_encoding
+from sv4d_ns.utils.errors import InputError
 
 
 @pytest.mark.parametrize("channels", [1, 3])

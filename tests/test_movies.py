@@ -8,14 +8,14 @@ import av
 import numpy as np
 import pytest
 
-from sv4d_ns import movies
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import InputError
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.movies import MovieOptions, Subject, movie, paste_in_source, shots, write_run_movies
-from sv4d_ns.occupancy import OccupancyGrid
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.movies import movies
+from sv4d_ns.movies.movies import MovieOptions, Subject, movie, paste_in_source, shots, write_run_movies
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import Framing, StabilisedFraming
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES, SIZE = 3, 16
 OPTIONS = MovieOptions(size=SIZE, seconds=0.5)
@@ -157,7 +157,7 @@ def test_a_movie_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     ],
 )
 def test_bad_flags_of_sv4d_render(tmp_path: Path, arguments: list[str], sentence: str) -> None:
-    from sv4d_ns.render_cli import command
+    from sv4d_ns.movies.command import command
 
     config = tmp_path / "config.yml"
     config.write_text("")

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from test_fitting import ball_grid
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fit_settings import LossWeights
-from sv4d_ns.fitting import BatchConfig, BatchSampler, hull_views, loss_terms, train_views
-from sv4d_ns.normals import estimated_normals
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import render_rays
-from sv4d_ns.sampling import ScheduleConfig, Window
-from sv4d_ns.views import ViewGrid, image_name
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import render_rays
+from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
+from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, hull_views, loss_terms, train_views
+from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid, image_name
+from sv4d_ns.views.normals import estimated_normals
 
 
 def quiet(done: int, total: int) -> None:
@@ -137,7 +137,7 @@ def test_a_pipeline_estimates_once_and_its_normals_are_unit_vectors(
     length = np.linalg.norm(normals[1], axis=-1)
     np.testing.assert_allclose(length[on_object], 1, atol=1e-3)
     assert (length[~on_object] == 0).all()
-    monkeypatch.setattr("sv4d_ns.normals.load_estimator", lambda *_: pytest.fail("estimated twice"))
+    monkeypatch.setattr("sv4d_ns.views.normals.load_estimator", lambda *_: pytest.fail("estimated twice"))
     again = estimated_normals(one, source, tmp_path / "kept", "cpu", quiet)
     np.testing.assert_array_equal(again[1], normals[1])
 

@@ -16,9 +16,11 @@ import torch
 from diffusion_fixture import CAMERA_DIMS, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
-from sv4d_ns.diffusion import hub, official
-from sv4d_ns.diffusion.attention import CameraAttention
-from sv4d_ns.diffusion.checkpoints import (
+from sv4d_ns.diffusion.sv4d.attention import CameraAttention
+from sv4d_ns.diffusion.sv4d.guidance import GuidanceKind
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.weights import hub, official
+from sv4d_ns.diffusion.weights.key_maps import (
     convert_clip,
     convert_unet,
     convert_vae,
@@ -26,11 +28,9 @@ from sv4d_ns.diffusion.checkpoints import (
     restore_unet,
     restore_vae,
 )
-from sv4d_ns.diffusion.guidance import GuidanceKind
-from sv4d_ns.diffusion.official import Architecture, load_official_pipeline
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.diffusion.streaming import TensorInfo
-from sv4d_ns.errors import InputError
+from sv4d_ns.diffusion.weights.official import Architecture, load_official_pipeline
+from sv4d_ns.diffusion.weights.streaming import TensorInfo
+from sv4d_ns.utils.errors import InputError
 
 WITHOUT = hub.WITHOUT
 URL = "https://huggingface.co/stabilityai/sv4d2.0"

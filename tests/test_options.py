@@ -4,13 +4,13 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.datamanager import SV4DDataManagerConfig, view_plan
-from sv4d_ns.diffusion.attention import CameraAttention
-from sv4d_ns.diffusion.grid import GridOptions
-from sv4d_ns.diffusion.guidance import GuidanceRule
-from sv4d_ns.diffusion.windows import ViewReferences, WindowStride
-from sv4d_ns.errors import InputError
+from sv4d_ns.diffusion.sv4d.attention import CameraAttention
+from sv4d_ns.diffusion.sv4d.grid import GridOptions
+from sv4d_ns.diffusion.sv4d.guidance import GuidanceRule
+from sv4d_ns.diffusion.sv4d.windows import ViewReferences, WindowStride
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig, view_plan
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import CropRule
 
 ENUMS = {

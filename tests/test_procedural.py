@@ -6,13 +6,13 @@ import av
 import numpy as np
 import pytest
 
-from sv4d_ns.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, OBJECT_BOX, look_at_cameras
-from sv4d_ns.procedural import creature, render
-from sv4d_ns.procedural.creatures import frame_along
-from sv4d_ns.procedural.renderer import Shape, bounding_balls, draw
-from sv4d_ns.procedural.sample import SAMPLE_SEED
-from sv4d_ns.training.data import HELD_OUT_SEEDS, TRAINING_SEEDS
-from sv4d_ns.training.evaluate import FIRST_EVALUATED
+from sv4d_ns.diffusion_training.data import HELD_OUT_SEEDS, TRAINING_SEEDS
+from sv4d_ns.diffusion_training.evaluate import FIRST_EVALUATED
+from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, OBJECT_BOX, look_at_cameras
+from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural.creatures import frame_along
+from sv4d_ns.training_data.procedural.renderer import Shape, bounding_balls, draw
+from sv4d_ns.training_data.procedural.sample import SAMPLE_SEED
 
 SIZE = 96
 LIGHTS = np.array([[1.0, 0.0, 0.0]])

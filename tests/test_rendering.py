@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.occupancy import HullView, OccupancyGrid, project
-from sv4d_ns.rendering import (
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import HullView, OccupancyGrid, project
+from sv4d_ns.field.visibility import angular_weight, smoothstep, soft_visibility, unoccluded, view_weights
+from sv4d_ns.field.volume_rendering import (
     FAR_DEPTH,
     RaySamples,
     _march_fused,
@@ -22,7 +22,7 @@ from sv4d_ns.rendering import (
     render_rays,
     render_rays_chunked,
 )
-from sv4d_ns.visibility import angular_weight, smoothstep, soft_visibility, unoccluded, view_weights
+from sv4d_ns.utils.errors import InputError
 
 FOV_TAN = math.tan(math.radians(33.9) / 2)
 

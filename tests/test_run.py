@@ -12,12 +12,12 @@ import torch
 import yaml
 from sv4d_ns.method_configs.sv4d import method
 
-from sv4d_ns import channels
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.procedural import creature, render
-from sv4d_ns.runs import checkpoint_steps, newest_views, release_run
-from sv4d_ns.trainer import SV4DTrainerConfig
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.plugin import render_outputs as channels
+from sv4d_ns.plugin.trainer import SV4DTrainerConfig
+from sv4d_ns.runs.layout import checkpoint_steps, newest_views, release_run
+from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES, STEPS = 3, 14
 REFINE_AT = 9  # round(0.64 * STEPS): stage 2 by default
@@ -40,7 +40,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 10) -> Path:
 
 def object_frames(count: int = FRAMES, size: int = 96) -> np.ndarray:
     """A moving creature on white, uint8 RGB [count, size, size, 3]."""
-    camera = ViewPlan.EMBEDDED.c2w()[:1]
+    camera = ViewPlan.BUNDLED.c2w()[:1]
     rgba = render(creature(SEED), np.linspace(0, 1, count), camera, size)[:, 0].astype(float) / 255
     return np.round(255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])).astype(np.uint8)
 
@@ -121,7 +121,7 @@ def test_evaluation_and_pictures_do_not_need_the_diffusion_model(
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("the diffusion model was loaded")
 
-    monkeypatch.setattr("sv4d_ns.synthesis.load_synthesizer", forbidden)
+    monkeypatch.setattr("sv4d_ns.synthesis.base.load_synthesizer", forbidden)
     _, pipeline, _, step = eval_setup(finished / "config.yml")
     assert step == STEPS - 1
     metrics = pipeline.get_average_eval_image_metrics()
@@ -166,8 +166,8 @@ def test_a_killed_run_resumes_where_it_stopped(
 
     What comes out is that of the undisturbed run to the last bit: the figures and the hash of the field.
     """
-    from sv4d_ns.synthesis import DiffusionSynthesizer
-    from sv4d_ns.trainer import SV4DTrainer
+    from sv4d_ns.plugin.trainer import SV4DTrainer
+    from sv4d_ns.synthesis.base import DiffusionSynthesizer
 
     iterate = SV4DTrainer.train_iteration
 
@@ -205,7 +205,7 @@ def test_a_killed_run_resumes_where_it_stopped(
 def test_ctrl_c_twice_saves_a_whole_step(
     tmp_path: Path, video: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from sv4d_ns.trainer import SV4DTrainer
+    from sv4d_ns.plugin.trainer import SV4DTrainer
 
     iterate, before = SV4DTrainer.train_iteration, signal.getsignal(signal.SIGINT)
 
@@ -236,7 +236,7 @@ def test_a_setting_of_stage_2_keeps_stage_1(
     finished: Path, video: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Another strength of stage 2 begins where stage 1 ended; other movies are made for the run that is there."""
-    from sv4d_ns.trainer import SV4DTrainer
+    from sv4d_ns.plugin.trainer import SV4DTrainer
 
     iterate, steps = SV4DTrainer.train_iteration, []
     monkeypatch.setattr(SV4DTrainer, "train_iteration", lambda self, step: steps.append(step) or iterate(self, step))
@@ -291,7 +291,7 @@ def test_the_same_command_finds_its_run_again(
 def test_a_loss_that_is_not_finite_goes_back_once(
     tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], lasting: bool
 ) -> None:
-    from sv4d_ns.model import SV4DModel
+    from sv4d_ns.plugin.model import SV4DModel
 
     get_loss_dict, spoiled = SV4DModel.get_loss_dict, []
 

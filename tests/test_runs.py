@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sv4d_ns.runs import (
+from sv4d_ns.runs.layout import (
     RUN_FILE,
     STAGE_2,
     SUMMARY_FILE,
@@ -67,7 +67,7 @@ def test_the_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
 
     pipeline = method.config.pipeline
     code = (
-        "from sv4d_ns.method_configs.sv4d import method; from sv4d_ns.runs import fingerprint; "
+        "from sv4d_ns.method_configs.sv4d import method; from sv4d_ns.runs.layout import fingerprint; "
         "print(fingerprint(method.config.pipeline))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -129,7 +129,7 @@ def test_two_commands_of_the_same_second_get_a_folder_each(tmp_path: Path) -> No
     config.timestamp = "2026-01-02_030405"
     taken = config.get_base_dir()
     code = (
-        "import sys; from pathlib import Path; from sv4d_ns.runs import record_run; "
+        "import sys; from pathlib import Path; from sv4d_ns.runs.layout import record_run; "
         f"record_run(Path({str(taken)!r}), 'x'); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -144,7 +144,7 @@ def test_two_commands_of_the_same_second_get_a_folder_each(tmp_path: Path) -> No
 def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
     """Another process holds the run: the same command becomes a run of its own; when the process dies it is free."""
     code = (
-        "import sys; from pathlib import Path; from sv4d_ns.runs import record_run; "
+        "import sys; from pathlib import Path; from sv4d_ns.runs.layout import record_run; "
         f"record_run(Path({str(tmp_path / 'monday')!r}), 'x'); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.sampling import (
+from sv4d_ns.fitting.batch_sampler import (
     Admission,
     PixelSampler,
     ScheduleConfig,
@@ -23,6 +22,7 @@ from sv4d_ns.sampling import (
     sample_frames,
     uniform,
 )
+from sv4d_ns.utils.errors import InputError
 
 CONFIG = ScheduleConfig()
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.scene_flow import SceneFlow
+from sv4d_ns.fitting.scene_flow import SceneFlow
+from sv4d_ns.geometry.cameras import ViewPlan
 
 SIZE, RADIUS, SPEED = 96, 0.25, torch.tensor([0.03, 0.06, 0.04])
 
@@ -62,7 +62,7 @@ def test_the_same_pair_is_found_again_and_asked_for_once(monkeypatch: pytest.Mon
     flow = SceneFlow(ball(), half_extent=0.57)
     first = flow.matches(0, 1)
     assert torch.equal(SceneFlow(ball(), half_extent=0.57).matches(0, 1).after, first.after)
-    monkeypatch.setattr("sv4d_ns.scene_flow.optical_flow", lambda *_: pytest.fail("asked twice"))
+    monkeypatch.setattr("sv4d_ns.fitting.scene_flow.optical_flow", lambda *_: pytest.fail("asked twice"))
     assert flow.matches(0, 1) is first
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_framing import centroid, disc
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.video.clip import Region
-from sv4d_ns.video.framing import Framing
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.crop import Framing
+from sv4d_ns.video.reader import Region
 from sv4d_ns.video.stabilised import StabilisedFraming, stabilised_framing
 
 

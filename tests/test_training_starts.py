@@ -10,17 +10,17 @@ from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import Autoen
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from diffusion_fixture import randomised, tiny_pipeline
 
-from sv4d_ns.data.orbits import Orbit
-from sv4d_ns.data.render import RenderConfig, render_dataset
-from sv4d_ns.diffusion.conditioning import camera_vectors
-from sv4d_ns.errors import InputError
-from sv4d_ns.training import loss as objective
-from sv4d_ns.training import train as trainer
-from sv4d_ns.training.config import TrainConfig
-from sv4d_ns.training.data import RenderedSource, even_ring, make_batch, open_sources, resized
-from sv4d_ns.training.model import SamplingConfig
-from sv4d_ns.training.starts import SVD_FPS_ID, SVD_MOTION_BUCKET, from_svd, network_from_svd
-from sv4d_ns.training.train import Trainer, train
+from sv4d_ns.diffusion.sv4d.conditioning import camera_vectors
+from sv4d_ns.diffusion_training import loss as objective
+from sv4d_ns.diffusion_training import train as trainer
+from sv4d_ns.diffusion_training.config import TrainConfig
+from sv4d_ns.diffusion_training.data import RenderedSource, even_ring, make_batch, open_sources, resized
+from sv4d_ns.diffusion_training.model import SamplingConfig
+from sv4d_ns.diffusion_training.starts import SVD_FPS_ID, SVD_MOTION_BUCKET, from_svd, network_from_svd
+from sv4d_ns.diffusion_training.train import Trainer, train
+from sv4d_ns.training_data.orbits import Orbit
+from sv4d_ns.training_data.render import RenderConfig, render_dataset
+from sv4d_ns.utils.errors import InputError
 
 PART = 8
 

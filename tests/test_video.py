@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import Clip, load_object_video, read_clip, segment
-from sv4d_ns.video.clip import Region, open_film, take
-from sv4d_ns.video.doctor import examine
+from sv4d_ns.video.checks import examine
 from sv4d_ns.video.matting import load_matting
+from sv4d_ns.video.reader import Region, open_film, take
 
 WIDTH, HEIGHT, FRAMES = 64, 48, 8
 
@@ -246,11 +246,11 @@ def test_large_footage_is_scaled_down_as_it_is_read_and_the_object_read_again(tm
     pictures = over(ball(frames=4, width=480, height=360, radius=30.0), (255, 255, 255))
     path = write_video(tmp_path / "large.mkv", pictures, "ffv1", "bgr0")
     exact = load_object_video(path, size=64)
-    monkeypatch.setattr("sv4d_ns.video.clip.CLIP_PIXELS", 4 * 120 * 90)
+    monkeypatch.setattr("sv4d_ns.video.reader.CLIP_PIXELS", 4 * 120 * 90)
     small = read_clip(path)
     assert small.frames.shape == (4, 90, 120, 4) and small.region.scale == 0.25
     # the union of the ball's places is 250 pixels wide: at a quarter it would fill 57 pixels of the crop from 62
-    monkeypatch.setattr("sv4d_ns.video.clip.CLIP_PIXELS", 4 * 60 * 45)
+    monkeypatch.setattr("sv4d_ns.video.reader.CLIP_PIXELS", 4 * 60 * 45)
     tiny = load_object_video(path, size=64)
     assert (tiny.framing.source_width, tiny.framing.source_height) == (480, 360)
     assert tiny.framing.side == pytest.approx(exact.framing.side, rel=0.04)
@@ -689,7 +689,7 @@ def test_load_object_video(rolling):
 
 
 def test_the_doctor_reports(tmp_path, rolling, capsys):
-    from sv4d_ns.cli import main
+    from sv4d_ns.cli.main import main
 
     assert main(["doctor", str(rolling), "--max-frames", "4", "--picture", str(tmp_path / "sheet.png")]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -11,14 +11,14 @@ import torch
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs.base_config import ViewerConfig
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.channels import LEGENDS, GridWitnesses, camera_channels
-from sv4d_ns.fields.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.fluid import SMALLEST_SIDE, SizeControl
-from sv4d_ns.occupancy import OccupancyGrid
-from sv4d_ns.rendering import pixel_rays
-from sv4d_ns.viewing import Clock, Playback, local_unless_asked, thumbnails
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import pixel_rays
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, SizeControl
+from sv4d_ns.plugin.render_outputs import LEGENDS, GridWitnesses, camera_channels
+from sv4d_ns.plugin.viewer import Clock, Playback, local_unless_asked, thumbnails
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES, SIZE = 5, 16
 

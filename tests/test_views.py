@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import InputError
-from sv4d_ns.views import ViewGrid, contact_sheet, over_white, save_contact_sheet
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid, contact_sheet, over_white, save_contact_sheet
 
 PLAN = ViewPlan.ring((60.0, 180.0), input_elevation_deg=15.0)
 

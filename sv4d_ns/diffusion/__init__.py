@@ -1,0 +1,1 @@
+"""Networks and samplers that make views; they know no field."""

@@ -8,7 +8,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import is_peft_available
 from torch import Tensor
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 PREFIX = "unet"
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import InputError
-from sv4d_ns.video.framing import Framing
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.crop import Framing
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation.alignment import Similarity, check_source_size, run_to_source, whole_picture
 from sv4d_ns.evaluation.backbones import sha256
 from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView
 from sv4d_ns.evaluation.protocols import CONSISTENT4D_AZIMUTHS, eval_files
 from sv4d_ns.evaluation.scores import Pictures
-from sv4d_ns.files import content_hash
-from sv4d_ns.runs import checkpoint_steps
-from sv4d_ns.synthesis import Progress, resize_rgba
-from sv4d_ns.views import GRID_FILE, ViewGrid
+from sv4d_ns.runs.layout import checkpoint_steps
+from sv4d_ns.synthesis.base import Progress, resize_rgba
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import content_hash
+from sv4d_ns.views.grid import GRID_FILE, ViewGrid
 
 CONFIG_FILE = "config.yml"
 ANGLE_TOLERANCE_DEG = 0.5
@@ -101,7 +101,7 @@ def novel_views(case: Case) -> tuple[CaseView, ...]:
 
 
 def _open_run(folder: Path, case: Case | None, size: int | None, progress: Progress) -> Opened:
-    from sv4d_ns.export.cli import load_run
+    from sv4d_ns.export.command import load_run
 
     run = load_run(folder / CONFIG_FILE)
     grid = run.views
@@ -141,7 +141,7 @@ def _rendered(
     times: Float[np.ndarray, " t"],
     progress: Progress,
 ) -> UInt8[np.ndarray, "t v size size 4"]:
-    from sv4d_ns.renders import render_rgba
+    from sv4d_ns.field.images import render_rgba
 
     made = np.empty((len(times), len(cameras), size, size, 4), np.uint8)
     for frame, time in enumerate(times):
@@ -153,7 +153,7 @@ def _rendered(
 
 def similarity_to(grid: ViewGrid, case: Case) -> Similarity:
     """From the world of a grid (and of the field fitted to it) to that of its case; see `alignment`."""
-    from sv4d_ns.video.framing import Framing
+    from sv4d_ns.video.crop import Framing
 
     source = case.input_view
     if grid.framing is None:
@@ -228,7 +228,7 @@ def uncropped(grid: ViewGrid, case: Case, size: int) -> np.ndarray:
     The picture of a scaled and shifted object is the picture scaled about the image of the crop's origin: exact on the
     plane through the object that faces the camera, as in `alignment.run_to_source`.
     """
-    from sv4d_ns.video.framing import Framing
+    from sv4d_ns.video.crop import Framing
 
     to_source = similarity_to(grid, case)
     origin = to_source.points(np.zeros((1, 3)))[0]

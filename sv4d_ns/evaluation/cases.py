@@ -20,10 +20,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.errors import InputError
-from sv4d_ns.synthesis import resize_rgba
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.synthesis.base import resize_rgba
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.views.grid import ViewGrid
 
 CAMERAS_FILE = "cameras.json"
 GEOMETRY_FILE = "geometry.npz"

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Optional
 import numpy as np
 import tyro
 
-from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation.backbones import sha256
 from sv4d_ns.evaluation.candidates import Opened, find_candidate, open_candidate
 from sv4d_ns.evaluation.cases import GEOMETRY_FILE, Case
 from sv4d_ns.evaluation.frechet import Estimate
 from sv4d_ns.evaluation.protocols import PROTOCOLS, Protocol, ProtocolName, load_truth
 from sv4d_ns.evaluation.scores import Backbones, Figures, load_backbones, picture_figures, summarise, video_figures
-from sv4d_ns.files import atomic_path, content_hash
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import atomic_path, content_hash
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 REPORT_FORMAT = 1
@@ -99,7 +99,7 @@ def judge_side(
     label: str, objects: Sequence[tuple[Any, Case | None]], size: int | None, backbones: Backbones, protocol: Protocol
 ) -> Side:
     """Open, render and measure one candidate on all objects."""
-    from sv4d_ns.progress import bar
+    from sv4d_ns.utils.progress import bar
 
     opened, figures, geometry = [], [], {}
     for candidate, case in objects:

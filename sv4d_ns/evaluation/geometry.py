@@ -8,10 +8,16 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
-from sv4d_ns.errors import InputError
 from sv4d_ns.evaluation.alignment import Similarity
 from sv4d_ns.evaluation.cases import Geometry
-from sv4d_ns.export.mesh import AnimatedField, CanonicalMesh, canonical_mesh, follow_vertices, opacity_grid
+from sv4d_ns.export.surface.extraction import (
+    AnimatedField,
+    CanonicalMesh,
+    canonical_mesh,
+    follow_vertices,
+    opacity_grid,
+)
+from sv4d_ns.utils.errors import InputError
 
 SURFACE_SAMPLES = 100_000
 """Area-uniform samples of the reconstructed surface: so many that their spacing adds nothing to the distances."""

@@ -14,19 +14,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sv4d_ns.evaluation.backbones import (
-    BackboneMissing,
-    Clip,
-    Identity,
-    Lpips,
-    RandomVideoFeatures,
-    VideoFeatures,
-)
-from sv4d_ns.evaluation.consistency import flicker, hull_agreement
+from sv4d_ns.evaluation.backbones import BackboneMissing, Clip, Identity, Lpips, RandomVideoFeatures, VideoFeatures
 from sv4d_ns.evaluation.frechet import Estimate, frechet_distance, frechet_with_interval, mean_with_interval
-from sv4d_ns.evaluation.images import on_white, psnr, silhouette_iou, ssim, union_box
 from sv4d_ns.evaluation.protocols import Protocol
 from sv4d_ns.evaluation.videos import ORDERS, frame_similarity, paired_similarity, videos
+from sv4d_ns.metrics.consistency import flicker, hull_agreement
+from sv4d_ns.metrics.images import on_white, psnr, silhouette_iou, ssim, union_box
 
 
 @dataclass(frozen=True, eq=False)

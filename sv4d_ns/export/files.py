@@ -6,23 +6,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sv4d_ns.export.asset import AnimatedMesh, Placement, grounded, moved_to
-from sv4d_ns.export.gltf import write_animated_glb
-from sv4d_ns.export.make import (
-    Options,
-    generated_pictures,
-    input_pictures,
-    make_asset,
-    make_frames,
-)
-from sv4d_ns.export.points import sample_points
-from sv4d_ns.export.run import FinishedRun
-from sv4d_ns.export.sequence import SequenceFormat, stills, write_sequence
-from sv4d_ns.export.sequence import write_point_clouds as write_cloud_files
-from sv4d_ns.export.skin import Skin, decompose
-from sv4d_ns.export.splats import Rasterise, refine, sample_splats
-from sv4d_ns.export.splats import write_splats as write_splat_files
-from sv4d_ns.export.usd import write_usd
+from sv4d_ns.export.formats.asset import AnimatedMesh, Placement, grounded, moved_to
+from sv4d_ns.export.formats.gltf import write_animated_glb
+from sv4d_ns.export.formats.points import sample_points
+from sv4d_ns.export.formats.sequence import SequenceFormat, stills, write_sequence
+from sv4d_ns.export.formats.sequence import write_point_clouds as write_cloud_files
+from sv4d_ns.export.formats.splats import Rasterise, refine, sample_splats
+from sv4d_ns.export.formats.splats import write_splats as write_splat_files
+from sv4d_ns.export.formats.usd import write_usd
+from sv4d_ns.export.make import Options, generated_pictures, input_pictures, make_asset, make_frames
+from sv4d_ns.export.rig import Skin, decompose
+from sv4d_ns.runs.open import FinishedRun
 
 if TYPE_CHECKING:
     from sv4d_ns.export.terminal import Terminal
@@ -183,7 +177,7 @@ def write_web(run: FinishedRun, options: Options, folder: Path, terminal: "Termi
     """The asset and the input video in one page."""
     import tempfile
 
-    from sv4d_ns.export.web import write_page
+    from sv4d_ns.export.formats.web import write_page
 
     mesh = make_asset(run, options, terminal)
     page = folder / "index.html"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Sizes an export accepts, checked before anything heavy is imported."""
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 LEAST_RESOLUTION = 16
 """Nodes of the marching-cubes grid along a side."""

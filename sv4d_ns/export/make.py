@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from sv4d_ns.cameras import ViewPlan, look_at_cameras
-from sv4d_ns.export.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
-from sv4d_ns.export.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
+from sv4d_ns.export.colour.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
 from sv4d_ns.export.colour.film import FilmColors, film_colors, levelled, mirrored
-from sv4d_ns.export.mesh import (
+from sv4d_ns.export.colour.texture import bake, unwrap
+from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
+from sv4d_ns.export.formats.sequence import Still
+from sv4d_ns.export.root_motion import root_motion
+from sv4d_ns.export.surface.carving import completed, silhouettes
+from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
+    OpacityGrid,
     Tracks,
     canonical_mesh,
     follow_vertices,
@@ -22,15 +26,12 @@ from sv4d_ns.export.mesh import (
     surface_of,
     vertex_normals,
 )
-from sv4d_ns.export.motion import root_motion
-from sv4d_ns.export.registration import refitted, registered
-from sv4d_ns.export.run import FinishedRun
-from sv4d_ns.export.sequence import Still
-from sv4d_ns.export.surface.carving import completed, silhouettes
 from sv4d_ns.export.surface.mending import mended
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
-from sv4d_ns.export.texture import bake, unwrap
-from sv4d_ns.views import ViewGrid
+from sv4d_ns.export.surface.registration import refitted, registered
+from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
+from sv4d_ns.runs.open import FinishedRun
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from sv4d_ns.export.terminal import Terminal
@@ -94,21 +95,60 @@ def _restored_motion(run: FinishedRun, options: Options, terminal: "Terminal") -
 def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> tuple[CanonicalMesh, Tracks]:
     """The canonical mesh and where its vertices are at every frame."""
     frames, film = run.views.num_frames, input_pictures(run.views)
-    surface, diagonal = _canonical_surface(run, options, film[run.canonical_frame], terminal)
-    tracks = _followed(run, surface, diagonal, options.resolution, terminal)
-    positions = tracks.positions
+    grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
+    surface, tracks = _surface_and_motion(run, grid, solid, level, options, terminal)
     if run.deforms:
-        positions, changed = mended(positions, surface.vertices, surface.faces, silhouettes(film), run.canonical_frame)
-        if changed.any():
-            terminal.say(
-                f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended"
-            )
+        solid, cut = carved(grid, solid, level, surface.vertices, tracks.positions, film)
+        if cut:
+            terminal.say(f"{cut:.2%} of the matter would stand outside the film's silhouettes; it was cut away")
+            surface, tracks = _surface_and_motion(run, grid, solid, level, options, terminal)
+    positions = tracks.positions
     with terminal.bar("fitting the outlines", frames) as advance:
         positions = fitted_to_outlines(positions, surface.faces, film, advance=advance)
     with terminal.bar("fitting what is on them", frames) as advance:
         colors = _film_at_vertices(film, positions, surface.faces)
         positions = fitted_to_film(positions, surface.faces, film, colors, advance)
-    return surface, Tracks(positions.astype(np.float32), tracks.residuals, tracks.guessed)
+    return surface, replace(tracks, positions=positions.astype(np.float32))
+
+
+def _solid(
+    run: FinishedRun, resolution: int, film: Picture, terminal: "Terminal"
+) -> tuple[OpacityGrid, Float[np.ndarray, "r r r"], float]:
+    """The canonical opacity, the same smoothed and completed by the film's picture, and the level of its surface."""
+    time = run.time(run.canonical_frame)
+    # the canonical shape has a time of its own, which need not be a frame's to the last digit
+    still = run.field if run.deforms else frozen(run.field, time)
+    with terminal.bar("sampling the field", resolution) as advance:
+        grid = opacity_grid(still, resolution, run.possible(time), advance)
+    solid, level = solid_and_level(grid)
+    return grid, completed(grid, solid, level, film), level
+
+
+def _surface_and_motion(
+    run: FinishedRun,
+    grid: OpacityGrid,
+    solid: Float[np.ndarray, "r r r"],
+    level: float,
+    options: Options,
+    terminal: "Terminal",
+) -> tuple[CanonicalMesh, Tracks]:
+    """The surface at rest and where the field's motion takes it, drawn-out skin mended."""
+    surface = surface_of(solid, level, grid, options.max_faces, options.watertight)
+    terminal.say(
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
+        f"{surface.dropped_parts} floating parts dropped"
+    )
+    diagonal = float(np.linalg.norm(grid.high - grid.low))
+    tracks = _followed(run, surface, diagonal, options.resolution, terminal)
+    if not run.deforms:
+        return surface, tracks
+    shapes = silhouettes(input_pictures(run.views))
+    positions, changed = mended(tracks.positions, surface.vertices, surface.faces, shapes, run.canonical_frame)
+    if changed.any():
+        terminal.say(
+            f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended"
+        )
+    return surface, Tracks(positions.astype(np.float32), tracks.residuals, tracks.guessed | changed)
 
 
 def _film_at_vertices(
@@ -120,25 +160,6 @@ def _film_at_vertices(
         vertices_as_points(faces, positions.shape[1]),
     )
     return filled(*film_colors(film, positions, normals, faces, corners).at(corners), faces)
-
-
-def _canonical_surface(
-    run: FinishedRun, options: Options, film: Picture, terminal: "Terminal"
-) -> tuple[CanonicalMesh, float]:
-    """The surface at rest, and the diagonal of the field's box, world units."""
-    time = run.time(run.canonical_frame)
-    # the canonical shape has a time of its own, which need not be a frame's to the last digit
-    still = run.field if run.deforms else frozen(run.field, time)
-    with terminal.bar("sampling the field", options.resolution) as advance:
-        grid = opacity_grid(still, options.resolution, run.possible(time), advance)
-    solid, level = solid_and_level(grid)
-    solid = completed(grid, solid, level, film)
-    surface = surface_of(solid, level, grid, options.max_faces, options.watertight)
-    terminal.say(
-        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
-        f"{surface.dropped_parts} floating parts dropped"
-    )
-    return surface, float(np.linalg.norm(grid.high - grid.low))
 
 
 def _followed(
@@ -316,7 +337,7 @@ def field_pictures(
     The views constrained the colours of whole rays, not of points: the field's colour at the surface itself is the
     outermost, least supervised layer's, and 2 to 3 dB worse than what a rendering shows there.
     """
-    from sv4d_ns.renders import render_rgba
+    from sv4d_ns.field.images import render_rgba
 
     plan, time = run.views.plan, run.time(frame)
     pictures = []

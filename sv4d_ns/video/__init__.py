@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from sv4d_ns.video.clip import Clip, Region, choose_frames, open_film, read_clip, take
-from sv4d_ns.video.doctor import Finding, examine
-from sv4d_ns.video.foreground import Foreground, segment
-from sv4d_ns.video.framing import (
+from sv4d_ns.video.checks import Finding, examine
+from sv4d_ns.video.crop import (
     FRAME_RATIO,
     VISIBLE_ALPHA,
     CropRule,
@@ -19,7 +17,9 @@ from sv4d_ns.video.framing import (
     released_preprocess,
     union_box,
 )
+from sv4d_ns.video.foreground import Foreground, segment
 from sv4d_ns.video.matting import load_matting, read_masks
+from sv4d_ns.video.reader import Clip, Region, choose_frames, open_film, read_clip, take
 from sv4d_ns.video.stabilised import StabilisedFraming, stabilised_framing
 
 __all__ = [

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 from scipy import ndimage
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.video.clip import Clip
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.reader import Clip
 
 # All numbers below are our own design decisions; levels are of 255. They were set on the four public benchmark clips
 # (H.264, white background), where codec ringing reaches 11 levels three or more pixels away from the object.

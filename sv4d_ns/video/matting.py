@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.video.clip import Film, Region, open_film
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video.foreground import Matting
+from sv4d_ns.video.reader import Film, Region, open_film
 
 MATTING_MODELS = (
     "isnet-general-use",

@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from scipy import ndimage
 
-from sv4d_ns.errors import InputError
-from sv4d_ns.video.clip import Region
-from sv4d_ns.video.framing import FRAME_RATIO, VISIBLE_ALPHA, Framing, check_ratio, union_box
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.crop import FRAME_RATIO, VISIBLE_ALPHA, Framing, check_ratio, union_box
+from sv4d_ns.video.reader import Region
 
 SMOOTHING = 1.5
 """Standard deviation, in frames, of the smoothing of the square's way: the box around a walking object jumps with every
@@ -22,7 +22,7 @@ _PER_FRAME = ("center_x", "center_y", "side")
 class StabilisedFraming:
     """One square for each frame, all of one side: the object keeps its size, and its place up to its own motion.
 
-    The travel that is taken out of the pictures this way is what `--root-motion restore` gives back to the export.
+    The travel that is taken out of the pictures this way is what `ns-export mesh --root-motion restore` gives back.
     """
 
     squares: tuple[Framing, ...]

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from sv4d_ns.diffusion.checkpoints import convert_unet, convert_vae, unet_config, vae_config
-from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.weights.key_maps import convert_unet, convert_vae, unet_config, vae_config
 
 FOLDER = Path(os.environ.get("SV4D_FIXTURES") or Path(__file__).parents[1] / "data" / "sv4d2")
 ATOL = 1e-4

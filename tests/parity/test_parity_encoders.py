@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from sv4d_ns.diffusion.checkpoints import clip_config, convert_clip, convert_unet, convert_vae, vae_config
-from sv4d_ns.diffusion.conditioning import camera_vectors, clip_pixels, embed_images
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.sv4d.conditioning import camera_vectors, clip_pixels, embed_images
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.weights.key_maps import clip_config, convert_clip, convert_unet, convert_vae, vae_config
 
 VAES = folder.names("vae_", "_weights.safetensors")
 RUNS = [f"e2e_{name}" for name in folder.names("e2e_")]

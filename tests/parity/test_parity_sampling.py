@@ -4,11 +4,11 @@ import parity_folder as folder
 import pytest
 import torch
 
-from sv4d_ns.diffusion.conditioning import GridCondition, camera_vectors, sinusoid
-from sv4d_ns.diffusion.guidance import Guidance, GuidanceKind, guide
-from sv4d_ns.diffusion.official import RELEASES
-from sv4d_ns.diffusion.pipeline import StableVideo4D2Pipeline, released_scheduler
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.sv4d.conditioning import GridCondition, camera_vectors, sinusoid
+from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind, guide
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.weights.official import RELEASES
 
 SAMPLING, GUIDERS, CONDITIONING = "sampling.safetensors", "guider_configs.json", "conditioning.safetensors"
 TRAJECTORIES = [f"traj_{name}" for name in folder.names("traj_")]

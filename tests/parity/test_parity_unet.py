@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sv4d_ns.diffusion.checkpoints import unet_key
-from sv4d_ns.diffusion.conditioning import camera_vectors
-from sv4d_ns.diffusion.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.sv4d.conditioning import camera_vectors
+from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
+from sv4d_ns.diffusion.weights.key_maps import unet_key
 
 UNETS = folder.names("unet_", "_weights.safetensors")
 TRACES = [stem.split("_trace_") for stem in folder.names("unet_", ".safetensors") if "_trace_" in stem]

@@ -4,10 +4,10 @@ import parity_folder as folder
 import pytest
 import torch
 
-from sv4d_ns.cameras import ViewPlan
-from sv4d_ns.diffusion.conditioning import camera_angles
-from sv4d_ns.diffusion.windows import Window, WindowStride, plan_windows
-from sv4d_ns.errors import InputError
+from sv4d_ns.diffusion.sv4d.conditioning import camera_angles
+from sv4d_ns.diffusion.sv4d.windows import Window, WindowStride, plan_windows
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils.errors import InputError
 
 RECORDING = "windows_and_cameras.json"
 WINDOW_LENGTHS = {"sv4d2": 12, "sv4d2_8views": 5}

@@ -17,7 +17,7 @@ from torch import Tensor
 from sv4d_ns.diffusion.fourdm.checkpoints import convert_network, network_config
 from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
-from sv4d_ns.fields.space_time import SpaceTimeField, SpaceTimeFieldConfig
+from sv4d_ns.field.space_time import SpaceTimeField, SpaceTimeFieldConfig
 
 FOLDER = Path(os.environ.get("SV4D_FIXTURES_4DM") or Path(__file__).parents[1] / "data" / "4dm")
 PACKED: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}

@@ -4,9 +4,9 @@ import folder_4dm as folder
 import pytest
 import torch
 
-from sv4d_ns.four_diffusion import losses
-from sv4d_ns.four_diffusion.occupancy import SharedOccupancyGrid
-from sv4d_ns.rendering import RaySamples, accumulate, compositing_weights
+from sv4d_ns.distillation import losses
+from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
+from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights
 
 FEATURES, DENSITY, NORMALS = 1e-5, 1e-4, 1e-3
 ON_NODES = 12

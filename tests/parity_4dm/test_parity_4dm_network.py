@@ -7,7 +7,7 @@ import torch
 from sv4d_ns.diffusion.fourdm.checkpoints import convert_network, keys_of
 from sv4d_ns.diffusion.fourdm.conditioning import TokenOrder, camera_vectors
 from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
-from sv4d_ns.diffusion.fourdm.motion import MotionModule
+from sv4d_ns.diffusion.fourdm.motion_module import MotionModule
 from sv4d_ns.diffusion.fourdm.pipeline import VIEW_AZIMUTHS_DEG, FourDMPipeline, view_cameras
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
 

@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from sv4d_ns.cameras import look_at_cameras
 from sv4d_ns.diffusion.fourdm import guidance
 from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, camera_vectors, composite, network_rows
 from sv4d_ns.diffusion.fourdm.pipeline import spread_frames, view_cameras
-from sv4d_ns.four_diffusion.anchor import anchor_target
-from sv4d_ns.four_diffusion.cameras import DISTANCE, FIELD_OF_VIEW, HIGHEST_ELEVATION_DEG, evaluation_path
-from sv4d_ns.four_diffusion.losses import gaussian_window, ssim
-from sv4d_ns.four_diffusion.schedules import REFERENCE_NOISE, LossRamps, render_size
-from sv4d_ns.occupancy import project
-from sv4d_ns.rendering import pixel_rays
+from sv4d_ns.distillation.anchor import anchor_target
+from sv4d_ns.distillation.cameras import DISTANCE, FIELD_OF_VIEW, HIGHEST_ELEVATION_DEG, evaluation_path
+from sv4d_ns.distillation.losses import gaussian_window, ssim
+from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, render_size
+from sv4d_ns.field.occupancy import project
+from sv4d_ns.field.volume_rendering import pixel_rays
+from sv4d_ns.geometry.cameras import look_at_cameras
 
 LOSS_RTOL, GRADIENT_ATOL, CAMERA_ATOL = 1e-5, 1e-6, 1e-6
 SCALING_FACTOR = 0.18215

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 MOTION = ".temporal_transformer."
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sv4d_ns.diffusion.fourdm.conditioning import NetworkRows
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
-from sv4d_ns.diffusion.guidance import guide
+from sv4d_ns.diffusion.sv4d.guidance import guide
 
 GUIDANCE_SCALE = 5.0
 STD_RESCALE = 0.2

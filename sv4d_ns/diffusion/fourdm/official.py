@@ -25,7 +25,7 @@ from sv4d_ns.diffusion.fourdm.checkpoints import MOTION, convert_network
 from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
-from sv4d_ns.errors import InputError
+from sv4d_ns.utils.errors import InputError
 
 IMAGEDREAM = "ashawkey/imagedream-ipmv-diffusers"
 """ImageDream (pixel controller), Stable Diffusion 2.1's autoencoder, OpenCLIP ViT-H/14's two halves; openrail."""
@@ -33,7 +33,7 @@ IMAGEDREAM_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 DRIVE = "https://drive.google.com/drive/folders/19k3p2CfzQ6ArqpDNOy73RJeJhWfNs4i6"
 """Where the authors of 4Diffusion keep 4dm.ckpt."""
 CHECKPOINT_FLAG = "--pipeline.datamanager.fourdm-checkpoint"
-REMEDY = "or go without these weights: --pipeline.datamanager.synthesis embedded"
+REMEDY = "or go without these weights: --pipeline.datamanager.synthesis bundled"
 NAMES_SHOWN = 5
 
 _PREFIXES = ("module.", "model.diffusion_model.")

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sv4d_ns.cameras import look_at_cameras
 from sv4d_ns.diffusion.fourdm.conditioning import (
     SAMPLING_NEGATIVE_PROMPT,
     FourDMCondition,
@@ -27,15 +26,11 @@ from sv4d_ns.diffusion.fourdm.conditioning import (
     composite,
     network_rows,
 )
-from sv4d_ns.diffusion.fourdm.guidance import (
-    GUIDANCE_SCALE,
-    add_noise,
-    guided,
-    predict_noise,
-)
-from sv4d_ns.diffusion.fourdm.motion import MAX_FRAMES
+from sv4d_ns.diffusion.fourdm.guidance import GUIDANCE_SCALE, add_noise, guided, predict_noise
+from sv4d_ns.diffusion.fourdm.motion_module import MAX_FRAMES
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
-from sv4d_ns.errors import InputError
+from sv4d_ns.geometry.cameras import look_at_cameras
+from sv4d_ns.utils.errors import InputError
 
 VIEW_AZIMUTHS_DEG = (0.0, 90.0, 180.0, 270.0)
 """Of the sampled views, from the object's own front (+x), counter-clockwise seen from above."""

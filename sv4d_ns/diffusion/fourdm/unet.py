@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sv4d_ns.diffusion.fourdm.motion import MAX_FRAMES, MotionModule
+from sv4d_ns.diffusion.fourdm.motion_module import MAX_FRAMES, MotionModule
 
 CAMERA_DIM = 16
 """A camera-to-world matrix, row by row."""

@@ -1,1 +1,1 @@
-"""Colours of the moving surface, from pictures of it."""
+"""Colours of a moving surface."""

@@ -16,8 +16,8 @@ from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.baking import Picture, SurfacePoints, gather
-from sv4d_ns.export.mesh import vertex_graph
+from sv4d_ns.export.colour.baking import Picture, SurfacePoints, gather
+from sv4d_ns.export.surface.extraction import vertex_graph
 
 CONTENDERS = 0.3
 """Share of the best picture's weight from which another picture of the same place counts."""

@@ -1,1 +1,1 @@
-"""From a field's density to one moving surface."""
+"""The surface of a field and its motion, as one mesh."""

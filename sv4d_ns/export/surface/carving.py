@@ -16,9 +16,9 @@ from scipy import ndimage
 from scipy.sparse import coo_matrix, csgraph
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.baking import Picture
-from sv4d_ns.export.mesh import GRID_BLUR, OpacityGrid
-from sv4d_ns.export.raster import project
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.colour.raster import project
+from sv4d_ns.export.surface.extraction import GRID_BLUR, OpacityGrid
 
 PICTURE = 128
 """Pixels along the side of the pictures coverage is judged in: about one node of the grid each."""

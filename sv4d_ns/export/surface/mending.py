@@ -14,8 +14,8 @@ from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import splu
 
-from sv4d_ns.export.mesh import vertex_graph
 from sv4d_ns.export.surface.carving import Silhouette
+from sv4d_ns.export.surface.extraction import vertex_graph
 
 STRETCH = 2.5
 """Times its rest length from which an edge counts as drawn out."""
@@ -101,7 +101,7 @@ def bad_vertices(
     faces: Int[np.ndarray, "f 3"],
     silhouette: Silhouette | None,
 ) -> Bool[np.ndarray, " n"]:
-    """Vertices of drawn-out edges, of what hangs on the mesh by such edges only, and those far out of the silhouette."""
+    """Vertices of drawn-out edges, those that hang on the mesh by such edges only, and those far out of the silhouette."""
     edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     length, before = (np.linalg.norm(y[edges[:, 0]] - y[edges[:, 1]], axis=-1) for y in (x, rest))
     drawn = length > np.maximum(STRETCH * before, LEAST_LENGTH)
@@ -148,6 +148,6 @@ def mended(
         if not bad.any() or bad.all():
             continue
         changed[frame] = skin.grown(bad, RINGS)
-        shape = rest if neighbour is None else result[neighbour]
+        shape = rest if frame == first else result[neighbour]
         result[frame] = skin.filled(shape, positions[frame], ~changed[frame])
     return result, changed

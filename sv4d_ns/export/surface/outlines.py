@@ -17,9 +17,9 @@ from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 from skimage.measure import find_contours
 
-from sv4d_ns.export.baking import Picture
-from sv4d_ns.export.mesh import vertex_graph
-from sv4d_ns.export.raster import Coverage, project, rasterise
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.colour.raster import Coverage, project, rasterise
+from sv4d_ns.export.surface.extraction import vertex_graph
 
 RASTER = 512
 """Pixels along the side of the rasters the mesh's outline is read from."""
@@ -195,7 +195,7 @@ def texture_pulls(
         coverage: of the mesh at the film's camera and size.
         shades: luminance of the vertices in [0, 1].
     """
-    from sv4d_ns.scene_flow import optical_flow
+    from sv4d_ns.fitting.scene_flow import optical_flow
 
     covered, inside = coverage.face >= 0, film.rgba[..., 3] >= 128
     drawn = np.zeros(covered.shape)
@@ -250,7 +250,5 @@ def fitted_to_film(
 
 
 def _joined(*parts: Pulls) -> Pulls:
-    columns = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("face", "barycentric", "shift", "weight")
-    )
-    return Pulls(*columns)
+    names = ("face", "barycentric", "shift", "weight")
+    return Pulls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))

@@ -1,0 +1,83 @@
+"""`sv4d doctor VIDEO`: what the main job would make of a video, and what may spoil it, in seconds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from jaxtyping import UInt8
+
+from sv4d_ns.utils.files import atomic_path
+
+
+def _as_in_training(name: str) -> Any:
+    """A setting under the flag it has in ns-train, too: what the findings advise can be tried here."""
+    return tyro.conf.arg(aliases=[f"--pipeline.datamanager.{name.replace('_', '-')}"])
+
+
+@dataclass
+class Doctor:
+    """Read a video, cut the object out and frame it as ns-train sv4d does, and say what was chosen and what to mend."""
+
+    video: Annotated[Path, tyro.conf.Positional]
+    """A video, an animated picture, a folder of pictures or a pattern."""
+    max_frames: Annotated[int | None, _as_in_training("max_frames")] = None
+    """Frames taken from the video, evenly in time; 21 where no rate is given."""
+    fps: Annotated[float | None, _as_in_training("fps")] = None
+    """Take so many frames a second instead."""
+    masks: Annotated[Path | None, _as_in_training("masks")] = None
+    """A folder, pattern or video of masks, one for each frame."""
+    matting: Annotated[str | None, _as_in_training("matting")] = None
+    """Model of rembg that finds the object."""
+    crop: Annotated[Literal["fixed", "stabilised", "released"], _as_in_training("crop")] = "fixed"
+    """The square shown to the model."""
+    picture: Path | None = None
+    """Write the cut-out frames side by side as one picture (png)."""
+
+
+def command(arguments: Sequence[str]) -> None:
+    """`sv4d doctor`: parse the flags and report.
+
+    Raises:
+        InputError: the video cannot be used.
+    """
+    report(tyro.cli(Doctor, prog="sv4d doctor", args=list(arguments)))
+
+
+def report(settings: Doctor) -> None:
+    """Print what was read and chosen, and a line for each finding."""
+    from sv4d_ns.diffusion.bundled import REACH
+    from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
+    from sv4d_ns.utils.progress import say
+    from sv4d_ns.video import CropRule, load_object_video
+
+    video = load_object_video(
+        settings.video,
+        INPUT_SIZE,
+        frames_taken(settings.max_frames, settings.fps),
+        fps=settings.fps,
+        masks=settings.masks,
+        matting=settings.matting,
+        crop=CropRule(settings.crop),
+    )
+    say(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
+    for message in (*video.messages, *(finding.sentence for finding in video.findings)):
+        say(f"- {message}")
+    if not video.findings:
+        say("Nothing was found that would spoil the result.")
+    say(f"How far the bundled model reaches, which a run on a CPU takes: {REACH}")
+    if settings.picture is not None:
+        write_sheet(video.frames, settings.picture)
+        say(f"The cut-out frames: {settings.picture}")
+
+
+def write_sheet(frames: UInt8[np.ndarray, "t h w 4"], path: Path) -> None:
+    """Frames side by side on grey, which shows white fringes and holes."""
+    from PIL import Image
+
+    share = frames[..., 3:] / 255
+    pictures = (frames[..., :3] * share + 128 * (1 - share)).round().astype(np.uint8)
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.concatenate(list(pictures), axis=1)).save(temporary, format="PNG")

@@ -1,0 +1,1 @@
+"""Weights of released models: found, checked, read as a stream, renamed and converted."""

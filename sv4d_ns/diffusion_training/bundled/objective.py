@@ -1,0 +1,89 @@
+"""Losses of the bundled model: the volume itself, and pictures rendered from it."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from sv4d_ns.diffusion.bundled.frustum import Frustum
+from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
+from sv4d_ns.diffusion.bundled.rendering import render_rays
+from sv4d_ns.diffusion_training.bundled.data import Batch
+
+MOST_NOISE = 40.0
+"""Noise under which views say nothing: where sampling begins."""
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = 0.8, 1.1
+"""Of the natural logarithm of the other samples' noise."""
+MOST_NOISE_SHARE = 0.25
+"""Share of samples at `MOST_NOISE`."""
+REFERENCE_SHARE = 0.25
+"""Share of samples in which some views are clean references."""
+MASKED_SHARE = 0.15
+"""Share of samples in which some views are not given at all."""
+UNKNOWN_ELEVATION_SHARE = 0.2
+"""Share of samples whose elevation is not told."""
+SHARED_NOISE_SHARE = 0.7
+"""Share of samples whose noise is the same in all frames, as it is when sampling."""
+WEIGHTS = {"occupancy": 1.0, "colour": 2.0, "picture": 10.0, "alpha": 1.0}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a step beside the data."""
+
+    sigma: Float[Tensor, "b v"]
+    """Noise level of each view; 0 for clean references."""
+    present: Bool[Tensor, "b v"]
+    """Views that are given."""
+    known: Float[Tensor, " b"]
+    """1 where the elevation is told."""
+    noise: Float[Tensor, "b t v 4 s s"]
+    """Unit normal."""
+
+
+def draw(seed: int, step: int, shape: tuple[int, ...]) -> Draws:
+    """The draws of a step for views of `shape` (b, t, v, 4, s, s); they depend on (seed, step) alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    b, _, v = shape[:3]
+    chance = torch.rand(b, 5, generator=generator)
+    sigma = torch.exp(LOG_SIGMA_MEAN + LOG_SIGMA_STD * torch.randn(b, 1, generator=generator))
+    sigma = torch.where(chance[:, :1] < MOST_NOISE_SHARE, MOST_NOISE, sigma).expand(b, v)
+    picked = torch.rand(b, v, generator=generator) < 0.4
+    reference = picked & (chance[:, 1:2] < REFERENCE_SHARE)
+    masked = (torch.rand(b, v, generator=generator) < 0.4) & (chance[:, 2:3] < MASKED_SHARE)
+    noise = torch.randn(shape, generator=generator)
+    shared = (chance[:, 4] < SHARED_NOISE_SHARE)[:, None, None, None, None, None]
+    return Draws(
+        torch.where(reference, 0.0, sigma), ~masked, (chance[:, 3] >= UNKNOWN_ELEVATION_SHARE).float(),
+        torch.where(shared, noise[:, :1].expand(shape), noise),
+    )  # fmt: skip
+
+
+def losses(model: VolumeDenoiser, batch: Batch, draws: Draws, frustum: Frustum) -> dict[str, Float[Tensor, ""]]:
+    """The weighted sum ("loss") and its parts."""
+    noised = batch.views + draws.sigma[:, None, :, None, None, None] * draws.noise
+    elevation = batch.elevation_deg
+    logits = model(
+        batch.frames, elevation, draws.known, noised, draws.sigma, draws.present, batch.to_camera, frustum
+    )  # fmt: skip
+    volume = model.volume(logits, batch.image)
+    rendered = render_rays(volume, batch.origins, batch.directions, frustum)
+    possible = logits.possible
+    parts = {
+        "occupancy": F.binary_cross_entropy_with_logits(logits.density[possible], batch.occupancy[possible].float()),
+        "colour": _masked_mean((logits.colour - batch.colours).square().mean(1), batch.shell),
+        "picture": (_on_white(rendered) - _on_white(batch.pixels)).square().mean(),
+        "alpha": F.binary_cross_entropy(rendered[..., 3].clamp(1e-4, 1 - 1e-4), batch.pixels[..., 3]),
+    }
+    total = sum((WEIGHTS[name] * value for name, value in parts.items()), torch.zeros((), device=rendered.device))
+    return {"loss": total, **parts}
+
+
+def _masked_mean(values: Float[Tensor, "n i j k"], mask: Bool[Tensor, "n i j k"]) -> Float[Tensor, ""]:
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _on_white(rgba: Float[Tensor, "n r 4"]) -> Float[Tensor, "n r 3"]:
+    return rgba[..., :3] + 1.0 - rgba[..., 3:]

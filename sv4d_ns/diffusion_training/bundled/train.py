@@ -1,0 +1,206 @@
+"""Train the bundled model.
+
+Everything random in a step depends on (seed, step, number of the sample) only, and the learning rate on the step only:
+a run killed at any moment and started again makes the same losses as one that was never killed.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader, Dataset
+
+from sv4d_ns.diffusion.bundled.frustum import Frustum
+from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
+from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
+from sv4d_ns.diffusion_training.bundled import objective
+from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig, check
+from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Source, make_batch
+from sv4d_ns.diffusion_training.bundled.report import sample_sheet
+from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
+from sv4d_ns.diffusion_training.train import MAX_SKIPPED, truncate_log
+from sv4d_ns.utils.devices import choose_device
+from sv4d_ns.utils.errors import InputError
+
+CREATURES = "creatures"
+ADAM_BETAS = (0.9, 0.99)
+_NO_AUTOENCODER = SimpleNamespace(vae=None)
+
+
+def learning_rate(config: BundledTrainConfig, step: int) -> float:
+    """Linear warm-up, constant, then half a cosine to 2 percent of the peak over the last steps."""
+    rate = config.learning_rate * min((step + 1) / config.warmup_steps, 1.0)
+    progress = (step - config.steps + config.decay_steps) / config.decay_steps
+    return rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))))
+
+
+def open_sources(config: BundledTrainConfig) -> tuple[list[Source], list[float]]:
+    """What to draw samples from, and the probability of each.
+
+    Raises:
+        InputError: a folder holds no assets.
+    """
+    total = sum(share for _, share in config.data)
+    sources: list[Source] = []
+    for name, _ in config.data:
+        if name == CREATURES:
+            sources.append(CreatureSource())
+        else:
+            from sv4d_ns.diffusion_training.bundled.assets import AssetSource
+
+            sources.append(AssetSource(Path(name), config.output_dir / "assets"))
+    return sources, [share / total for _, share in config.data]
+
+
+class StepDataset(Dataset[Batch]):
+    """The batch of every step; a process opens the sources when it makes its first one.
+
+    Args:
+        config: the run's settings.
+        size: pixels per side.
+    """
+
+    def __init__(self, config: BundledTrainConfig, size: int):
+        self.config, self.size = config, size
+
+    @cached_property
+    def _sources(self) -> tuple[list[Source], list[float]]:
+        torch.set_num_threads(1)
+        return open_sources(self.config)
+
+    def __getitem__(self, step: int) -> Batch:
+        seed = self.config.seed
+        shape = self.config.shape(step, float(np.random.default_rng([seed, step]).random()))
+        return make_batch(seed, step, shape, self.size, *self._sources)
+
+
+def fresh_state(config: BundledTrainConfig) -> TrainState:
+    """An untrained network that depends on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = VolumeDenoiser()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=config.weight_decay
+    )
+    return TrainState(model, EMAModel(parameters, decay=config.ema_decay), optimizer)  # type: ignore[arg-type]
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: the run's settings.
+
+    Raises:
+        InputError: for unusable settings, data or checkpoint.
+    """
+
+    def __init__(self, config: BundledTrainConfig):
+        check(config)
+        self.config = config
+        torch.set_num_threads(config.threads)
+        self.device = torch.device(choose_device(config.device)[0])
+        open_sources(config)  # bad data is named before anything is written
+        self.state = fresh_state(config)
+        self.model: VolumeDenoiser = self.state.parts  # type: ignore[assignment]
+        self.model.to(self.device)
+        self.state.average.to(self.device)
+        found = checkpoints(config.output_dir)
+        if found:
+            load_checkpoint(found[-1], self.state, _NO_AUTOENCODER, config)  # type: ignore[arg-type]
+        self.frustum = Frustum()
+        self.skipped = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches from the present step on, made in a process of their own while earlier ones are used."""
+        coming = range(self.state.step, self.config.steps)
+        steps = StepDataset(self.config, self.model.config.image_size)
+        return iter(DataLoader(steps, batch_size=None, sampler=coming, num_workers=1, multiprocessing_context="spawn"))
+
+    def step(self, batch: Batch) -> dict[str, Any]:
+        """One step; returns what is logged. A step whose loss or gradient is not finite leaves the weights unchanged.
+
+        Raises:
+            InputError: after too many such steps in a row.
+        """
+        state, config = self.state, self.config
+        rate = learning_rate(config, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.zero_grad(set_to_none=True)
+        draws = objective.draw(config.seed, state.step, tuple(batch.views.shape))
+        draws = objective.Draws(**{name: value.to(self.device) for name, value in vars(draws).items()})
+        use_bf16 = config.precision == "bf16"
+        context = torch.autocast(self.device.type, torch.bfloat16) if use_bf16 else contextlib.nullcontext()
+        with context:
+            parts = objective.losses(self.model, batch.to(self.device), draws, self.frustum)
+        parts["loss"].backward()
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        finite = bool(torch.isfinite(parts["loss"]) & torch.isfinite(norm))
+        if finite:
+            state.optimizer.step()
+            state.average.step(parameters)
+        self.skipped = 0 if finite else self.skipped + 1
+        state.step += 1
+        if self.skipped > MAX_SKIPPED:
+            raise InputError(
+                f"The loss was not finite for {self.skipped} steps in a row (step {state.step}): go on from the last "
+                "checkpoint with a lower --learning-rate (named in --changed) or --precision no."
+            )
+        values = {name: value.item() for name, value in parts.items()}
+        frames = batch.frames.shape[1]
+        return {
+            "step": state.step, **values, "grad_norm": norm.item(), "lr": rate, "frames": frames, "skipped": not finite
+        }  # fmt: skip
+
+    def run(self) -> Path:
+        """Train to the end, or for `minutes`; returns the folder of the exported model."""
+        config, state = self.config, self.state
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        begin = f"Continuing {config.output_dir} at step {state.step}" if state.step else f"New run {config.output_dir}"
+        print(f"{begin}: {count:,} trained parameters on {self.device.type}.", flush=True)
+        write_run(state, config)  # type: ignore[arg-type]
+        log = config.output_dir / "losses.jsonl"
+        truncate_log(log, state.step)
+        began, first = time.monotonic(), state.step
+        for batch in self.batches():
+            entry = self.step(batch)
+            entry["seconds"] = round(time.monotonic() - began, 2)
+            out_of_time = config.minutes > 0 and entry["seconds"] > 60 * config.minutes
+            last = state.step == config.steps or out_of_time
+            with log.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            if state.step % 50 == 0:
+                pace = (state.step - first) / entry["seconds"]
+                left = f"{pace:.2f} steps/s, {(config.steps - state.step) / pace / 60:.0f} min left"
+                print(f"step {state.step}/{config.steps}  loss {entry['loss']:.4f}  {left}", flush=True)
+            if last or state.step % config.checkpoint_every == 0:
+                save_checkpoint(state, _NO_AUTOENCODER, config)  # type: ignore[arg-type]
+            if last or (config.sheet_every and state.step % config.sheet_every == 0):
+                self.report()
+            if last:
+                break
+        return config.output_dir / "model"
+
+    def report(self) -> None:
+        """Write the averaged network in half precision, and pictures of held-out creatures beside the truth."""
+        parameters = list(self.model.parameters())
+        self.state.average.store(parameters)
+        self.state.average.copy_to(parameters)
+        try:
+            BundledVideoPipeline(copy.deepcopy(self.model).half()).save_pretrained(self.config.output_dir / "model")
+            sample_sheet(self.model, self.config.output_dir / "sheets" / f"step_{self.state.step:07d}.png")
+        finally:
+            self.state.average.restore(parameters)

@@ -1,0 +1,1 @@
+"""Score distillation of a space-time field (4Diffusion): the objective and its parts, in plain torch."""

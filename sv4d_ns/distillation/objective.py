@@ -1,0 +1,163 @@
+"""One step of 4Diffusion's optimisation, without nerfstudio: what is rendered, what is asked of it.
+
+The nerfstudio pipeline and `benchmarks/four_diffusion.py` both call this. Everything drawn follows from (seed, step),
+so a resumed run goes on as the undisturbed one would have.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from sv4d_ns.diffusion.fourdm.guidance import sds_loss
+from sv4d_ns.distillation import losses
+from sv4d_ns.distillation.anchor import anchor_target
+from sv4d_ns.distillation.cameras import VIEWS, draw_views, draw_window
+from sv4d_ns.distillation.priors import ViewPrior
+from sv4d_ns.distillation.rendering import Rendered, RenderSettings, grid_rays, render
+from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, NoiseLevels, reference_step, render_size
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.space_time import SpaceTimeField
+from sv4d_ns.fitting import batch_sampler as sampling
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.metrics.anchor_lpips import Perceptual
+from sv4d_ns.synthesis.base import resize_rgba
+from sv4d_ns.views.grid import ViewGrid
+
+REFERENCE_PICTURE = 256
+"""Pixels a side of the reference's largest renders."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One camera's video that the field is to match."""
+
+    targets: Float[Tensor, "t h w 3"]
+    """On white."""
+    plan: ViewPlan
+    """A single novel view: the anchor's camera."""
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return self.targets.shape[1]
+
+
+def make_anchor(grid: ViewGrid, view: int, size: int, device: torch.device | str) -> Anchor:
+    """A view of a grid (0 the input) as an anchor of `size` pixels a side."""
+    pictures: UInt8[np.ndarray, "t s s 4"] = grid.input_frames if view == 0 else grid.novel_views[:, view - 1]
+    targets = torch.stack([anchor_target(picture)[0] for picture in resize_rgba(pictures, size)])
+    azimuth = (0.0, *grid.plan.azimuths_deg)[view]
+    elevation = grid.plan.absolute_elevations_deg[view]
+    plan = ViewPlan((azimuth,), (0.0,), elevation, grid.plan.radius, grid.plan.fov_deg)
+    return Anchor(targets.to(device), plan)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What a step draws and how its terms weigh."""
+
+    total_steps: int
+    """Length of the run; the schedule of the reference's 35,000 steps is passed in as many."""
+    first_step: int = 0
+    """Step of the reference's run at which the schedule starts."""
+    frames_per_step: int | None = None
+    """Consecutive frames of a step; None takes the model's window."""
+    seed: int = 0
+    weights: LossRamps = field(default_factory=LossRamps)
+    noise: NoiseLevels = REFERENCE_NOISE
+    render: RenderSettings = field(default_factory=RenderSettings)
+
+
+class Objective:
+    """The terms of a training step.
+
+    Args:
+        field: what is optimised.
+        occupancy: where it is looked at.
+        prior: the model behind score distillation; None leaves that term (and the opacity terms) out.
+        anchor: the view to match; None leaves that term out.
+        num_frames: of the clip.
+        lpips: see `perceptual.load_lpips`; None leaves it out of the anchor.
+    """
+
+    def __init__(
+        self,
+        space: SpaceTimeField,
+        occupancy: OccupancyGrid,
+        prior: ViewPrior | None,
+        anchor: Anchor | None,
+        num_frames: int,
+        config: ObjectiveConfig,
+        lpips: Perceptual | None = None,
+    ) -> None:
+        self.field, self.occupancy, self.prior, self.anchor = space, occupancy, prior, anchor
+        self.num_frames, self.config, self.lpips = num_frames, config, lpips
+        self.device = space.aabb.device
+        self.anchor_psnr = 0.0
+
+    def terms(self, step: int) -> dict[str, Float[Tensor, ""]]:
+        """Every weighted term that is switched on at a step; their sum is what the step minimises."""
+        place = reference_step(step, self.config.total_steps, self.config.first_step)
+        weights = self.config.weights.at(place)
+        rng = sampling.generator(self.config.seed, step, 10)
+        terms: dict[str, Tensor] = {}
+        if self.prior is not None:
+            terms |= self._distillation(self.prior, step, place, rng)
+        if self.anchor is not None:
+            terms |= self._anchor(self.anchor, step, rng)
+        return {name: weights[name] * value for name, value in terms.items() if weights[name]}
+
+    def _distillation(
+        self, prior: ViewPrior, step: int, place: float, rng: np.random.Generator
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Score distillation on V views of a window, and what the same renders say of opacity and orientation."""
+        length = self.config.frames_per_step or prior.num_frames
+        frames = draw_window(rng, self.num_frames, length)
+        views = draw_views(rng, VIEWS, prior.highest_elevation_deg).raised(prior.base_elevation_deg)
+        low, high = self.config.noise.at(place)
+        noise_step = int(rng.integers(low, high + 1))
+        seed = int(rng.integers(2**31))
+        size = max(round(render_size(place) * prior.image_size / REFERENCE_PICTURE), 8)
+        times = torch.tensor(frames, dtype=torch.float32) / max(self.num_frames - 1, 1)
+        rays = grid_rays(views.plan(prior.radius, prior.fov_deg), times, size, self.device)
+        rendered = render(self.field, self.occupancy, rays, self.config.render, seed)
+
+        generator = torch.Generator().manual_seed(seed)
+        latents = prior.encode(self._pictures(rendered, size, prior), generator)
+        target = prior.target(latents, frames, views, noise_step, generator)
+        met = (rendered.alpha > 0).sum().clamp(min=1)
+        return {
+            "sds": sds_loss(latents, target),
+            "orientation": rendered.orientation / met,
+            "sparsity": losses.sparsity(rendered.alpha),
+            "opaque": losses.opaque(rendered.alpha),
+            "z_variance": losses.z_variance(rendered.z_variance, rendered.alpha),
+        }
+
+    def _pictures(self, rendered: Rendered, size: int, prior: ViewPrior) -> Float[Tensor, "fv c s s"]:
+        values = torch.cat([rendered.rgb, rendered.alpha[:, None]], -1)[:, : prior.channels]
+        images = values.reshape(-1, size, size, prior.channels).movedim(-1, 1)
+        if size == prior.image_size:
+            return images
+        target = (prior.image_size, prior.image_size)
+        return functional.interpolate(images, target, mode="bilinear", align_corners=False)
+
+    def _anchor(self, anchor: Anchor, step: int, rng: np.random.Generator) -> dict[str, Float[Tensor, ""]]:
+        """One random frame of the anchor's video, whole."""
+        frame = int(rng.integers(self.num_frames))
+        time = torch.tensor([frame / max(self.num_frames - 1, 1)])
+        rays = grid_rays(anchor.plan, time, anchor.size, self.device)
+        settings = RenderSettings(self.config.render.samples, self.config.render.chunk_rays, normals=0)
+        rendered = render(self.field, self.occupancy, rays, settings, int(rng.integers(2**31)))
+        picture = rendered.rgb.reshape(anchor.size, anchor.size, 3).movedim(-1, 0)[None]
+        target = anchor.targets[frame].movedim(-1, 0)[None]
+        error = (picture.detach() - target).square().mean().clamp(min=1e-10)
+        self.anchor_psnr = float(-10 * error.log10())
+        terms = {"ssim": 1 - losses.ssim(picture, target), "pixels": (picture - target).square().mean()}
+        if self.lpips is not None:
+            terms["lpips"] = self.lpips(picture, target)
+        return terms

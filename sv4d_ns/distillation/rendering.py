@@ -1,0 +1,163 @@
+"""The pictures of a training step, with gradients in bounded memory.
+
+Rays are rendered in chunks. Where there is more than one chunk each is checkpointed: only its pictures are kept, and it
+is rendered again when its gradient arrives (deferred back-propagation, Zhang et al. 2022, ARF).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sv4d_ns.distillation.losses import depth_variance
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
+from sv4d_ns.field.space_time import SpaceTimeField
+from sv4d_ns.field.volume_rendering import RaySamples, accumulate, box_step, compositing_weights, march, pixel_rays
+from sv4d_ns.geometry.cameras import ViewPlan
+
+COLOR_WEIGHT = 1e-4
+"""Samples that contribute less to their pixel are not coloured."""
+
+
+@dataclass(frozen=True)
+class Rays:
+    """n rays."""
+
+    origins: Float[Tensor, "n 3"]
+    directions: Float[Tensor, "n 3"]
+    times: Float[Tensor, "n 1"]
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What n rays show, on white."""
+
+    rgb: Float[Tensor, "n 3"]
+    alpha: Float[Tensor, " n"]
+    orientation: Float[Tensor, ""]
+    """Sum over rays of w max(n . d, 0)^2, estimated from samples drawn by weight; see `losses.orientation`."""
+    z_variance: Float[Tensor, " n"]
+    """Of the depth along each ray; zero unless asked for."""
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How rays are rendered in training."""
+
+    samples: int = 256
+    """Steps along the box's diagonal; only those in occupied space are evaluated."""
+    chunk_rays: int = 1 << 17
+    """Rays whose graph is kept at once."""
+    normals: int = 4096
+    """Samples a chunk's orientation is estimated from; 0 leaves it out."""
+    z_variance: bool = False
+
+
+def grid_rays(plan: ViewPlan, times: Float[Tensor, " f"], size: int, device: torch.device | str) -> Rays:
+    """All pixels of the plan's novel views at all times, in (f v y x) order."""
+    centres = torch.arange(size, device=device) + 0.5
+    xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)
+    c2w = torch.from_numpy(plan.c2w()[1:]).float().to(device)
+    pixels = len(xy)
+    origins, directions = pixel_rays(
+        xy.repeat(len(c2w), 1),
+        c2w.repeat_interleave(pixels, 0),
+        torch.full((pixels * len(c2w),), plan.focal_px(size), device=device),
+        torch.full((pixels * len(c2w), 2), size, device=device),
+    )
+    frames = len(times)
+    return Rays(
+        origins.repeat(frames, 1),
+        directions.repeat(frames, 1),
+        times.to(device).repeat_interleave(len(origins))[:, None],
+    )
+
+
+def render(
+    field: SpaceTimeField, occupancy: OccupancyGrid, rays: Rays, settings: RenderSettings, seed: int
+) -> Rendered:
+    """Render rays with gradient; the random shift of samples along each ray follows from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    jitter = torch.rand(len(rays), generator=generator).to(rays.origins.device)
+    starts = range(0, len(rays), settings.chunk_rays)
+
+    def chunk(start: int) -> tuple[Tensor, ...]:
+        part = slice(start, start + settings.chunk_rays)
+        piece = Rays(rays.origins[part], rays.directions[part], rays.times[part])
+        return _render_chunk(field, occupancy, piece, jitter[part], settings, seed + 1 + start)
+
+    if len(starts) == 1 or not torch.is_grad_enabled():
+        parts = [chunk(start) for start in starts]
+    else:
+        parts = [checkpoint(chunk, start, use_reentrant=False, preserve_rng_state=False) for start in starts]
+    rgb, alpha, orientation, variance = zip(*parts, strict=True)
+    return Rendered(torch.cat(rgb), torch.cat(alpha), torch.stack(orientation).sum(), torch.cat(variance))
+
+
+def _render_chunk(
+    field: SpaceTimeField,
+    occupancy: OccupancyGrid,
+    rays: Rays,
+    jitter: Float[Tensor, " n"],
+    settings: RenderSettings,
+    seed: int,
+) -> tuple[Tensor, ...]:
+    samples = _samples(field, occupancy, rays, jitter, settings.samples)
+    index, distances = samples.ray_indices, samples.distances
+    x = rays.origins[index] + distances[:, None] * rays.directions[index]
+    t = rays.times[index]
+    queried = field.sample(x, t)
+    weights = compositing_weights(queried.density, samples)
+    visible = (weights.detach() > COLOR_WEIGHT).nonzero()[:, 0]
+    color = field.color_from_geometry(queried.geometry[visible])
+    rgb = color.new_zeros(len(rays), 3).index_add(0, index[visible], weights[visible, None] * color)
+    alpha = accumulate(weights, torch.ones_like(distances)[:, None], samples)[:, 0]
+    orientation = _orientation(field, x, t, rays.directions[index], weights.detach(), settings.normals, seed)
+    variance = torch.zeros_like(alpha)
+    if settings.z_variance:
+        variance = depth_variance(weights, distances, index, len(rays))
+    return rgb + (1 - alpha[:, None]), alpha, orientation, variance
+
+
+def _samples(
+    field: SpaceTimeField, occupancy: OccupancyGrid, rays: Rays, jitter: Float[Tensor, " n"], steps: int
+) -> RaySamples:
+    """Where to look; the reference's grid looks once without gradient and keeps what is visible."""
+    if not isinstance(occupancy, SharedOccupancyGrid):
+        return march(
+            occupancy, rays.origins, rays.directions, rays.times, box_step(occupancy.half_extent, steps), jitter
+        )
+    samples = occupancy.march(rays.origins, rays.directions, jitter)
+    index = samples.ray_indices
+    with torch.no_grad():
+        x = rays.origins[index] + samples.distances[:, None] * rays.directions[index]
+        keep = occupancy.visible(samples, field.density(x, rays.times[index]))
+    return RaySamples(index[keep], samples.distances[keep], samples.step, samples.n_rays)
+
+
+def _orientation(
+    field: SpaceTimeField,
+    x: Float[Tensor, "m 3"],
+    t: Float[Tensor, "m 1"],
+    directions: Float[Tensor, "m 3"],
+    weights: Float[Tensor, " m"],
+    count: int,
+    seed: int,
+) -> Float[Tensor, ""]:
+    """An unbiased estimate of sum w max(n . d, 0)^2 over all samples, from `count` of them drawn by weight."""
+    total = weights.double().cumsum(0)
+    if not count or not len(weights) or float(total[-1]) < 1e-6:
+        return weights.new_zeros(())
+    # evenly spaced thresholds with a common shift: as even a draw as can be
+    generator = torch.Generator().manual_seed(seed)
+    shift = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device)
+    thresholds = (torch.arange(count, device=x.device) + shift) / count * total[-1]
+    pick = torch.searchsorted(total, thresholds).clamp(max=len(weights) - 1)
+    away = (field.normals(x[pick], t[pick]) * directions[pick]).sum(-1).clamp(min=0).square()
+    return total[-1].to(away.dtype) * away.mean()

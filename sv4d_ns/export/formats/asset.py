@@ -1,0 +1,116 @@
+"""What every file format writes: one coloured mesh over all frames, in world coordinates (z up)."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from sv4d_ns.export.colour.texture import Atlas
+from sv4d_ns.export.surface.extraction import vertex_normals
+
+
+@dataclass(frozen=True, eq=False)
+class Texture:
+    """A base colour image and where each vertex lies in it."""
+
+    uv: Float[np.ndarray, "n 2"]
+    """(0, 0) is the image's upper left corner, v runs down, as in glTF."""
+    image: UInt8[np.ndarray, "s s 3"]
+    """sRGB."""
+
+
+@dataclass(frozen=True, eq=False)
+class RootMotion:
+    """Where the object is at each frame, relative to frame 0."""
+
+    translation: Float[np.ndarray, "t 3"]
+    """World units (metres)."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnimatedMesh:
+    """A mesh of fixed topology over all frames, in world coordinates (z up)."""
+
+    positions: Float[np.ndarray, "t n 3"]
+    faces: Int[np.ndarray, "f 3"]
+    colors: UInt8[np.ndarray, "n 3"]
+    """sRGB."""
+    normals: Float[np.ndarray, "t n 3"]
+    """Unit length, outward."""
+    fps: float
+    confidence: Float[np.ndarray, " n"]
+    """`baking.OBSERVED`, `GENERATED` or `UNSEEN`."""
+    texture: Texture | None = None
+    """Vertices along the atlas's seams are doubled; None shows the vertex colours."""
+    root: RootMotion | None = None
+    """None: the object stays in place."""
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return len(self.positions)
+
+    @property
+    def seconds(self) -> Float[np.ndarray, " t"]:
+        """When each frame is shown."""
+        return np.arange(self.num_frames) / self.fps
+
+    def placed(self) -> Float[np.ndarray, "t n 3"]:
+        """Positions with the root motion applied, for formats that have no nodes."""
+        return self.positions if self.root is None else self.positions + self.root.translation[:, None]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a file's coordinates come from the run's: scaled, then lifted along z."""
+
+    scale: float
+    lift: float
+    """Metres."""
+
+    def described(self) -> dict[str, float]:
+        """For a file's extras."""
+        return {"scale": self.scale, "lift": self.lift}
+
+
+def grounded(mesh: AnimatedMesh, height: float | None) -> Placement:
+    """The placement that puts the lowest point of the whole clip at z = 0 and makes the object `height` metres tall.
+
+    Its height is the largest from its lowest to its highest point in any frame; None keeps the run's scale.
+    """
+    z = mesh.positions[..., 2]
+    scale = 1.0 if height is None else height / max(float(np.ptp(z, axis=1).max()), 1e-9)
+    return Placement(float(scale), float(-scale * mesh.placed()[..., 2].min()))
+
+
+def moved_to(mesh: AnimatedMesh, placement: Placement) -> AnimatedMesh:
+    """The mesh as `placement` says; the root motion is scaled with it."""
+    positions = placement.scale * mesh.positions + np.array([0.0, 0.0, placement.lift])
+    root = None if mesh.root is None else RootMotion(placement.scale * mesh.root.translation)
+    return replace(mesh, positions=positions.astype(mesh.positions.dtype), root=root)
+
+
+def animated_mesh(
+    positions: Float[np.ndarray, "t n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    colors: UInt8[np.ndarray, "n 3"],
+    confidence: Float[np.ndarray, " n"],
+    fps: float,
+) -> AnimatedMesh:
+    """Put the pieces together; normals are computed anew on every frame."""
+    normals = np.stack([vertex_normals(frame, faces) for frame in positions])
+    return AnimatedMesh(positions, faces, colors, normals, fps, confidence)
+
+
+def with_texture(mesh: AnimatedMesh, atlas: Atlas, image: UInt8[np.ndarray, "s s 3"]) -> AnimatedMesh:
+    """`mesh` cut along the atlas's seams; normals stay those of the uncut surface, so no seam shows."""
+    cut = atlas.vertex
+    return replace(
+        mesh,
+        positions=mesh.positions[:, cut],
+        normals=mesh.normals[:, cut],
+        colors=mesh.colors[cut],
+        confidence=mesh.confidence[cut],
+        faces=atlas.faces,
+        texture=Texture(atlas.uv, image),
+    )

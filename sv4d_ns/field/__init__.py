@@ -1,0 +1,1 @@
+"""What is fitted and how it is rendered, in plain torch and numba."""

@@ -1,0 +1,291 @@
+"""Where an observed point came from: two interchangeable motion models, both offsets from observed to canonical points.
+
+`KeyframeGrid`: one multi-resolution grid of vectors per frame, linear between frames. No network: the offsets are the
+parameters themselves, so a new frame can start from its neighbour's motion, a step touches only the frames it draws
+(its cost does not grow with the clip), and levels from 2 to 32 cells solve large motions before small ones (multigrid).
+Our own design, measured against the next in docs/optimisation.md.
+
+`FrequencyMotion`: SV4D's (Xie et al. 2024, section 4) MLP over position and annealed time frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sv4d_ns.field.encoding import run_in_threads
+from sv4d_ns.field.kernels import fused, njit
+from sv4d_ns.utils.errors import InputError
+
+_Levels = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Cells a side, first entry and unit of each level."""
+_POINTS_PER_TASK = 4096
+
+
+def frequency_encoding(x: Float[Tensor, "n d"], octaves: int, alpha: float) -> Float[Tensor, "n e"]:
+    """x, then sin and cos of pi 2^k x for k < octaves; octave k is faded in by clip(alpha - k, 0, 1).
+
+    The fade is the raised cosine of Park et al. 2021 (Nerfies) eq. 8; alpha runs from 0 to `octaves`.
+    """
+    # Doubling the angle (sin 2a = 2 sin a cos a, cos 2a = 1 - 2 sin^2 a) costs two products where sin and cos cost
+    # twenty, and float32 keeps six digits over the few octaves used.
+    sin, cos = torch.sin(math.pi * x), torch.cos(math.pi * x)
+    features = [x]
+    for k in range(octaves):
+        if k > 0:
+            sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
+        fade = 0.5 * (1 - math.cos(math.pi * min(max(alpha - k, 0.0), 1.0)))
+        features += [sin * fade, cos * fade]
+    return torch.cat(features, -1)
+
+
+def mlp(widths: list[int]) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+class FrequencyMotion(nn.Module):
+    """An MLP over (position, time) with annealed time frequencies; zero when new.
+
+    Raises:
+        InputError: fewer than one hidden layer.
+    """
+
+    progress: Tensor
+
+    def __init__(self, width: int, layers: int, space_frequencies: int, time_frequencies: int) -> None:
+        super().__init__()
+        if layers < 1:
+            raise InputError("deformation_layers of a field must be positive.")
+        self.space_frequencies, self.time_frequencies = space_frequencies, time_frequencies
+        inputs = 3 * (1 + 2 * space_frequencies) + 1 + 2 * time_frequencies
+        self.net = mlp([inputs] + [width] * layers + [3])
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.register_buffer("progress", torch.tensor(1.0))
+
+    def forward(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
+        """Offsets at points in half extents (the box is [-1, 1]^3) and times in [0, 1]."""
+        # Only time is annealed (as in SV4D): neighbouring limbs move apart from the first moving frame on. Its lowest
+        # octave is open from the start: raw time alone gives only straight, even motion.
+        space = frequency_encoding(x, self.space_frequencies, self.space_frequencies)
+        alpha = 1 + float(self.progress) * (self.time_frequencies - 1)
+        return self.net(torch.cat([space, frequency_encoding(t, self.time_frequencies, alpha)], -1))
+
+
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+def _forward_kernel(x, slot, weight, table, resolutions, offsets, units, out, start, stop):  # type: ignore[no-untyped-def]
+    one, zero = np.float32(1.0), np.float32(0.0)
+    for i in range(start, stop):
+        for channel in range(out.shape[1]):
+            out[i, channel] = zero
+        for end in range(slot.shape[1]):
+            share = weight[i, end]
+            if share == zero:
+                continue
+            values = table[slot[i, end]]
+            for level in range(resolutions.shape[0]):
+                r = resolutions[level]
+                scale = np.float32(r)
+                sx = min(max(x[i, 0], zero), one) * scale
+                sy = min(max(x[i, 1], zero), one) * scale
+                sz = min(max(x[i, 2], zero), one) * scale
+                ix, iy, iz = min(int(sx), r - 1), min(int(sy), r - 1), min(int(sz), r - 1)
+                fx, fy, fz = sx - np.float32(ix), sy - np.float32(iy), sz - np.float32(iz)
+                row = offsets[level] + (iz * (r + 1) + iy) * (r + 1) + ix
+                for corner in range(4):
+                    entry, w = row, share * units[level]
+                    if corner & 1:
+                        entry += r + 1
+                        w *= fy
+                    else:
+                        w *= one - fy
+                    if corner & 2:
+                        entry += (r + 1) * (r + 1)
+                        w *= fz
+                    else:
+                        w *= one - fz
+                    low, high = w * (one - fx), w * fx
+                    for channel in range(out.shape[1]):
+                        out[i, channel] += low * values[entry, channel] + high * values[entry + 1, channel]
+
+
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+def _backward_kernel(x, slot, weight, resolutions, offsets, units, grad_out, grad_table, first, last):  # type: ignore[no-untyped-def]
+    one, zero = np.float32(1.0), np.float32(0.0)
+    for i in range(x.shape[0]):
+        nothing = True
+        for channel in range(grad_out.shape[1]):
+            nothing = nothing and grad_out[i, channel] == zero
+        if nothing:
+            continue
+        for end in range(slot.shape[1]):
+            share = weight[i, end]
+            if share == zero:
+                continue
+            values = grad_table[slot[i, end]]
+            for level in range(first, last):
+                r = resolutions[level]
+                scale = np.float32(r)
+                sx = min(max(x[i, 0], zero), one) * scale
+                sy = min(max(x[i, 1], zero), one) * scale
+                sz = min(max(x[i, 2], zero), one) * scale
+                ix, iy, iz = min(int(sx), r - 1), min(int(sy), r - 1), min(int(sz), r - 1)
+                fx, fy, fz = sx - np.float32(ix), sy - np.float32(iy), sz - np.float32(iz)
+                row = offsets[level] + (iz * (r + 1) + iy) * (r + 1) + ix
+                for corner in range(4):
+                    entry, w = row, share * units[level]
+                    if corner & 1:
+                        entry += r + 1
+                        w *= fy
+                    else:
+                        w *= one - fy
+                    if corner & 2:
+                        entry += (r + 1) * (r + 1)
+                        w *= fz
+                    else:
+                        w *= one - fz
+                    low, high = w * (one - fx), w * fx
+                    for channel in range(grad_out.shape[1]):
+                        values[entry, channel] += low * grad_out[i, channel]
+                        values[entry + 1, channel] += high * grad_out[i, channel]
+
+
+class _FusedKeyframes(torch.autograd.Function):
+    """Derivatives in the table only: positions in observed space are data."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, x: Tensor, slot: Tensor, weight: Tensor, levels: _Levels) -> Tensor:
+        ctx.save_for_backward(x, slot, weight)
+        ctx.levels, ctx.shape = levels, table.shape
+        out = torch.empty(x.shape[0], table.shape[2])
+        arrays = (x.numpy(), slot.numpy(), weight.numpy(), table.detach().numpy(), *levels, out.numpy())
+
+        def task(start: int):  # type: ignore[no-untyped-def]
+            return lambda: _forward_kernel(*arrays, start, min(start + _POINTS_PER_TASK, x.shape[0]))  # type: ignore[call-arg]
+
+        run_in_threads([task(start) for start in range(0, x.shape[0], _POINTS_PER_TASK)])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, slot, weight = ctx.saved_tensors
+        grad_table = torch.zeros(ctx.shape)
+        arrays = (x.numpy(), slot.numpy(), weight.numpy(), *ctx.levels, grad.contiguous().numpy())
+        target = grad_table.numpy()
+        # Levels own disjoint entries, so threads that own levels never write the same one.
+        count = len(ctx.levels[0])
+        parts = min(torch.get_num_threads(), count)
+        edges = [round(k * count / parts) for k in range(parts + 1)]
+
+        def task(first: int, last: int):  # type: ignore[no-untyped-def]
+            return lambda: _backward_kernel(*arrays, target, first, last)  # type: ignore[call-arg]
+
+        run_in_threads([task(a, b) for a, b in pairwise(edges)])
+        return grad_table, None, None, None, None
+
+
+def _keyframes_torch(table: Tensor, x: Tensor, slot: Tensor, weight: Tensor, levels: _Levels) -> Tensor:
+    out = x.new_zeros(len(x), table.shape[2])
+    for resolution, offset, unit in zip(*(numbers.tolist() for numbers in levels), strict=True):
+        scaled = x.clamp(0, 1) * resolution
+        low = scaled.detach().long().clamp(max=resolution - 1)
+        fraction = scaled - low
+        side = resolution + 1
+        for corner in range(8):
+            step = torch.tensor([corner & 1, (corner >> 1) & 1, corner >> 2], device=x.device)
+            ix, iy, iz = (low + step).unbind(-1)
+            share = torch.where(step.bool(), fraction, 1 - fraction).prod(-1) * unit
+            entry = offset + (iz * side + iy) * side + ix
+            for end in range(slot.shape[1]):
+                out = out + (share * weight[:, end])[:, None] * table[slot[:, end], entry]
+    return out
+
+
+class KeyframeGrid(nn.Module):
+    """Vectors over the unit cube at each of `keyframes` moments, linear in time between them; zero when new.
+
+    Every keyframe is a parameter of its own: a step that draws four frames leaves the others, and their optimiser
+    state, untouched. Keyframe k stands for time k / (keyframes - 1). With `in_cells` a level's numbers are in its own
+    cells, so one learning rate moves coarse levels far and fine ones little; results are in cubes either way.
+
+    Raises:
+        InputError: no keyframe, or a level without a cell.
+    """
+
+    def __init__(
+        self,
+        keyframes: int,
+        resolutions: tuple[int, ...],
+        channels: int = 3,
+        in_cells: bool = False,
+        backend: Literal["numba", "torch"] = "numba",
+    ) -> None:
+        super().__init__()
+        if min(keyframes, channels, len(resolutions), *resolutions) < 1:
+            raise InputError("a keyframe grid needs at least one keyframe and levels of at least one cell.")
+        counts = [(r + 1) ** 3 for r in resolutions]
+        offsets = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+        units = 1 / np.asarray(resolutions) if in_cells else np.ones(len(resolutions))
+        self.levels: _Levels = (np.asarray(resolutions, np.int64), offsets, units.astype(np.float32))
+        self.backend = backend
+        self.keyframes = nn.ParameterList([nn.Parameter(torch.zeros(sum(counts), channels)) for _ in range(keyframes)])
+
+    def forward(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n c"]:
+        """Vectors at points in [0, 1]^3 (clamped) and times in [0, 1] (clamped)."""
+        slots, weight, used = self._around(t[:, 0])
+        table = torch.stack([self.keyframes[k] for k in used])
+        if fused(self.backend, x) and not x.requires_grad:
+            return _FusedKeyframes.apply(table, x.contiguous().float(), slots, weight, self.levels)
+        return _keyframes_torch(table, x, slots, weight, self.levels)
+
+    def _around(self, t: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """The keyframes before and after each time (numbers within `used`), their weights, and those in use."""
+        last = len(self.keyframes) - 1
+        position = t.detach().clamp(0, 1) * last
+        # Frame times come from a division; a hair beside a keyframe is that keyframe.
+        nearest = position.round()
+        position = torch.where((position - nearest).abs() < 1e-3, nearest, position)
+        low = position.floor().long()
+        high = (low + 1).clamp(max=last)
+        fraction = position - low
+        between = bool((fraction > 0).any())
+        present = torch.bincount(low, minlength=last + 1)
+        if between:
+            present += torch.bincount(high[fraction > 0], minlength=last + 1)
+        used = present.nonzero()[:, 0]
+        number = torch.zeros(last + 1, dtype=torch.long, device=t.device)
+        number[used] = torch.arange(len(used), device=t.device)
+        if not between:
+            return number[low][:, None], torch.ones_like(position)[:, None], used.tolist()
+        high = torch.where(fraction > 0, high, low)
+        weight = torch.stack([1 - fraction, fraction], -1)
+        return torch.stack([number[low], number[high]], -1), weight, used.tolist()
+
+    @torch.no_grad()
+    def start_from(self, new: int, known: int, shift: Float[Tensor, " 3"] | None = None) -> None:
+        """Let keyframe `new` begin where `known` is, everything moved by `shift` (in cubes) in between."""
+        if shift is None:
+            self.keyframes[new].copy_(self.keyframes[known])
+            return
+        for resolution, offset, _ in zip(*(numbers.tolist() for numbers in self.levels), strict=True):
+            side, count = resolution + 1, (resolution + 1) ** 3
+            # entries are ordered (z, y, x), as grid_sample has it
+            volume = self.keyframes[known][offset : offset + count].t().reshape(1, -1, side, side, side)
+            axis = torch.linspace(0, 1, side, device=volume.device)
+            nodes = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).flip(-1) - shift
+            moved = functional.grid_sample(volume, 2 * nodes[None] - 1, padding_mode="border", align_corners=True)
+            self.keyframes[new][offset : offset + count] = moved.reshape(-1, count).t()

@@ -1,0 +1,334 @@
+"""Rays through the box, packed samples where something may be, and compositing. Pure functions.
+
+Volume rendering as in Mildenhall et al. 2020 (NeRF) eq. 3 with a fixed world step. Samples are packed (only those in
+occupied cells exist), ordered by ray and then by distance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sv4d_ns.field.deformable import DeformableField
+from sv4d_ns.field.encoding import run_in_threads
+from sv4d_ns.field.kernels import fused, njit
+from sv4d_ns.field.occupancy import OccupancyGrid
+
+FAR_DEPTH = 1e3
+"""Depth of rays that meet nothing. Large, because viewers composite by depth and a small value would hide the rest."""
+OPAQUE_OPTICAL_DEPTH = 7.0
+"""A ray whose cached optical depth has passed this value (transmittance 1e-3) is followed three more cells only."""
+COLOR_WEIGHT = 1e-4
+"""Samples that contribute less than this to their pixel are not coloured."""
+
+
+@dataclass(frozen=True)
+class RaySamples:
+    """m packed samples of n rays."""
+
+    ray_indices: Int[Tensor, " m"]
+    distances: Float[Tensor, " m"]
+    """From the ray origin, world units (directions are unit vectors), at the middle of the sample's interval."""
+    step: float
+    """Length of every interval."""
+    n_rays: int
+
+
+@dataclass(frozen=True)
+class RenderOutput:
+    """n rendered rays and the m samples they are made of."""
+
+    rgb: Float[Tensor, "n 3"]
+    alpha: Float[Tensor, " n"]
+    depth: Float[Tensor, " n"]
+    """Distance along the ray of the visible surface (weighted mean; `FAR_DEPTH` where alpha is below 0.01)."""
+    weights: Float[Tensor, " m"]
+    samples: RaySamples
+    positions: Float[Tensor, "m 3"]
+    """Observed (world) positions of the samples."""
+    deformation: Float[Tensor, "m 3"]
+    density: Float[Tensor, " m"]
+    residual: Float[Tensor, " m"] | None
+    """What each moment adds to the density's logit, if anything."""
+
+    @property
+    def ray_indices(self) -> Int[Tensor, " m"]:
+        return self.samples.ray_indices
+
+
+def intersect_box(
+    origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], half_extent: float
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Distances where rays enter and leave the box [-half_extent, half_extent]^3 (slab method); near >= 0, and
+    near >= far for rays that miss it."""
+    inverse = 1 / torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
+    a, b = (-half_extent - origins) * inverse, (half_extent - origins) * inverse
+    return torch.minimum(a, b).amax(-1).clamp(min=0), torch.maximum(a, b).amin(-1)
+
+
+def box_step(half_extent: float, n_samples: int) -> float:
+    """World length of one step when the box diagonal is divided into `n_samples` steps."""
+    return 2 * half_extent * math.sqrt(3) / n_samples
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _march_kernel(  # type: ignore[no-untyped-def]
+    origins, directions, near, far, jitter, bin_low, bin_high, occupied, density, half_extent, step, limit, extra,
+    counts, starts, distances, write, first, last
+):  # fmt: skip
+    resolution = occupied.shape[1]
+    scale = resolution / (2 * half_extent)
+    for ray in range(first, last):
+        count = 0
+        optical = 0.0
+        opaque_steps = 0
+        low, high = bin_low[ray], bin_high[ray]
+        k = 0
+        while True:
+            distance = near[ray] + (k + jitter[ray]) * step
+            k += 1
+            if distance >= far[ray]:
+                break
+            i = int((origins[ray, 0] + distance * directions[ray, 0] + half_extent) * scale)
+            j = int((origins[ray, 1] + distance * directions[ray, 1] + half_extent) * scale)
+            m = int((origins[ray, 2] + distance * directions[ray, 2] + half_extent) * scale)
+            i = min(max(i, 0), resolution - 1)
+            j = min(max(j, 0), resolution - 1)
+            m = min(max(m, 0), resolution - 1)
+            if not (occupied[low, i, j, m] or occupied[high, i, j, m]):
+                continue
+            if optical > limit:
+                opaque_steps += 1
+                if opaque_steps > extra:
+                    break
+            optical += min(density[low, i, j, m], density[high, i, j, m]) * step
+            if write:
+                distances[starts[ray] + count] = distance
+            count += 1
+        counts[ray] = count
+
+
+@torch.no_grad()
+def march(
+    occupancy: OccupancyGrid,
+    origins: Float[Tensor, "n 3"],
+    directions: Float[Tensor, "n 3"],
+    times: Float[Tensor, "n 1"],
+    step: float,
+    jitter: Float[Tensor, " n"],
+) -> RaySamples:
+    """Samples every `step` from where each ray enters the box, shifted by jitter * step, in occupied cells only.
+
+    A ray stops three cells after the cached density has made it opaque. `marcher` says which of three equal ways.
+    """
+    near, far = intersect_box(origins, directions, occupancy.half_extent)
+    low, high = occupancy.bins_around(times[:, 0])
+    extra = math.ceil(3 * occupancy.cell_size / step)
+    ways = {"numba": _march_fused, "nerfacc": _march_nerfacc, "torch": _march_torch}
+    return ways[marcher(origins)](occupancy, origins, directions, near, far, low, high, step, jitter, extra)
+
+
+def marcher(origins: Tensor) -> Literal["numba", "nerfacc", "torch"]:
+    """How `march` walks these rays: a compiled loop on the CPU, nerfacc's traversal on CUDA where nerfacc's extension
+    can be used, else torch over all candidate steps."""
+    if fused("numba", origins):
+        return "numba"
+    return "nerfacc" if origins.device.type == "cuda" and nerfacc_works() else "torch"
+
+
+@lru_cache(maxsize=1)
+def nerfacc_works() -> bool:
+    """Whether nerfacc and its CUDA extension (compiled at its first use) are there."""
+    try:
+        from nerfacc.cuda._backend import _C  # its Python part imports without it
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return _C is not None
+
+
+def _march_fused(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
+    n = origins.shape[0]
+    arrays = [a.detach().contiguous().numpy() for a in (origins, directions, near, far, jitter, low, high)]
+    arrays += [occupancy.occupied.numpy(), occupancy.density.numpy()]
+    counts = np.zeros(n, np.int64)
+    starts = np.zeros(n, np.int64)
+
+    def run(distances: np.ndarray, write: bool) -> None:
+        def task(first: int):  # type: ignore[no-untyped-def]
+            last = min(first + 1024, n)
+            arguments = (*arrays, occupancy.half_extent, step, OPAQUE_OPTICAL_DEPTH, extra)
+            return lambda: _march_kernel(*arguments, counts, starts, distances, write, first, last)  # type: ignore[call-arg]
+
+        run_in_threads([task(first) for first in range(0, n, 1024)])
+
+    run(np.empty(0, np.float32), False)
+    starts[1:] = np.cumsum(counts)[:-1]
+    distances = np.empty(int(counts.sum()), np.float32)
+    run(distances, True)
+    rays = torch.from_numpy(np.repeat(np.arange(n), counts))
+    return RaySamples(rays, torch.from_numpy(distances), step, n)
+
+
+def _march_torch(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
+    n_steps = max(int(((far - near).amax() / step).ceil()), 1) if len(near) else 1
+    k = torch.arange(n_steps, device=origins.device)
+    distance = near[:, None] + (k + jitter[:, None]) * step
+    position = origins[:, None] + distance[..., None] * directions[:, None]
+    cell = ((position + occupancy.half_extent) / occupancy.cell_size).long().clamp(0, occupancy.resolution - 1)
+    i, j, m = cell.unbind(-1)
+    low, high = low[:, None].expand_as(i), high[:, None].expand_as(i)
+    keep = (occupancy.occupied[low, i, j, m] | occupancy.occupied[high, i, j, m]) & (distance < far[:, None])
+    depth = torch.minimum(occupancy.density[low, i, j, m], occupancy.density[high, i, j, m]) * step * keep
+    opaque = keep & (depth.cumsum(1) - depth > OPAQUE_OPTICAL_DEPTH)
+    keep = keep & (opaque.cumsum(1) <= extra)
+    rays, columns = keep.nonzero(as_tuple=True)
+    return RaySamples(rays, distance[rays, columns], step, origins.shape[0])
+
+
+def _march_nerfacc(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
+    from nerfacc.grid import traverse_grids
+
+    e = occupancy.half_extent
+    box = origins.new_tensor([[-e, -e, -e, e, e, e]])
+    moments, which = torch.unique(torch.stack([low, high], 1), dim=0, return_inverse=True)
+    rays, distances = [], []
+    for number, (before, after) in enumerate(moments.tolist()):  # nerfacc knows one grid, not one for each moment
+        group = (which == number).nonzero()[:, 0]
+        cells = (occupancy.occupied[before] | occupancy.occupied[after])[None]
+        # its samples lie half a step into their intervals
+        start = near[group] + (jitter[group] - 0.5) * step
+        _, samples = traverse_grids(origins[group], directions[group], cells, box, start, far[group], step, 0.0)
+        rays.append(group[samples.ray_indices])
+        distances.append(samples.vals)
+    ray, distance = torch.cat(rays), torch.cat(distances)
+    inside = (distance >= near[ray]) & (distance < far[ray])
+    ray, distance = ray[inside], distance[inside]
+    order = ray.argsort(stable=True)
+    ray, distance = ray[order], distance[order]
+    keep = _before_opaque(occupancy, origins, directions, low, high, ray, distance, step, extra)
+    return RaySamples(ray[keep], distance[keep], step, origins.shape[0])
+
+
+def _before_opaque(occupancy, origins, directions, low, high, ray, distance, step, extra):  # type: ignore[no-untyped-def]
+    """Which packed samples come before their ray has been opaque for `extra` of them."""
+    position = origins[ray] + distance[:, None] * directions[ray]
+    cell = ((position + occupancy.half_extent) / occupancy.cell_size).long().clamp(0, occupancy.resolution - 1)
+    i, j, m = cell.unbind(-1)
+    depth = torch.minimum(occupancy.density[low[ray], i, j, m], occupancy.density[high[ray], i, j, m]) * step
+    opaque = (_sum_before(depth.double(), ray) > OPAQUE_OPTICAL_DEPTH).double()
+    return _sum_before(opaque, ray) + opaque <= extra
+
+
+def _sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Of packed values, the sum of those before each on its own ray: one running sum, minus its value at the ray's
+    start (in float64, because it grows with the batch)."""
+    before = values.cumsum(0) - values
+    first = torch.ones_like(rays, dtype=torch.bool)
+    first[1:] = rays[1:] != rays[:-1]
+    starts, segment = first.nonzero()[:, 0], first.long().cumsum(0) - 1
+    return before - before[starts][segment]
+
+
+def transmittance(optical: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
+    """T_i = exp(-sum of optical thickness (density * step) before i on the same ray), in [0, 1]."""
+    return torch.exp(-_sum_before(optical.double(), samples.ray_indices)).to(optical.dtype)
+
+
+def compositing_weights(density: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
+    """w_i = T_i (1 - exp(-density_i step))."""
+    optical = density * samples.step
+    return transmittance(optical, samples) * -torch.expm1(-optical)
+
+
+def accumulate(weights: Float[Tensor, " m"], values: Float[Tensor, "m c"], samples: RaySamples) -> Float[Tensor, "n c"]:
+    """Per-ray sums of weights * values."""
+    out = values.new_zeros(samples.n_rays, values.shape[1])
+    return out.index_add(0, samples.ray_indices, weights[:, None] * values)
+
+
+def render_rays(
+    field: DeformableField,
+    occupancy: OccupancyGrid,
+    origins: Float[Tensor, "n 3"],
+    directions: Float[Tensor, "n 3"],
+    times: Float[Tensor, "n 1"],
+    n_samples: int = 128,
+    background: Float[Tensor, " 3"] | None = None,
+    jitter: Float[Tensor, " n"] | None = None,
+) -> RenderOutput:
+    """Render rays (unit directions, times in [0, 1]).
+
+    `n_samples` divides the box diagonal; only samples in occupied cells are evaluated, so the real count is far
+    lower. `background` (default white) fills what alpha leaves; an [n, 3] tensor gives each ray its own. `jitter` in
+    [0, 1) shifts each ray's samples (training: uniform random); None centres them (deterministic rendering).
+    """
+    if jitter is None:
+        jitter = origins.new_full((origins.shape[0],), 0.5)
+    step = box_step(occupancy.half_extent, n_samples)
+    samples = march(occupancy, origins, directions, times, step, jitter)
+    rays, distances = samples.ray_indices, samples.distances
+    positions = origins[rays] + distances[:, None] * directions[rays]
+    queried = field.sample(positions, times[rays])
+    weights = compositing_weights(queried.density, samples)
+    colored = (weights.detach() > COLOR_WEIGHT).nonzero()[:, 0]
+    color = field.color_from_geometry(queried.geometry[colored])
+    rgb = color.new_zeros(samples.n_rays, 3).index_add(0, rays[colored], weights[colored, None] * color)
+    sums = accumulate(weights, torch.stack([torch.ones_like(distances), distances], -1), samples)
+    alpha = sums[:, 0]
+    fill = background if background is not None else rgb.new_ones(3)
+    depth = torch.where(alpha > 0.01, sums[:, 1] / alpha.clamp(min=0.01), torch.full_like(alpha, FAR_DEPTH))
+    return RenderOutput(
+        rgb=rgb + (1 - alpha[:, None]) * fill,
+        alpha=alpha,
+        depth=depth,
+        weights=weights,
+        samples=samples,
+        positions=positions.detach(),
+        deformation=queried.deformation,
+        density=queried.density,
+        residual=queried.residual,
+    )
+
+
+@torch.no_grad()
+def render_rays_chunked(
+    field: DeformableField,
+    occupancy: OccupancyGrid,
+    origins: Float[Tensor, "n 3"],
+    directions: Float[Tensor, "n 3"],
+    times: Float[Tensor, "n 1"],
+    n_samples: int = 192,
+    background: Float[Tensor, " 3"] | None = None,
+    chunk: int = 8192,
+) -> dict[str, Tensor]:
+    """Whole images without gradients: "rgb" [n, 3], "alpha" [n], "depth" [n], and the size of the visible
+    deformation, "motion" [n] (world units)."""
+    parts: dict[str, list[Tensor]] = {"rgb": [], "alpha": [], "depth": [], "motion": []}
+    for start in range(0, origins.shape[0], chunk):
+        piece = slice(start, start + chunk)
+        out = render_rays(field, occupancy, origins[piece], directions[piece], times[piece], n_samples, background)
+        motion = accumulate(out.weights, out.deformation.norm(dim=-1, keepdim=True), out.samples)[:, 0]
+        for name, value in (("rgb", out.rgb), ("alpha", out.alpha), ("depth", out.depth), ("motion", motion)):
+            parts[name].append(value)
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def pixel_rays(
+    xy: Float[Tensor, "n 2"],
+    camera_to_world: Float[Tensor, "n 4 4"],
+    focal: Float[Tensor, " n"],
+    size: Int[Tensor, "n 2"],
+) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
+    """Origins and unit directions of rays through continuous pixel positions (pixel centres at i + 0.5, principal
+    point in the middle of the (width, height) image, OpenGL cameras)."""
+    offset = (xy - size / 2) / focal[:, None]
+    local = torch.stack([offset[:, 0], -offset[:, 1], -torch.ones_like(focal)], -1)
+    directions = torch.nn.functional.normalize((camera_to_world[:, :3, :3] @ local[..., None])[..., 0], dim=-1)
+    return camera_to_world[:, :3, 3], directions

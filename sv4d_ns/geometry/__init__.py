@@ -1,0 +1,1 @@
+"""Cameras and the geometry of the world; knows no picture."""

@@ -1,0 +1,110 @@
+"""What a setting of a run may be, looked at before anything is read or written.
+
+nerfstudio's command line checks types only: a size of 0 would end in a division by zero minutes later.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from sv4d_ns.runs.layout import MAX_REFINE_ROUNDS
+from sv4d_ns.utils.errors import InputError
+
+Test = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one setting may be."""
+
+    flag: str
+    """Its flag, without the leading dashes."""
+    allows: Test
+    wanted: str
+    """What to give, for the message."""
+
+
+def _between(low: float, high: float) -> Test:
+    return lambda value: low <= value <= high
+
+
+def _is_name(value: str) -> bool:
+    path = PurePath(value)
+    return bool(value.strip()) and not path.is_absolute() and ".." not in path.parts
+
+
+def _are_rounds(value: tuple[int, ...]) -> bool:
+    ascending = list(value) == sorted(set(value))
+    return ascending and min(value, default=1) >= 1 and len(value) <= MAX_REFINE_ROUNDS
+
+
+_SEEDS = 2**32 - 1
+_DATAMANAGER = "pipeline.datamanager."
+
+LIMITS = (
+    Limit("experiment-name", _is_name, "a name for a folder, without '..'"),
+    Limit("timestamp", _is_name, "a name for a folder, without '..'"),
+    Limit("max-num-iterations", _between(1, 10**8), "1 step or more"),
+    Limit("steps-per-save", _between(0, 10**8), "the steps between checkpoints, or 0 for one at the end only"),
+    Limit("machine.num-devices", _between(1, 1), "1: a run uses one device"),
+    Limit("machine.num-machines", _between(1, 1), "1: a run uses one machine"),
+    Limit("machine.seed", _between(0, _SEEDS), f"a number from 0 to {_SEEDS}"),
+    Limit(_DATAMANAGER + "seed", _between(0, _SEEDS), f"a number from 0 to {_SEEDS}"),
+    Limit(_DATAMANAGER + "max-frames", _between(1, 10**6), "1 frame or more"),
+    Limit(_DATAMANAGER + "fps", lambda value: math.isfinite(value) and value > 0, "a rate above 0"),
+    Limit(_DATAMANAGER + "frame-ratio", lambda value: 0 < value <= 1, "a share above 0 and at most 1"),
+    Limit(_DATAMANAGER + "input-size", _between(16, 2048), "16 to 2048 pixels"),
+    Limit(_DATAMANAGER + "synthesis-steps", _between(1, 1000), "1 to 1000 denoising steps"),
+    Limit(_DATAMANAGER + "guidance-scale", _between(0, 100), "a scale from 0 to 100"),
+    Limit(_DATAMANAGER + "train-num-rays-per-batch", _between(1, 2**20), f"1 to {2**20} rays"),
+    Limit(_DATAMANAGER + "patches", _between(0, 1024), "0 to 1024 patches"),
+    Limit("pipeline.visibility-every", _between(0, 10**8), "a number of steps, or 0 for never"),
+    Limit(
+        "pipeline.refine-steps",
+        _are_rounds,
+        f"at most {MAX_REFINE_ROUNDS} steps above 0, each later than the one before, or none for stage 1 alone",
+    ),
+    Limit("pipeline.refine-strength", lambda value: 0 < value <= 1, "a share above 0 and at most 1"),
+    Limit("pipeline.refine-agreement", _between(0, 1000), "0 (off) to 1000"),
+    Limit(
+        "pipeline.movie-size", lambda value: 16 <= value <= 4096 and value % 2 == 0, "an even size, 16 to 4096 pixels"
+    ),
+)
+
+
+def check_settings(config: Any) -> None:
+    """Look at the settings of a run (a trainer's configuration).
+
+    Raises:
+        InputError: naming the first flag whose value no run can have.
+    """
+    for limit in LIMITS:
+        value = _value(config, limit.flag)
+        if value is not None and not limit.allows(value):
+            raise InputError(f"--{limit.flag} is {value!r}: give {limit.wanted}.")
+    for flag in _not_numbers(config, ""):
+        raise InputError(f"--{flag} is not a number (nan): give one.")
+
+
+def _value(config: Any, flag: str) -> Any:
+    """Of a flag; None where it is not set or the method has none of its name."""
+    for part in flag.replace("-", "_").split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+def _not_numbers(value: Any, flag: str) -> Iterator[str]:
+    """Flags of all settings that are nan."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _not_numbers(part, f"{flag}.{name}".lstrip(".").replace("_", "-"))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _not_numbers(part, flag)
+    elif isinstance(value, float) and math.isnan(value):
+        yield flag

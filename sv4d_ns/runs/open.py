@@ -1,0 +1,149 @@
+"""A finished run, opened for export: its field, what the field was fitted to, and where it all comes from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sv4d_ns.runs.layout import checkpoint_steps, newest_views
+from sv4d_ns.runs.safe_config import check_config
+from sv4d_ns.utils.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sv4d_ns.views.grid import ViewGrid
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """What an export needs of a finished run."""
+
+    field: Any
+    """A `sv4d_ns.export.surface.extraction.AnimatedField`; 4Diffusion's has `density` and `aabb` alone."""
+    occupancy: Any
+    """The renderer's empty-space grid; `renders.render_rgba` takes it beside the field."""
+    views: "ViewGrid"
+    """What the field was fitted to: times, frame rate, cameras, provenance."""
+    name: str
+    extras: dict[str, Any]
+    """Licence and provenance for the file's `asset.extras`."""
+
+    @property
+    def deforms(self) -> bool:
+        """Whether the field says where matter moves; else it is a density that varies with time."""
+        return hasattr(self.field, "deformation")
+
+    @property
+    def canonical_frame(self) -> int:
+        """The frame whose shape is the canonical one; where the field has none, the frame that shows most."""
+        if not self.deforms:
+            from sv4d_ns.fitting.objective import largest_silhouette
+
+            return largest_silhouette(self.views)
+        return int(abs(self.views.times - float(self.field.config.canonical_time)).argmin())
+
+    def time(self, frame: int) -> float:
+        """Of a frame, in [0, 1]."""
+        return float(self.views.times[frame])
+
+    def possible(self, time: float) -> "Callable[[torch.Tensor], torch.Tensor]":
+        """Whether points [n, 3] may hold the object at a time, as the run's renderer sees it (bool [n])."""
+        return lambda x: self.occupancy.is_occupied(x, x.new_full((len(x), 1), time))
+
+
+def load_run(load_config: Path) -> FinishedRun:
+    """Open a run through nerfstudio; views are read from the run's grid, no diffusion weights are needed.
+
+    Raises:
+        InputError: no such file, not a nerfstudio config, another method's run, a config without its run beside it, or
+            no checkpoint yet.
+    """
+    check_config_path(load_config)
+    check_config(load_config)
+    import yaml
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    config: Any  # the plugin's own classes, not the base classes nerfstudio declares
+    pipeline: Any
+    try:
+        config, pipeline, _, step = eval_setup(
+            load_config, test_mode="inference", update_config_callback=lambda config: _checked(config, load_config)
+        )
+    except (yaml.YAMLError, UnicodeDecodeError, AssertionError) as error:
+        raise InputError(f"{load_config} is not a nerfstudio config.yml: give the one in the run's folder.") from error
+    grid = pipeline.datamanager.grid
+    return FinishedRun(
+        field=pipeline.model.field,
+        occupancy=pipeline.model.occupancy,
+        views=grid,
+        name=config.experiment_name or config.method_name,
+        extras=provenance_extras(grid.provenance, config.method_name, step),
+    )
+
+
+def check_config_path(load_config: Path) -> None:
+    """Raises `InputError` where there is no such file."""
+    if not load_config.is_file():
+        raise InputError(f"{load_config} does not exist: give --load-config the config.yml in the run's folder.")
+
+
+def _checked(config: Any, load_config: Path) -> Any:
+    """Refuse what cannot be exported before anything heavy is built; find the run beside a moved config."""
+    target = config.pipeline.model._target
+    if not any(base.__module__.partition(".")[0] == "sv4d_ns" for base in target.__mro__):
+        raise InputError(
+            f"{load_config} is a run of {config.method_name}, which has no deformable field to animate: "
+            "this exports runs of sv4d; nerfstudio's own sub-commands export the others."
+        )
+    run_dir = load_config.absolute().parent
+    if not config.get_checkpoint_dir().is_dir():
+        # the run was moved, or its relative path is meant from another folder: everything lies beside config.yml
+        beside = run_dir / config.relative_model_dir
+        elsewhere = config.get_base_dir().absolute() != run_dir
+        if elsewhere and not beside.is_dir() and newest_views(run_dir) is None:
+            raise InputError(
+                f"{load_config} was moved without its run: the folder it names, {config.get_base_dir()}, is not on "
+                f"this machine; bring the whole folder, with {config.relative_model_dir}/ and views/ beside config.yml."
+            )
+        config.relative_model_dir = beside
+        config.pipeline.datamanager.run_dir = run_dir
+    if not checkpoint_steps(config.get_checkpoint_dir()):
+        raise InputError(
+            f"{load_config} belongs to an unfinished run, {config.get_checkpoint_dir()} holds no checkpoint: "
+            "let ns-train finish, or resume it."
+        )
+    return config
+
+
+def provenance_extras(provenance: dict[str, Any], method: str, step: int) -> dict[str, Any]:
+    """Where an asset comes from and under which licences it was made, for `asset.extras` (JSON values)."""
+    described = {
+        "method": method,
+        "step": step,
+        "licences": licences(provenance.get("model")),
+        "confidence": {"1": "seen by the input camera", "0.5": "by generated views only", "0": "by none"},
+        "provenance": provenance,
+    }
+    return {"sv4d": described}
+
+
+def licences(model: str | None) -> dict[str, str]:
+    """The licence of everything that took part in making an asset.
+
+    Args:
+        model: the view grid's `provenance["model"]`; None where the views came from files.
+    """
+    found = {
+        "input video": "its owner's rights remain",
+        "4D optimisation and export": "sv4d_ns, Apache-2.0",
+    }
+    if model is None:
+        return found | {"novel views": "given as files, their owner's rights remain"}
+    if model.startswith("stabilityai/"):
+        from sv4d_ns.diffusion.weights.hub import LICENCE, MODEL_URL
+
+        return found | {"novel views": f"{model}, {LICENCE}, {MODEL_URL}"}
+    if model.startswith("sv4d_ns"):
+        return found | {"novel views": f"{model}, Apache-2.0"}
+    return found | {"novel views": f"{model}, see its own licence"}

@@ -1,0 +1,1 @@
+"""From a video to a grid of views, by any model."""

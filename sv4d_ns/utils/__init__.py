@@ -1,0 +1,1 @@
+"""What every room uses: errors users see, whole files, devices, progress bars."""

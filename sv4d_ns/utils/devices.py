@@ -1,0 +1,49 @@
+"""Where things run: one place that chooses the device and says so, and the tools the machine may lack."""
+
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from sv4d_ns.utils.errors import InputError
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+def choose_device(choice: DeviceChoice) -> tuple[Literal["cpu", "cuda"], str]:
+    """The torch device type, and one sentence saying what was chosen and why.
+
+    Raises:
+        InputError: `cuda` was asked for and this machine (or its torch build) has none.
+    """
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        remedy = "no CUDA device is visible" if built else "this torch build has no CUDA support"
+        raise InputError(f"--device cuda cannot be used because {remedy}: use --device cpu, or --device auto.")
+    if choice != "cpu" and torch.cuda.is_available():
+        return "cuda", f"Device: cuda ({torch.cuda.get_device_name(0)}), because {_asked(choice, 'CUDA is available')}."
+    cores = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return "cpu", f"Device: cpu ({cores}), because {_asked(choice, 'no CUDA device is available')}."
+
+
+def _asked(choice: DeviceChoice, otherwise: str) -> str:
+    return otherwise if choice == "auto" else f"--device {choice} asks for it"
+
+
+def ensure_ffmpeg_on_path() -> None:
+    """Let `ns-render` find an ffmpeg: nerfstudio and mediapy call the executable by name.
+
+    A machine's own ffmpeg is left alone. Without one, the binary of the imageio-ffmpeg wheel is put on this process's
+    PATH under the name they look for.
+    """
+    if shutil.which("ffmpeg") is not None:
+        return
+    import imageio_ffmpeg
+
+    folder = Path(tempfile.mkdtemp(prefix="sv4d-ffmpeg-"))
+    (folder / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"

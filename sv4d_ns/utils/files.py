@@ -1,0 +1,102 @@
+"""Files that are either whole or absent, and names that say what is in them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sv4d_ns.utils.errors import InputError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it replaces `path` when the block ends without an exception.
+
+    The suffix is kept, because writers choose the format by it. A process killed inside the block leaves `path`
+    as it was (and at most a hidden temporary file).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; a result is an ordinary file under the user's umask
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        # a full disk names no file, and nobody knows the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` that takes its place when the block ends without an exception.
+
+    A process killed inside the block leaves `folder` as it was, and at most a hidden temporary folder.
+
+    Args:
+        folder: the place of the result.
+        mark: a file that every folder of its kind holds; only such a folder, or an empty one, is ever replaced.
+        kind: what such a folder is, for the message.
+
+    Raises:
+        InputError: something else is at the place.
+    """
+    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not {kind}: choose another place for it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        new, old = workplace / "new", workplace / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def check_zip(path: Path) -> None:
+    """Compare every part of a zip archive (a torch checkpoint is one) with its checksum.
+
+    Raises:
+        ValueError: a part differs, or the file is no such archive.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            flawed = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"not a whole archive: {error}") from error
+    if flawed is not None:
+        raise ValueError(f"the part {flawed} differs from its checksum")
+
+
+def content_hash(*parts: Any) -> str:
+    """32 hexadecimal digits of blake2b over arrays (dtype, shape, bytes) and JSON-serialisable values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The grid of views: the contract between synthesis and fitting, and what is estimated from it."""
