@@ -102,7 +102,7 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
     def _device(self) -> str:
         from sv4d_ns.utils.devices import choose_device
 
-        return choose_device(self.device)[0]
+        return choose_device(self.chosen_device())[0]
 
 
 class FourDiffusionTrainer(SV4DTrainer):

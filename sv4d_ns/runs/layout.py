@@ -38,6 +38,9 @@ STAGES = ".stages"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 SUMMARY_FILE = "summary.json"
+MOVIE_FOLDER = "movies"
+PARTIAL_CHECKPOINT = "checkpoint.partial"
+"""A checkpoint that is being written, beside the folder of the finished ones."""
 
 MAX_REFINE_ROUNDS = 8
 
@@ -150,6 +153,15 @@ def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, .
     with atomic_path(folder / RUN_FILE) as path:
         record = {"fingerprint": fingerprint, "version": __version__, "refine_steps": refine_steps}
         path.write_text(json.dumps(record))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run: it holds what `record_run` writes (a run.json have others, too)."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"fingerprint", "version", "refine_steps"} <= set(record)
 
 
 def recorded_rounds(folder: Path) -> tuple[int, ...] | None:
