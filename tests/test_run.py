@@ -40,7 +40,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 10) -> Path:
 
 def object_frames(count: int = FRAMES, size: int = 96) -> np.ndarray:
     """A moving creature on white, uint8 RGB [count, size, size, 3]."""
-    camera = ViewPlan.EMBEDDED.c2w()[:1]
+    camera = ViewPlan.BUNDLED.c2w()[:1]
     rgba = render(creature(SEED), np.linspace(0, 1, count), camera, size)[:, 0].astype(float) / 255
     return np.round(255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])).astype(np.uint8)
 
@@ -143,13 +143,15 @@ def test_time_moves_in_paths_without_times(finished: Path, monkeypatch: pytest.M
     asked: list[float] = []
     draw = channels.render_rays_chunked
 
-    def drawn(field, occupancy, origins, directions, times, samples):  # type: ignore[no-untyped-def]
+    def drawn(field, occupancy, origins, directions, times, samples, **options):  # type: ignore[no-untyped-def]
         asked.append(float(times.mean()))
-        return draw(field, occupancy, origins, directions, times, samples)
+        return draw(field, occupancy, origins, directions, times, samples, **options)
 
     monkeypatch.setattr(channels, "render_rays_chunked", drawn)
     for index in range(3):
-        pipeline.model.get_outputs_for_camera(path[index : index + 1])
+        camera = path[index : index + 1]
+        pipeline.model.get_outputs_for_camera(camera)
+        assert camera.times is None, "the caller's camera stays as it is"
     duration = FRAMES / 10
     assert asked == pytest.approx([0.0, 1 / 24 / duration, 2 / 24 / duration])
 

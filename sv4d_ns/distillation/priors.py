@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,11 +19,14 @@ from sv4d_ns.distillation.cameras import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE, D
 from sv4d_ns.distillation.schedules import ONE_STEP_NOISE, REFERENCE_NOISE, NoiseLevels
 
 if TYPE_CHECKING:
+    from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
     from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
     from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 
 CONDITION_CHUNK = 8
 """Input frames that are encoded at once."""
+WINDOW_FRAMES = 8
+"""Frames the bundled model is asked for at once."""
 
 
 class ViewPrior(Protocol):
@@ -75,7 +79,7 @@ def unit_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 class FourDMPrior:
     """4DM. Its views are placed around the object's own front, `front_deg` from the input camera.
 
-    The conditions of all frames are encoded once; the text and the image encoder are let go after that.
+    The conditions of all frames are encoded once; the text and the image encoder are not kept.
 
     Args:
         pipeline: the model.
@@ -92,7 +96,7 @@ class FourDMPrior:
     def __init__(
         self, pipeline: "FourDMPipeline", frames: UInt8[np.ndarray, "t s s 4"], prompt: str, front_deg: float
     ) -> None:
-        self.pipeline, self.front_deg = pipeline, front_deg
+        self.front_deg = front_deg
         self.num_frames, self.image_size = pipeline.config.num_frames, pipeline.config.image_size
         parts = [
             pipeline.encode_frames(frames[start : start + CONDITION_CHUNK])
@@ -105,8 +109,9 @@ class FourDMPrior:
             no_image_tokens=parts[0][1],
             image_latents=torch.cat([latents for _, _, latents in parts]),
         )
-        # constant from here on, and as large as the network in half precision
-        pipeline.image_encoder = pipeline.text_encoder = None
+        # constant from here on, and as large as the network in half precision: whoever made the pipeline may drop it
+        self.pipeline = copy(pipeline)
+        self.pipeline.image_encoder = self.pipeline.text_encoder = None
         self.alphas = guidance.alphas_cumprod()
 
     def encode(self, images: Float[Tensor, "n c s s"], generator: torch.Generator) -> Float[Tensor, "n d i j"]:
@@ -136,7 +141,7 @@ class FourDMPrior:
 
 
 class SV4DPrior:
-    """An SV4D model (the shipped one) in 4DM's place: joint views and frames of a video, cameras relative to the
+    """An SV4D model in 4DM's place: joint views and frames of a video, cameras relative to the
     input's.
 
     It was trained without guidance and for the noise process x + sigma n, whose sigma is read off 4DM's schedule at
@@ -218,3 +223,58 @@ class SV4DPrior:
             sigma_dims=config.camera_dims[0],
         )
         return condition.to(latents.device, self.pipeline.unet.dtype)
+
+
+class BundledPrior:
+    """The bundled model in 4DM's place: its latents are pictures, its answers renders of one volume a moment.
+
+    Args:
+        pipeline: the model.
+        frames: the matted input frames.
+        radius, fov_deg: of the cameras.
+        input_elevation_deg: of the input view.
+    """
+
+    channels, highest_elevation_deg = 4, 30.0
+
+    def __init__(
+        self,
+        pipeline: "BundledVideoPipeline",
+        frames: UInt8[np.ndarray, "t s s 4"],
+        radius: float,
+        fov_deg: float,
+        input_elevation_deg: float,
+    ) -> None:
+        from sv4d_ns.synthesis.base import resize_rgba
+
+        self.pipeline, self.radius, self.fov_deg = pipeline, radius, fov_deg
+        self.base_elevation_deg = input_elevation_deg
+        self.image_size = pipeline.denoiser.config.image_size
+        self.num_frames = WINDOW_FRAMES
+        self.noise = ONE_STEP_NOISE
+        self.frames = resize_rgba(frames, self.image_size)
+        self.alphas = guidance.alphas_cumprod()
+
+    def encode(self, images: Float[Tensor, "n c s s"], generator: torch.Generator) -> Float[Tensor, "n c s s"]:
+        """Pictures in [-1, 1]."""
+        return images * 2 - 1
+
+    def target(
+        self,
+        latents: Float[Tensor, "fv c s s"],
+        frames: Sequence[int],
+        views: DrawnViews,
+        noise_step: int,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "fv c s s"]:
+        """Renders of the volumes that the model predicts from the noised pictures."""
+        alpha = float(self.alphas[noise_step])
+        sigma = ((1 - alpha) / alpha) ** 0.5
+        noisy = latents.detach() + sigma * unit_noise(latents, generator)
+        count = len(views.azimuths_deg)
+        made = self.pipeline.denoise_views(
+            self.frames[list(frames)], noisy.unflatten(0, (-1, count)), sigma,
+            views.azimuths_deg, (views.elevation_deg - self.base_elevation_deg,) * count, self.base_elevation_deg,
+            radius=self.radius, fov_deg=self.fov_deg,
+        )  # fmt: skip
+        return made.flatten(0, 1)

@@ -97,7 +97,8 @@ def load_lpips(net: LpipsNet, fetch: bool = False) -> Lpips:
     if not path.is_file():
         if not fetch:
             raise BackboneMissing(
-                f"LPIPS ({net}) needs {path.name}: give --fetch to download it, or put {url} into {path.parent}."
+                f"LPIPS ({net}) needs {path.name}: 'sv4d evaluate --fetch' downloads it, or put {url} into "
+                f"{path.parent}."
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ def load_clip(variant: ClipVariant, fetch: bool = False) -> Clip:
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=not fetch)
     except OSError as error:
-        how = "go online" if fetch else "give --fetch to download it"
+        how = "go online" if fetch else "'sv4d evaluate --fetch' downloads it"
         raise BackboneMissing(
             f"CLIP ({variant}) needs {repository} at {revision[:7]} in the Hugging Face cache: {how}."
         ) from error
@@ -243,7 +244,7 @@ def _cached_i3d(fetch: bool) -> Path:
     try:
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=not fetch))
     except OSError as error:
-        how = "go online" if fetch else "give --fetch to download it"
+        how = "go online" if fetch else "'sv4d evaluate --fetch' downloads it"
         raise BackboneMissing(
             f"FVD needs the I3D network (51 MB): {how}, or download {I3D_URL} yourself and give it as --i3d."
         ) from error

@@ -4,6 +4,7 @@ The nerfstudio data manager and model are wired to this file, and so is `benchma
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -248,6 +249,12 @@ class BatchSampler:
         self.pixels = [PixelSampler(view.alpha) for view in views]
         self.visibility: dict[int, Tensor] = {}
         """What `update_visibility` found last for each frame, [v, s, s]; what a resumed run has to be given."""
+
+    def with_seed(self, seed: int) -> "BatchSampler":
+        """The same views and weights, of which other rays are drawn."""
+        other = copy(self)
+        other.seed = seed
+        return other
 
     def draw(self, step: int, window: Window, canonical: int) -> Batch:
         """The batch of a step whose frames lie in `window`; orthogonal views, most pixels near the object."""
@@ -542,12 +549,11 @@ def _sparsity(field: DeformableField, rendered: RenderOutput, batch: Batch) -> T
     Only what a view sees is asked to go, so that something can object: from sides that no view sees (between the legs,
     under the belly) a body would be eaten up to its shell.
     """
-    n_rays = int((batch.alpha > 0.5).sum())
-    if not n_rays:
-        return rendered.density.new_zeros(())
+    n_rays = (batch.alpha > 0.5).sum()  # stays on the device: reading it would wait for all work before it
     step = rendered.samples.step
     opened = transmittance(rendered.density.detach() * step, rendered.samples)
-    return losses.sparsity(rendered.density, opened, step, n_rays, field.config.max_density)
+    owed = losses.sparsity(rendered.density, opened, step, n_rays.clamp(min=1), field.config.max_density)
+    return owed * (n_rays > 0)
 
 
 def _patch_terms(
@@ -573,15 +579,18 @@ def _patch_terms(
     if weights.depth_smoothness:
         terms["depth_smoothness"] = losses.depth_smoothness(patches(rendered.depth), seen)
     has_estimate = bool(weights.normal) and batch.normals is not None
-    if not (has_estimate or weights.bilateral_normal) or not bool(seen.any()):
+    if not (has_estimate or weights.bilateral_normal):
         return terms
-    surface = batch.origins + rendered.depth.detach()[:, None] * batch.directions
-    normals = torch.zeros_like(made)
-    normals[seen] = field.normals(patches(surface)[seen], patches(batch.times)[seen])
+    rows = seen.flatten().nonzero()[:, 0]  # once: each look for them waits for the device
+    if not len(rows):
+        return terms
+    rays = batch.rays + rows
+    surface = batch.origins[rays] + rendered.depth.detach()[rays, None] * batch.directions[rays]
+    found = field.normals(surface, batch.times[rays])
+    normals = torch.zeros_like(made).view(-1, 3).index_copy(0, rows, found).view_as(made)
     if has_estimate:
         assert batch.normals is not None
-        estimated = patches(batch.normals)[seen]
-        terms["normal"] = losses.normal(normals[seen], estimated, patches(batch.weight)[seen])
+        terms["normal"] = losses.normal(found, batch.normals[rays], batch.weight[rays])
     if weights.bilateral_normal:
         terms["bilateral_normal"] = losses.bilateral_normal(normals, target, seen)
     return terms

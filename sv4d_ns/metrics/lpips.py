@@ -17,8 +17,5 @@ def perceptual_network(device: torch.device | str) -> tuple[Perceptual | None, s
     try:
         network = load_lpips("vgg").net.to(device).requires_grad_(False)
     except BackboneMissing as missing:
-        return None, (
-            f"Perceptual loss: LPIPS is not at hand, D-SSIM on patches takes its place. {missing} "
-            "(--fetch is a flag of sv4d evaluate; --pipeline.model.losses.perceptual 0 does without it.)"
-        )
+        return None, (f"Perceptual loss: left out, D-SSIM on patches takes its place. {missing}")
     return lambda a, b: network(a, b, normalize=True).reshape(-1), "Perceptual loss: LPIPS (VGG16) on patches."

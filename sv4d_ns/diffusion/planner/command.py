@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from sv4d_ns.diffusion.planner.plan import (
@@ -28,7 +27,7 @@ class PlanConfig:
     """Expected peak memory and time of one window of the diffusion model, before any weight is loaded."""
 
     model: ModelName = "official4"
-    """official4 (12 frames x 4 views), official8 (5 x 8) or the small embedded one (8 x 4)."""
+    """official4 (12 frames x 4 views) or official8 (5 x 8)."""
     device: str = "auto"
     """auto, cpu, cuda (this machine's), or a card by name, for example rtx-4090."""
     frames: int | None = None
@@ -40,7 +39,7 @@ class PlanConfig:
     steps: int | None = None
     """Denoising steps; the model's own by default."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Of the network; fp16 by default, fp32 for the embedded model."""
+    """Of the network; fp16 by default."""
     offload: Offload | None = None
     """Only this way of offloading; all of them by default."""
     fp8_storage: bool = False
@@ -53,7 +52,7 @@ def command(arguments: Sequence[str]) -> None:
     """`sv4d plan`: prints two tables and a recommendation."""
     config = tyro.cli(PlanConfig, prog="sv4d plan", args=list(arguments))
     name, card = _device(config.device)
-    dtype = config.dtype or ("fp32" if config.model == "embedded" else "fp16")
+    dtype = config.dtype or "fp16"
     plan = plan_memory(
         config.model,
         card,
@@ -65,7 +64,9 @@ def command(arguments: Sequence[str]) -> None:
         config.fp8_storage,
         config.chunk_size,
     )
-    console = Console()
+    from sv4d_ns.utils.progress import console as the_console
+
+    console = the_console()
     console.print(_components(plan, f"{config.model}, {dtype}{', fp8 storage' if config.fp8_storage else ''}"))
     kinds = list(Offload) if config.offload is None else [config.offload]
     console.print(_offloading(plan, kinds, name, card))

@@ -22,14 +22,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sv4d_ns.diffusion.weights.streaming import bytes_bar, unreadable
+from sv4d_ns.diffusion.weights.streaming import unreadable
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.progress import bytes_bar
 
 REPOSITORY = "stabilityai/sv4d2.0"
 MODEL_URL = f"https://huggingface.co/{REPOSITORY}"
 DEFAULT_FILE = "sv4d2.safetensors"
 LICENCE = "Stability AI Community License"
-WITHOUT = "'ns-train sv4d --pipeline.datamanager.synthesis embedded' goes without these weights"
+WITHOUT = "'ns-train sv4d --pipeline.datamanager.synthesis bundled' goes without these weights"
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _ON_THE_HUB = re.compile(
