@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 EVAL_SEED = 2**32
-"""Between the seed of the rays trained on and that of the rays a fit is measured on: no --seed is as large."""
+"""Between the seed of the rays trained on and that of the rays a fit is measured on: no seed is as large."""
 
 
 @dataclass

@@ -238,7 +238,8 @@ class SV4DTrainerConfig(TrainerConfig):
     def work(self, frames: int, views: int) -> Work:
         """What the run consists of, for the estimate of its time."""
         pipeline: Any = self.pipeline
-        return sv4d_work(self.max_num_iterations, frames, views, tuple(pipeline.refine_steps or ()))
+        rounds = tuple(pipeline.refine_steps or ())
+        return sv4d_work(self.max_num_iterations, frames, views, rounds, len(pipeline.movies))
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -414,7 +415,6 @@ class SV4DTrainer(Trainer):
             return
         grid = pipeline.datamanager.grid
         self.remaining = Remaining(self.config.work(grid.num_frames, grid.num_views))
-        self.remaining.begin(self._start_step)
         with interrupts_handled_by(self._interrupt):
             try:
                 self._train_with_one_way_back(total)

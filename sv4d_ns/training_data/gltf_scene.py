@@ -132,7 +132,7 @@ class Scene:
         """Read what `save` wrote.
 
         Raises:
-            OSError, ValueError, KeyError: it is damaged.
+            OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: it is damaged.
         """
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})

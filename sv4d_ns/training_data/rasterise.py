@@ -131,7 +131,7 @@ def _transparent(look, a, b, c, face, u, v, w, row, column, scratch):  # type: i
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untyped-def]
+def zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untyped-def]
     """The nearest face of every sample, and one over its depth."""
     side = near.shape[0]
     materials, modes = look[2], look[5]
@@ -173,10 +173,7 @@ def _zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untype
 
 @njit(cache=True, nogil=True, fastmath=True)
 def shade(look, positions, normals, a, b, c, face, u, v, w, level, ex, ey, ez, albedo, light):  # type: ignore[no-untyped-def]
-    """Light that a face sends towards an eye, linear, into `light`, and the mean light that arrives.
-
-    The eye decides only which side is seen.
-    """
+    """Light that a face sends towards an eye, linear, into `light`; the eye decides only which side is seen."""
     cells, sky, ground, directions, strengths, tint = look[10:]
     nx = u * normals[a, 0] + v * normals[b, 0] + w * normals[c, 0]
     ny = u * normals[a, 1] + v * normals[b, 1] + w * normals[c, 1]
@@ -194,10 +191,8 @@ def shade(look, positions, normals, a, b, c, face, u, v, w, level, ex, ey, ez, a
     sign = (1.0 if outward * toward >= 0.0 else -1.0) / length
     surface_colour(look, a, b, c, face, u, v, w, level, albedo)
     lit(cells, HALF_SIDE, sky, ground, directions, strengths, px, py, pz, nx * sign, ny * sign, nz * sign, light)
-    arriving = light[0] + light[1] + light[2]
     for k in range(3):
         light[k] *= albedo[k] * tint[k]
-    return arriving / 3.0
 
 
 @njit(cache=True, nogil=True, fastmath=True)
@@ -216,7 +211,7 @@ def _picture(c2w, tangent, positions, normals, faces, look, out):  # type: ignor
         y[vertex] = 0.5 * side - focal * (c2w[0, 1] * dx + c2w[1, 1] * dy + c2w[2, 1] * dz) * inverse[vertex]
     near = np.zeros((side, side), np.float32)
     shown = np.full((side, side), -1, np.int32)
-    _zbuffer(x, y, inverse, faces, look, near, shown)
+    zbuffer(x, y, inverse, faces, look, near, shown)
     albedo, light, total = np.empty(4), np.empty(3), np.empty(3)
     done = np.empty(SAMPLES * SAMPLES, np.bool_)
     for row in range(size):
