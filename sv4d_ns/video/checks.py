@@ -303,7 +303,7 @@ def _still_part(case: _Case) -> Iterator[Found]:
             beside[index] = mask & (labels != sizes.argmax())
     usual = np.stack([ndimage.binary_dilation(mask, np.ones((3, 3))) for mask in beside]).mean(axis=0) >= STAYS
     labels, count = ndimage.label(usual, np.ones((3, 3)))
-    largest = case.solid.sum(axis=(1, 2)).max()
+    largest = (case.solid & ~beside).sum(axis=(1, 2)).max()
     where = np.zeros_like(case.solid)
     for number in range(1, count + 1):
         part = beside & (labels == number)
