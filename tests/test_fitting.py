@@ -71,7 +71,6 @@ def test_half_of_the_single_rays_look_through_the_input_camera() -> None:
     assert float(from_input.float().mean()) >= 0.5
 
 
-@pytest.mark.parametrize("orthogonal", [True, False])
 def test_rays_of_a_point_cloud_repeat_none():
     """Pixel centres are a finite pool: a cloud of many points would hold each of them many times."""
     views = train_views(grid(), "cpu")
@@ -86,6 +85,7 @@ def test_rays_of_a_point_cloud_repeat_none():
     assert torch.isfinite(middle).all()
 
 
+@pytest.mark.parametrize("orthogonal", [True, False])
 def test_a_step_looks_through_four_cameras(orthogonal: bool) -> None:
     plan = ViewPlan.ring((40.0, 80.0, 120.0, 160.0, 200.0, 240.0, 280.0, 320.0))
     pictures = np.full((2, 9, 32, 32, 4), 255, np.uint8)

@@ -546,3 +546,15 @@ def test_no_module_asks_numba_for_a_cache_by_itself():
         if path.name != "compiled.py" and ("numba.njit" in path.read_text() or "from numba import" in path.read_text())
     ]
     assert direct == []
+
+
+def test_a_find_much_larger_than_what_moves_is_doubted():
+    """The model takes a large still thing together with the object before it."""
+    exact = ball(5, 240, 180, radius=12.0)
+    noise = np.random.default_rng(0).integers(60, 200, (180, 240, 3))
+    pictures = over(exact, noise)
+    everything = np.zeros((180, 240), np.uint8)
+    everything[20:170, 10:230] = 255
+    found = segment(clip_of(pictures), matting=lambda picture: everything)
+    assert found.confidence < 0.6
+    assert "cut-out" in [finding.name for finding in examine(clip_of(pictures), found)]

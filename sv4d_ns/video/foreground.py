@@ -31,6 +31,8 @@ MOTION_SIZE = 128
 """Longer side of the reduced pictures in which motion is looked for, pixels (up to twice as many)."""
 MOTION_LEVELS = 0.2
 """Mean change, levels above the noise, below which nothing moves."""
+MOST_STILL = 2.5
+"""An object may be so many times as large as the box around what moves of it (a waving arm) before it is doubted."""
 MOTION_MARGIN = 0.35
 """Margin around what moves, of its longer side, in which the rest of the object is looked for."""
 OPEN_REACH = 2
@@ -152,6 +154,7 @@ def _matted(clip: Clip, matting: Matting, background: Background) -> Foreground:
         closer, closer_confidence = _asked(clip.frames, matting, change, step, box)
         if closer_confidence > confidence:
             alpha, confidence = closer, closer_confidence
+    confidence *= _plausible_size(alpha, change, step)
     message = (
         f"The background is not plain ({background.described}): the object was found "
         f"by the matting model, confidence {confidence:.2f}; look at it with sv4d doctor --picture."
@@ -186,6 +189,19 @@ def _asked(
     return alpha, decided * inside / (inside + outside)
 
 
+def _plausible_size(alpha: UInt8[np.ndarray, "t H W"], change: Float[np.ndarray, "t h w"], step: int) -> float:
+    """1, or less where what was found is much larger than the part of the picture in which anything moves.
+
+    Then the model may have taken a thing of the background together with the object before it.
+    """
+    box = _window(_moving(change), margin=0)
+    found = float(np.count_nonzero(alpha >= 128, axis=(1, 2)).max())
+    if box is None or not found:
+        return 1.0
+    area = float(np.prod([(side.stop - side.start) * step for side in box]))
+    return min(1.0, MOST_STILL * area / found)
+
+
 def _steadied(alpha: UInt8[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w"]:
     """The median of three frames, which drops what a model saw or missed in one frame only.
 
@@ -209,10 +225,14 @@ def _change(frames: UInt8[np.ndarray, "t H W 4"], step: int) -> Float[np.ndarray
     return np.maximum(levels - 4 * np.median(levels) - 2, 0).astype(np.float32)
 
 
+def _moving(change: Float[np.ndarray, "t h w"]) -> Bool[np.ndarray, "h w"]:
+    """Where anything moves in the clip, at reduced size."""
+    return ndimage.binary_opening((change > 4).any(axis=0), np.ones((2, 2)))
+
+
 def _moving_box(change: Float[np.ndarray, "t h w"], step: int) -> tuple[slice, slice] | None:
     """The part of the full pictures in which something moves, with a margin for what of the object does not."""
-    moving = ndimage.binary_opening((change > 4).any(axis=0), np.ones((2, 2)))
-    box = _window(moving, margin=0)
+    box = _window(_moving(change), margin=0)
     if box is None:
         return None
     margin = round(MOTION_MARGIN * max(side.stop - side.start for side in box))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -674,10 +674,10 @@ def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     The matrix maps x (right) and y (down) of the stored picture to a x + c y and b x + d y of the shown one, in 16.16
     (ISO 14496-12, 6.2.2). Angles between the quarters and scales are left alone, as players do.
     """
-    data = frame.side_data.get(DISPLAY_MATRIX)
+    data = cast(Any, frame.side_data).get(DISPLAY_MATRIX)
     if data is None:
         return picture
-    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(cast(bytes, data))[:20], np.int32))
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(data)[:20], np.int32))
     if abs(b) + abs(c) > abs(a) + abs(d):
         picture = picture.swapaxes(0, 1)
         a, d = c, b
