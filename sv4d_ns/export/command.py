@@ -272,6 +272,7 @@ def run(arguments: Sequence[str], program: str = "sv4d export") -> None:
     else:
         # nerfstudio marks its union the same way: booleans take a value
         command = tyro.cli(commands(), prog=program, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
+        check_config_path(command.load_config)  # nerfstudio's do not look
     command.main()
 
 

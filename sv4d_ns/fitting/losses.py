@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
-from sv4d_ns.field.volume_rendering import RaySamples
+from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 from sv4d_ns.fitting.settings import LossWeights as LossWeights
 
 Perceptual = Callable[[Float[Tensor, "p 3 h w"], Float[Tensor, "p 3 h w"]], Float[Tensor, " p"]]
@@ -122,14 +122,9 @@ def distortion(weights: Float[Tensor, " m"], samples: RaySamples) -> Tensor:
     rays = samples.ray_indices
     alpha = weights.new_zeros(samples.n_rays).index_add(0, rays, weights)
     w, s = (weights / alpha.clamp(min=1e-3)[rays]).double(), samples.distances.double()
-    first = torch.ones_like(rays, dtype=torch.bool)
-    first[1:] = rays[1:] != rays[:-1]
-    segment = first.long().cumsum(0) - 1
-    starts = first.nonzero()[:, 0]
 
     def before(v: Tensor) -> Tensor:
-        total = v.cumsum(0) - v
-        return total - total[starts][segment]
+        return sum_before(v, rays)
 
     # Samples are ordered by distance, so |s_i - s_j| needs no absolute value: i after j.
     per_sample = 2 * (w * s * before(w) - w * before(w * s)) + samples.step / 3 * w.square()
@@ -185,7 +180,7 @@ def sparsity(
     density: Float[Tensor, " m"],
     transmittance: Float[Tensor, " m"],
     step: float,
-    n_rays: int,
+    n_rays: int | Int[Tensor, ""],
     max_density: float,
 ) -> Tensor:
     """Mean length of matter that lies open to a ray, world units (at the largest density): matter no view asks for goes

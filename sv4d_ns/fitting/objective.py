@@ -4,6 +4,7 @@ The nerfstudio data manager and model are wired to this file, and so is `benchma
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -61,6 +62,9 @@ class BatchConfig:
     """As many as SV4D draws, and views."""
     orthogonal: bool = True
     """Whether the views of a step are a base view and those nearest to quarter turns from it; else four by chance."""
+    spread: bool = False
+    """Whether single rays go through any point of their pixel, not its middle: for point clouds, which would hold each
+    middle many times. Their targets are the pixel's all the same."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,12 @@ class BatchSampler:
         self.visibility: dict[int, Tensor] = {}
         """What `update_visibility` found last for each frame, [v, s, s]; what a resumed run has to be given."""
 
+    def with_seed(self, seed: int) -> "BatchSampler":
+        """The same views and weights, of which other rays are drawn."""
+        other = copy(self)
+        other.seed = seed
+        return other
+
     def draw(self, step: int, window: Window, canonical: int) -> Batch:
         """The batch of a step whose frames lie in `window`; orthogonal views, most pixels near the object."""
         config = self.config
@@ -334,7 +344,8 @@ class BatchSampler:
             if normals is not None and source.normals is not None:
                 normals[at] = source.normals[index]
             size[at] = torch.tensor([source.rgb.shape[2], source.rgb.shape[1]], device=device).float()
-        xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float() + 0.5
+        xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float()
+        xy = xy + (sampling.uniform(self.seed, step, (count, 2), stream=5).to(device) if self.config.spread else 0.5)
         origins, directions = pixel_rays(xy, c2w, focal, size)
         background = sampling.uniform(self.seed, step, (3,), stream=4).to(device)
         times = torch.from_numpy(frame / max(first.rgb.shape[0] - 1, 1)).to(device).float()
@@ -542,12 +553,11 @@ def _sparsity(field: DeformableField, rendered: RenderOutput, batch: Batch) -> T
     Only what a view sees is asked to go, so that something can object: from sides that no view sees (between the legs,
     under the belly) a body would be eaten up to its shell.
     """
-    n_rays = int((batch.alpha > 0.5).sum())
-    if not n_rays:
-        return rendered.density.new_zeros(())
+    n_rays = (batch.alpha > 0.5).sum()  # stays on the device: reading it would wait for all work before it
     step = rendered.samples.step
     opened = transmittance(rendered.density.detach() * step, rendered.samples)
-    return losses.sparsity(rendered.density, opened, step, n_rays, field.config.max_density)
+    owed = losses.sparsity(rendered.density, opened, step, n_rays.clamp(min=1), field.config.max_density)
+    return owed * (n_rays > 0)
 
 
 def _patch_terms(
@@ -573,15 +583,18 @@ def _patch_terms(
     if weights.depth_smoothness:
         terms["depth_smoothness"] = losses.depth_smoothness(patches(rendered.depth), seen)
     has_estimate = bool(weights.normal) and batch.normals is not None
-    if not (has_estimate or weights.bilateral_normal) or not bool(seen.any()):
+    if not (has_estimate or weights.bilateral_normal):
         return terms
-    surface = batch.origins + rendered.depth.detach()[:, None] * batch.directions
-    normals = torch.zeros_like(made)
-    normals[seen] = field.normals(patches(surface)[seen], patches(batch.times)[seen])
+    rows = seen.flatten().nonzero()[:, 0]  # once: each look for them waits for the device
+    if not len(rows):
+        return terms
+    rays = batch.rays + rows
+    surface = batch.origins[rays] + rendered.depth.detach()[rays, None] * batch.directions[rays]
+    found = field.normals(surface, batch.times[rays])
+    normals = torch.zeros_like(made).view(-1, 3).index_copy(0, rows, found).view_as(made)
     if has_estimate:
         assert batch.normals is not None
-        estimated = patches(batch.normals)[seen]
-        terms["normal"] = losses.normal(normals[seen], estimated, patches(batch.weight)[seen])
+        terms["normal"] = losses.normal(found, batch.normals[rays], batch.weight[rays])
     if weights.bilateral_normal:
         terms["bilateral_normal"] = losses.bilateral_normal(normals, target, seen)
     return terms

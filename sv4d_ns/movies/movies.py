@@ -36,7 +36,6 @@ ORBIT_FPS = 12.0
 """Rate of a movie in which time stands still; movies in which it passes have the clip's own."""
 LONGEST_SIDE = 640
 """Pixels along the longer side of the overlay of a run: larger sources are scaled down."""
-MOVIE_FOLDER = "movies"
 
 Progress = Callable[[int, int], None]
 

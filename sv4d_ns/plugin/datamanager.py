@@ -7,7 +7,6 @@ keeps on disk, so they never need the diffusion model.
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,6 +37,18 @@ if TYPE_CHECKING:
     from sv4d_ns.views.grid import ViewGrid
 
 
+EVAL_SEED = 2**32
+"""Between the seed of the rays trained on and that of the rays a fit is measured on: no seed is as large."""
+
+
+@dataclass
+class GridParserConfig:
+    """What `ns-render dataset` sets of a data parser."""
+
+    downscale_factor: float = 1.0
+    """How many times smaller the pictures are to be than the input view."""
+
+
 @first_in_help("max_frames", "fps", "masks", "matting", "crop", "synthesis", "seed")
 @dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
@@ -47,7 +58,7 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     data: Path | None = None
     """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
     dataparser: tyro.conf.Suppress[Any] = None
-    """Unused: cameras and images come from the view grid."""
+    """Cameras and images come from the view grid; nerfstudio's commands set a `GridParserConfig`."""
     run_dir: tyro.conf.Suppress[Path | None] = None
     """The run's own folder, where its view grids are; filled in when the run is created."""
     max_frames: int | None = None
@@ -57,9 +68,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Take so many frames a second of the video instead of a number of frames."""
     masks: Path | None = None
     """A folder (or pattern, or video) of masks, one for each frame: white, or opaque, is the object."""
-    matting: str | None = None
-    """Model of rembg that finds the object where the background is not plain, e.g. isnet-general-use (needs the extra
-    `matting`)."""
+    matting: str | None = "u2netp"
+    """Model that finds the object where the background is not plain: u2netp comes with this package; isnet-general-use,
+    birefnet-general and others of rembg's are better and need the extra `matting`."""
     frame_ratio: float = 0.9
     """Share of the square crop that the object's larger side fills, over all frames (SV4D's image_frame_ratio)."""
     crop: Literal["fixed", "stabilised", "released"] = "fixed"
@@ -182,11 +193,14 @@ def view_plan(config: SV4DDataManagerConfig) -> "ViewPlan | None":
     return ViewPlan(config.view_azimuths, elevations)
 
 
-def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]]) -> InputDataset:
+def grid_dataset(
+    grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]], downscale_factor: float = 1.0
+) -> InputDataset:
     """Some images of a saved grid as a nerfstudio dataset on white, in the given order.
 
     Args:
         views_and_frames: (view, frame) pairs; view 0 is the input.
+        downscale_factor: how many times smaller than the input view the pictures are.
     """
     from sv4d_ns.fitting.objective import largest_silhouette
     from sv4d_ns.views.grid import image_name
@@ -194,7 +208,7 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
     c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
     views = torch.tensor([view for view, _ in views_and_frames])
     frames = torch.tensor([frame for _, frame in views_and_frames])
-    size = grid.input_frames.shape[1]
+    size = max(round(grid.input_frames.shape[1] / downscale_factor), 1)
     cameras = Cameras(
         camera_to_worlds=c2w[views],
         fx=grid.plan.focal_px(size),
@@ -276,16 +290,30 @@ class SV4DDataManager(VanillaDataManager):
         self.includes_time = True
         self.frame_window: Callable[[int], Window]  # the pipeline sets both from the model's schedule
         self.canonical_frame: int
+        self.retries = 0
+        """How often the run went back to a checkpoint after a loss that was not finite: it then draws other pixels."""
+        self._synthesizer: ViewSynthesizer | None = None
+        self._batch_sampler: BatchSampler | None = None
         self._export_sampler: BatchSampler | None = None
         self.grid, folder = self._open_grid()
         self.use_grid(self.grid, folder)
         # skips VanillaDataManager.__init__, which would ask a data parser for what the grid already holds
         DataManager.__init__(self)
 
-    @cached_property
+    # Methods, not properties: nerfstudio's viewers read every attribute of pipeline, model and data manager.
+
     def synthesizer(self) -> "ViewSynthesizer":
         """The diffusion model; loaded when it is first needed, which is never outside training."""
         assert self.test_mode == "val", "views are generated in training only"
+        if self._synthesizer is None:
+            self._synthesizer = self._load_synthesizer()
+        return self._synthesizer
+
+    def release_synthesizer(self) -> None:
+        """Let go of the diffusion model; it is loaded again if it is asked for."""
+        self._synthesizer = None
+
+    def _load_synthesizer(self) -> "ViewSynthesizer":
         from sv4d_ns.synthesis.base import load_synthesizer
 
         if self.config.synthesis == "fourdm":
@@ -322,8 +350,8 @@ class SV4DDataManager(VanillaDataManager):
             return ViewGrid.load(folder), folder
         if self.test_mode != "val":
             raise InputError(
-                f"{run_dir} holds no views: the run was stopped before they were made, or its folder was moved "
-                "(run commands from the folder the training was started in); start the training again."
+                f"{run_dir} holds no views: bring the folder views/ of the run to it; if the run was stopped before "
+                "they were made, give its ns-train command again."
             )
         folder = run_dir / "views"
         assert self.config.data is not None
@@ -341,12 +369,12 @@ class SV4DDataManager(VanillaDataManager):
         from sv4d_ns.views.grid import ViewGrid
 
         video = read_video(self.config)
-        plan = view_plan(self.config) or self.synthesizer.default_plan()
-        frames = resize_rgba(video.frames, self.synthesizer.image_size)
-        description = self.synthesizer.describe()
+        plan = view_plan(self.config) or self.synthesizer().default_plan()
+        frames = resize_rgba(video.frames, self.synthesizer().image_size)
+        description = self.synthesizer().describe()
         key = content_hash(frames, plan.to_dict(), description, self.config.seed)
         with bar("Stage 1: making novel views") as progress:
-            views = self.synthesizer.generate(
+            views = self.synthesizer().generate(
                 frames, plan, seed=self.config.seed, store=windows_folder(run_dir, key), progress=progress
             )
         if views.drift:
@@ -369,12 +397,15 @@ class SV4DDataManager(VanillaDataManager):
     def use_grid(self, grid: "ViewGrid", folder: Path) -> None:
         """Serve another grid from now on (stage 2 calls this with its refined views)."""
         self.grid = grid
-        self.__dict__.pop("batch_sampler", None)  # it belongs to the old grid
-        self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid))
+        self._batch_sampler = None  # it belongs to the old grid
+        parser: GridParserConfig = self.config.dataparser or GridParserConfig()
+        self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid), parser.downscale_factor)
         self.train_dataset.metadata["leave_out"] = self.config.leave_out
         if self.test_mode == "val":
             self._say_what_is_left_out()
-        self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid))
+        self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid), parser.downscale_factor)
+        if hasattr(self, "eval_dataloader"):
+            self.setup_eval()  # the loaders hold the dataset
         self.train_dataparser_outputs = self.train_dataset._dataparser_outputs
         self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
 
@@ -391,8 +422,9 @@ class SV4DDataManager(VanillaDataManager):
             )
 
     def get_datapath(self) -> Path:
-        """The folder of the user's data (nerfstudio's viewer puts camera paths there)."""
-        return self.config.data if self.config.data is not None else Path.cwd()
+        """The user's data (nerfstudio's viewer puts camera paths beside it), or the run's folder where that is gone."""
+        data = self.config.data
+        return data if data is not None and data.exists() else self.config.run_dir or Path.cwd()
 
     def setup_train(self) -> None:
         """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `sampling`."""
@@ -413,25 +445,30 @@ class SV4DDataManager(VanillaDataManager):
         self.train_count += 1
         if self.test_mode != "val":
             return self._first_frame_rays(), {}
-        batch = self.batch_sampler.draw(step, self.frame_window(step), self.canonical_frame)
-        bundle = _ray_bundle(batch)
-        bundle.metadata = {
-            "jitter": batch.jitter[:, None],
-            "background": batch.background.expand(len(bundle), 3),
-            "view": batch.view[:, None],
-        }
-        return bundle, {"batch": batch}
+        return _with_targets(self.training_sampler().draw(step, self.frame_window(step), self.canonical_frame))
 
-    @cached_property
+    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
+        """Rays like those of training, but others, for --steps-per-eval-batch; they disturb no training step."""
+        self.eval_count += 1
+        sampler = self.batch_sampler().with_seed(self.config.seed + EVAL_SEED)
+        return _with_targets(sampler.draw(step, self.frame_window(step), self.canonical_frame))
+
+    def training_sampler(self) -> "BatchSampler":
+        """`batch_sampler` with the seed of this attempt."""
+        return self.batch_sampler().with_seed(self.config.seed + self.retries)
+
     def batch_sampler(self) -> "BatchSampler":
-        """Draws the training rays of the grid in use."""
-        return self._make_sampler(rays=self.config.train_num_rays_per_batch, patches=self.config.patches)
+        """Draws rays of the grid in use."""
+        if self._batch_sampler is None:
+            config = self.config
+            self._batch_sampler = self._make_sampler(rays=config.train_num_rays_per_batch, patches=config.patches)
+        return self._batch_sampler
 
-    def _make_sampler(self, rays: int, patches: int) -> "BatchSampler":
+    def _make_sampler(self, rays: int, patches: int, spread: bool = False) -> "BatchSampler":
         from sv4d_ns.fitting.batch_sampler import ScheduleConfig
         from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, train_views
 
-        config = BatchConfig(rays=rays, patches=patches)
+        config = BatchConfig(rays=rays, patches=patches, spread=spread)
         views = train_views(self.grid, self.device, self.config.leave_out)
         if self.config.normals is not None and self.test_mode == "val":
             views = self._with_normals(views, self.config.normals)
@@ -454,8 +491,19 @@ class SV4DDataManager(VanillaDataManager):
         assert self.train_pixel_sampler is not None
         rays = self.train_pixel_sampler.num_rays_per_batch
         if self._export_sampler is None or self._export_sampler.config.rays != rays:
-            self._export_sampler = self._make_sampler(rays=rays, patches=0)
+            self._export_sampler = self._make_sampler(rays=rays, patches=0, spread=True)
         return _ray_bundle(self._export_sampler.draw(self.train_count, Window(0, 0), 0))
+
+
+def _with_targets(batch: "Batch") -> tuple[RayBundle, dict[str, Any]]:
+    """A batch's rays with all that rendering them takes, and the batch."""
+    bundle = _ray_bundle(batch)
+    bundle.metadata = {
+        "jitter": batch.jitter[:, None],
+        "background": batch.background.expand(len(bundle), 3),
+        "view": batch.view[:, None],
+    }
+    return bundle, {"batch": batch}
 
 
 def _ray_bundle(batch: "Batch") -> RayBundle:

@@ -1,8 +1,9 @@
 """The nerfstudio pipeline of 4Diffusion: it makes the prior and the anchor of a run and asks the objective."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
@@ -12,7 +13,7 @@ from torch import Tensor
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.distillation_model import FourDiffusionModel, FourDiffusionModelConfig
 from sv4d_ns.plugin.help import first_in_help
-from sv4d_ns.plugin.pipeline import SV4DPipeline, SV4DPipelineConfig
+from sv4d_ns.plugin.pipeline import SV4DPipeline, SV4DPipelineConfig, read_step
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.progress import say
 
@@ -36,10 +37,14 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """The video and the model behind distillation."""
     model: ModelConfig = field(default_factory=FourDiffusionModelConfig)
     """The space-time field."""
-    refine_steps: tuple[int, ...] | None = ()
-    """Score distillation looks at the views anew in every step, so there is no second stage."""
-    visibility_every: int = 0
-    """Not used: the anchor is one view."""
+    refine_steps: tyro.conf.Suppress[tuple[int, ...] | None] = ()
+    """Unused: score distillation looks at the views anew in every step, so there is no second stage."""
+    refine_strength: tyro.conf.Suppress[float | None] = None
+    """Unused, like `refine_steps`."""
+    refine_agreement: tyro.conf.Suppress[float] = 0.0
+    """Unused, like `refine_steps`."""
+    visibility_every: tyro.conf.Suppress[int] = 0
+    """Unused: the anchor is one view."""
     anchor_view: int | None = None
     """View of the grid that the field is to match (0 the input, then the novel views in order); None takes the input
     itself where its camera is known, else the sampled view that looks most like it."""
@@ -83,6 +88,7 @@ class FourDiffusionPipeline(SV4DPipeline):
             config.datamanager.prompt = config.model.prompt
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
         self._objective: Objective | None = None
+        self._total_steps = 0  # and so no warm-up, until the trainer says how long the run is
 
     @property
     def space_model(self) -> FourDiffusionModel:
@@ -107,14 +113,34 @@ class FourDiffusionPipeline(SV4DPipeline):
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """The terms of a step; raises `NotFiniteError` before one of them can spoil the field."""
-        from sv4d_ns.utils.errors import NotFiniteError
-
         assert self._objective is not None
         terms = self._terms(step)
-        for name, value in terms.items():
-            if not value.isfinite().all():
-                raise NotFiniteError(name, step)
+        self.psnr = read_step(terms, self._objective_psnr, step)
         return {}, terms, {"psnr": self._objective_psnr}
+
+    def get_eval_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """How well the field fits other rays of the grid's views; distillation has no such measure."""
+        import torch
+
+        from sv4d_ns.distillation.warm_start import view_terms
+
+        _, batch = self.datamanager.next_eval(step)
+        with torch.no_grad():
+            terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch["batch"])
+        return {}, terms, {"psnr": torch.tensor(psnr)}
+
+    def go_back(self, step: int) -> None:
+        """As the other method's, and with other views and noise in distillation, too."""
+        super().go_back(step)
+        if self._objective is not None:
+            self._objective.config = replace(self._objective.config, seed=self._seed())
+
+    def _seed(self) -> int:
+        """Of this attempt."""
+        return self.datamanager.config.seed + self.datamanager.retries
+
+    def _refinements_before(self, step: int) -> int:
+        return 0  # whatever a config.yml says: this method has no second stage
 
     def _terms(self, step: int) -> dict[str, Tensor]:
         import torch
@@ -124,25 +150,23 @@ class FourDiffusionPipeline(SV4DPipeline):
         assert self._objective is not None
         terms: dict[str, Tensor] = {}
         psnr = 0.0
-        if step < self._warm_up_steps or self.config.keep_views:
+        warm_up_steps = self._warm_up_steps()
+        if step < warm_up_steps or self.config.keep_views:
             from sv4d_ns.distillation.warm_start import view_terms
 
-            batch = self.datamanager.batch_sampler.draw(step, self.space_model.frame_window(step), 0)
+            batch = self.datamanager.training_sampler().draw(step, self.space_model.frame_window(step), 0)
             terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
-        if step >= self._warm_up_steps:
-            terms |= self._objective.terms(step - self._warm_up_steps)
+        if step >= warm_up_steps:
+            terms |= self._objective.terms(step - warm_up_steps)
             psnr = self._objective.anchor_psnr
             field, occupancy = self.space_model.field, self.space_model.occupancy
-            seed = self.datamanager.config.seed
-            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, seed, step)
+            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, self._seed(), step)
         self._objective_psnr = torch.tensor(psnr)
         return terms
 
-    @property
     def _warm_up_steps(self) -> int:
         return self.config.warm_up_steps(self._total_steps)
 
-    @property
     def _is_fourdm(self) -> bool:
         return self.datamanager.config.synthesis == "fourdm"
 
@@ -172,11 +196,11 @@ class FourDiffusionPipeline(SV4DPipeline):
             make_anchor(grid, view, size, self.device),
             grid.num_frames,
             ObjectiveConfig(
-                total_steps=self._total_steps - self._warm_up_steps,
-                first_step=WARM_START if self._warm_up_steps else 0,
+                total_steps=self._total_steps - self._warm_up_steps(),
+                first_step=WARM_START if self._warm_up_steps() else 0,
                 frames_per_step=frames,
-                seed=self.datamanager.config.seed,
-                weights=own_weights(short_run=not self._is_fourdm, perceptual=lpips is not None),
+                seed=self._seed(),
+                weights=own_weights(short_run=not self._is_fourdm(), perceptual=lpips is not None),
                 noise=prior.noise,
                 render=model.render_settings(),
             ),
@@ -188,10 +212,11 @@ class FourDiffusionPipeline(SV4DPipeline):
         from sv4d_ns.synthesis.bundled import BundledSynthesizer
         from sv4d_ns.synthesis.fourdm import FourDMSynthesizer
 
-        grid, synthesizer = self.datamanager.grid, self.datamanager.synthesizer
+        grid, synthesizer = self.datamanager.grid, self.datamanager.synthesizer()
         if isinstance(synthesizer, FourDMSynthesizer):
             # a grid of another model has no 4DM front: its input view is taken for it
             front = grid.plan.azimuths_deg[0] if grid.provenance.get("model") == synthesizer.name else 0.0
+            self.datamanager.release_synthesizer()  # its encoders, half of its memory, are not needed any more
             return FourDMPrior(synthesizer.pipeline, grid.input_frames, synthesizer.prompt, front)
         loaded: Any = synthesizer
         plan = grid.plan

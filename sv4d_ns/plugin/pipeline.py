@@ -7,7 +7,9 @@ other in 3D, so the refined views do so more than the generated ones.
 """
 
 import json
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,12 +24,20 @@ from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModel, SV4DModelConfig
 from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.viewer import Playback, StartCamera
-from sv4d_ns.runs.layout import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
+from sv4d_ns.runs.layout import (
+    MOVIE_FOLDER,
+    SUMMARY_FILE,
+    VIEW_FOLDERS,
+    checkpoint_steps,
+    read_checkpoint,
+    windows_folder,
+)
 from sv4d_ns.utils.devices import ensure_ffmpeg_on_path
 from sv4d_ns.utils.errors import InputError, NotFiniteError, one_sentence_errors
 from sv4d_ns.utils.progress import say, say_whole
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.cuda.amp.grad_scaler import GradScaler
 
     from sv4d_ns.field.images import ResultSheet
@@ -71,6 +81,24 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     """Pixels along the side of their rendered pictures, even."""
 
 
+def read_step(losses: "Mapping[str, Tensor]", psnr: "Tensor", step: int) -> float:
+    """The PSNR of a step as a number, once all its losses are known to be finite.
+
+    All is read in one go: a GPU's work goes on while nobody asks for results.
+
+    Raises:
+        NotFiniteError: naming the first loss that is not finite.
+    """
+    import torch
+
+    finite = [loss.detach().isfinite().all() for loss in losses.values()]
+    *flags, value = torch.stack([*finite, psnr.detach().to(finite[0].device)]).tolist()
+    for term, flag in zip(losses, flags, strict=True):
+        if not flag:
+            raise NotFiniteError(term, step)
+    return float(value)
+
+
 class SV4DPipeline(VanillaPipeline):
     """Wires the view grid, the field and stage 2 together."""
 
@@ -97,6 +125,8 @@ class SV4DPipeline(VanillaPipeline):
 
         self.resumed_visibility: dict[int, Any] = {}
         """The sampler's visibility of views as it was when the checkpoint was saved that the run goes on from."""
+        self.psnr = math.nan
+        """Of the last training step's rays, dB."""
         self.start_camera = StartCamera()
         self.playback = Playback(self.sv4d_model, lambda: self.datamanager.grid)
         self.sv4d_model.views = GridWitnesses(lambda: self.datamanager.grid)
@@ -168,14 +198,12 @@ class SV4DPipeline(VanillaPipeline):
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """nerfstudio's; raises `NotFiniteError` before the loss can spoil the field."""
         outputs, loss_dict, metrics_dict = super().get_train_loss_dict(step)
-        for term, loss in loss_dict.items():
-            if not loss.isfinite().all():
-                raise NotFiniteError(term, step)
+        self.psnr = read_step(loss_dict, metrics_dict["psnr"], step)
         return outputs, loss_dict, metrics_dict
 
     def go_back(self, step: int) -> None:
         """Be as before `step`: its views, and other pixels than those that led to a loss that is not finite."""
-        self.datamanager.config.seed += 1
+        self.datamanager.retries += 1
         self._use_views_of_step(step)
 
     def _update_visibility(self, step: int) -> None:
@@ -183,17 +211,19 @@ class SV4DPipeline(VanillaPipeline):
         if len(window) == 1:
             return  # the static phase: the surface is still being found
         frame = window.first + step // self.config.visibility_every % len(window)
-        self.datamanager.batch_sampler.update_visibility(self.sv4d_model.field, self.sv4d_model.occupancy, frame)
+        self.datamanager.batch_sampler().update_visibility(self.sv4d_model.field, self.sv4d_model.occupancy, frame)
 
     def _use_views_of_step(self, step: int) -> None:
         """After a resume: the grid the field was being fitted to at that step."""
-        rounds = sum(step > refine_step for refine_step in self.config.refine_steps or ())
         occupied = self.sv4d_model.occupancy.occupied.clone()
-        self._use_saved_views(rounds)
+        self._use_saved_views(self._refinements_before(step))
         if step > 0:  # carving opens the whole hull; where the field was found empty is in the checkpoint
             self.sv4d_model.occupancy.occupied.copy_(occupied)
         for frame, maps in self.resumed_visibility.items():
-            self.datamanager.batch_sampler.use_visibility(frame, maps.to(self.device))
+            self.datamanager.batch_sampler().use_visibility(frame, maps.to(self.device))
+
+    def _refinements_before(self, step: int) -> int:
+        return sum(step > refine_step for refine_step in self.config.refine_steps or ())
 
     def _use_saved_views(self, number: int) -> None:
         from sv4d_ns.views.grid import ViewGrid
@@ -228,17 +258,17 @@ class SV4DPipeline(VanillaPipeline):
         from sv4d_ns.views.grid import ViewGrid
 
         grid, config = self.datamanager.grid, self.datamanager.config
-        size = self.datamanager.synthesizer.image_size
+        size = self.datamanager.synthesizer().image_size
         with bar(f"Stage 2, round {number}: rendering the field") as progress:
             renders = render_grid(self.sv4d_model.field, self.sv4d_model.occupancy, grid, size, progress)
         frames = resize_rgba(grid.input_frames, size)
         seed = config.seed + number
-        strength = self.config.refine_strength or self.datamanager.synthesizer.refine_strength
+        strength = self.config.refine_strength or self.datamanager.synthesizer().refine_strength
         settings = {"strength": strength, "seed": seed}
         sharpness = self.config.refine_agreement
-        key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer.describe(), settings)
+        key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer().describe(), settings)
         with bar(f"Stage 2, round {number}: noising and denoising the renders") as progress:
-            refined = self.datamanager.synthesizer.refine(
+            refined = self.datamanager.synthesizer().refine(
                 frames,
                 renders,
                 grid.plan,
@@ -281,7 +311,6 @@ class SV4DPipeline(VanillaPipeline):
             summary = made
         else:
             self._make_movies()
-        config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
         say(
             f"What the camera saw is repeated with PSNR {summary['input_view_psnr']:.1f} dB and silhouette IoU "
             f"{summary['input_view_iou']:.3f}."
@@ -290,11 +319,7 @@ class SV4DPipeline(VanillaPipeline):
             say(sentence)
         say(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
         say("Finished. Next:")
-        for command in (
-            f"ns-viewer --load-config {config_file}",
-            f"ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4",
-            f"{installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
-        ):
+        for command in next_commands(trainer.base_dir, trainer.config.experiment_name, installed_command()):
             say_whole(f"  {command}")
 
     def _finished_summary(self, identity: str) -> dict[str, Any] | None:
@@ -341,7 +366,7 @@ class SV4DPipeline(VanillaPipeline):
         """Write the movies of the run that are not there yet, and say where they are."""
         if not self.config.movies:
             return
-        from sv4d_ns.movies.movies import MOVIE_FOLDER, MovieOptions, write_run_movies
+        from sv4d_ns.movies.movies import MovieOptions, write_run_movies
         from sv4d_ns.utils.progress import bar
 
         folder, subject = self._run_dir / MOVIE_FOLDER, self._subject()
@@ -351,3 +376,20 @@ class SV4DPipeline(VanillaPipeline):
         for sentence in sentences:
             say(sentence)
         say(f"Movies: {folder} ({', '.join(file.name for file in files)})")
+
+
+def next_commands(run: Path, name: str | None, export: str) -> list[str]:
+    """What can be done with a finished run, as commands that can be pasted into a shell whatever the paths hold.
+
+    Args:
+        run: the run's folder.
+        name: of the files that are to be made.
+        export: the command that reaches the exporters.
+    """
+    paths = (run / "config.yml", f"renders/{name}.mp4", f"exports/{name}")
+    config, movie, folder = (shlex.quote(str(path)) for path in paths)
+    return [
+        f"ns-viewer --load-config {config}",
+        f"ns-render interpolate --load-config {config} --output-path {movie}",
+        f"{export} mesh --load-config {config} --output-dir {folder}",
+    ]

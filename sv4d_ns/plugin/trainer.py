@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
+from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 
@@ -18,11 +19,13 @@ from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.estimate import Remaining, Work, sv4d_work, time_sentence
 from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModelConfig
+from sv4d_ns.plugin.nerfstudio_commands import expect_missing_configs, opening, prepare
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
 from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.validation import check_settings
 from sv4d_ns.plugin.viewer import local_unless_asked
 from sv4d_ns.runs.layout import (
+    PARTIAL_CHECKPOINT,
     STAGE_2,
     SUMMARY_FILE,
     VIEW_FOLDERS,
@@ -37,13 +40,19 @@ from sv4d_ns.runs.layout import (
     recorded_rounds,
     stage_folder,
 )
+from sv4d_ns.runs.safe_config import open_paths_of_other_systems
 from sv4d_ns.utils.devices import DeviceChoice, choose_device
 from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
-from sv4d_ns.utils.files import check_zip
+from sv4d_ns.utils.files import TEMPORARY, check_zip
 from sv4d_ns.utils.progress import TrainingBar, clock, say
+from sv4d_ns.video.sources import local_path, source_name
 
 if TYPE_CHECKING:
     from sv4d_ns.video import ObjectVideo
+
+# nerfstudio imports this file before it reads any config.yml
+open_paths_of_other_systems()
+expect_missing_configs()
 
 DEFAULT_VIEWS = 8
 """Novel views of every model's own ring, for the estimate of a run's time."""
@@ -57,6 +66,14 @@ FIRST_IN_HELP = (
 )
 
 
+@dataclass
+class AutoMachineConfig(MachineConfig):
+    """nerfstudio's, whose device may be left to --device."""
+
+    device_type: Literal["auto", "cpu", "cuda"] = "auto"  # type: ignore[assignment]
+    """The same as --device."""
+
+
 @first_in_help(*FIRST_IN_HELP)
 @dataclass
 class SV4DTrainerConfig(TrainerConfig):
@@ -67,6 +84,8 @@ class SV4DTrainerConfig(TrainerConfig):
     """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
     device: DeviceChoice = "auto"
     """Where to run: auto takes CUDA when there is one. The choice is printed."""
+    machine: MachineConfig = field(default_factory=AutoMachineConfig)
+    """Machine configuration."""
     show_config: bool = False
     """Print every setting before the run begins. They are in config.yml in the run's folder, too."""
 
@@ -81,11 +100,37 @@ class SV4DTrainerConfig(TrainerConfig):
             value = local_unless_asked(value)
         super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read from a config.yml: the run may have been moved, and the command may ask what cannot be done."""
+        self.__dict__.update(state)
+        opened = opening()
+        if opened is not None:
+            with one_sentence_errors():
+                prepare(self, opened)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without where the run happens to lie on this machine."""
+        return {name: value for name, value in vars(self).items() if name != "_moved_to"}
+
+    def move_to(self, folder: Path) -> None:
+        """Say where the run lies, where that is not what output folder and names make of it."""
+        if folder != self.get_base_dir().absolute():
+            self.__dict__["_moved_to"] = folder
+        self.pipeline.datamanager.run_dir = folder  # type: ignore[attr-defined]
+
+    def get_base_dir(self) -> Path:
+        """The run's folder."""
+        moved_to: Path | None = vars(self).get("_moved_to")
+        return super().get_base_dir() if moved_to is None else moved_to
+
     def set_experiment_name(self) -> None:
         """Name the experiment after the video (nerfstudio would take the folder it lies in)."""
-        data = self.pipeline.datamanager.data
-        if self.experiment_name is None and data is not None:
-            self.experiment_name = data.stem
+        datamanager = self.pipeline.datamanager
+        with one_sentence_errors():
+            if datamanager.data is not None:
+                datamanager.data = local_path(datamanager.data)
+        if self.experiment_name is None and datamanager.data is not None:
+            self.experiment_name = source_name(datamanager.data)
         elif self.experiment_name is None and self.load_dir is not None:
             # <output>/<experiment>/<method>/<timestamp>/nerfstudio_models
             self.experiment_name = self.load_dir.resolve().parents[2].name
@@ -110,6 +155,20 @@ class SV4DTrainerConfig(TrainerConfig):
         if self.show_config:
             super().print_to_terminal()
 
+    def chosen_device(self) -> DeviceChoice:
+        """What was asked for by --device, or by nerfstudio's own flag for it.
+
+        Raises:
+            InputError: the two contradict each other.
+        """
+        machine = self.machine
+        asked = machine.device_type if isinstance(machine, AutoMachineConfig) else "auto"
+        if "auto" not in (asked, self.device) and asked != self.device:
+            raise InputError(
+                f"--device {self.device} contradicts --machine.device-type {asked}: leave out one of them."
+            )
+        return self.device if asked == "auto" else asked
+
     def _fingerprint(self, without: frozenset[str] = frozenset()) -> str | None:
         """What decides the result of the run; None where it continues another one or has no data (an error later)."""
         datamanager = self.pipeline.datamanager
@@ -117,7 +176,7 @@ class SV4DTrainerConfig(TrainerConfig):
         if self.source_run() is not None or datamanager.data is None:
             return None
         self._spread_schedules()  # a config that is read back has them spread already
-        device, _ = choose_device(self.device)
+        device, _ = choose_device(self.chosen_device())
         settings = [
             self.method_name,
             self.pipeline,
@@ -145,7 +204,7 @@ class SV4DTrainerConfig(TrainerConfig):
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
             check_settings(self)
-            self.machine.device_type, device = choose_device(self.device)
+            device, sentence = choose_device(self.chosen_device())
             identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()
             datamanager = self.pipeline.datamanager
@@ -155,7 +214,9 @@ class SV4DTrainerConfig(TrainerConfig):
             self._make_folder(identity)
             datamanager.run_dir = self.get_base_dir()
             super().save_config()
-            self._announce(device, video)
+            # not written down: another machine goes on with what it has
+            self.machine.device_type = device  # type: ignore[assignment]
+            self._announce(sentence, video)
 
     def _announce(self, device: str, video: "ObjectVideo | None") -> None:
         """What a user wants to know first: where it runs, with what, of what, for how long, and where to."""
@@ -177,7 +238,8 @@ class SV4DTrainerConfig(TrainerConfig):
     def work(self, frames: int, views: int) -> Work:
         """What the run consists of, for the estimate of its time."""
         pipeline: Any = self.pipeline
-        return sv4d_work(self.max_num_iterations, frames, views, tuple(pipeline.refine_steps or ()))
+        rounds = tuple(pipeline.refine_steps or ())
+        return sv4d_work(self.max_num_iterations, frames, views, rounds, len(pipeline.movies))
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -188,10 +250,14 @@ class SV4DTrainerConfig(TrainerConfig):
         if pipeline.refine_steps is None:
             source = self.source_run()
             earlier = None if source is None else recorded_rounds(source)
-            pipeline.refine_steps = earlier or (max(1, round(REFINE_AT * self.max_num_iterations)),)
+            pipeline.refine_steps = earlier or self._default_rounds()
         for group in self.optimizers.values():
             if isinstance(group.get("scheduler"), DecaySchedulerConfig):
                 group["scheduler"].max_steps = self.max_num_iterations
+
+    def _default_rounds(self) -> tuple[int, ...]:
+        step = max(1, round(REFINE_AT * self.max_num_iterations))
+        return (step,) if step < self.max_num_iterations else ()
 
     def _check_resume(self) -> None:
         if self.load_dir is not None and not checkpoint_steps(self.load_dir):
@@ -262,11 +328,15 @@ class SV4DTrainer(Trainer):
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
         left = None if self.remaining is None else self.remaining.after(step + 1)
         phase, run = (None, None) if left is None else left
-        note = f"{self._psnr:.1f} dB" + ("" if run is None else f", run {clock(run)}")
+        note = f"{self._shown_psnr():.1f} dB" + ("" if run is None else f", run {clock(run)}")
         self.bar.update("Fitting the 4D field", step + 1, self.total_steps, note, phase)
         self._last_step, self._in_step = step, False
         if self._interrupted:
             raise KeyboardInterrupt
+
+    def _shown_psnr(self) -> float:
+        pipeline: Any = self.pipeline
+        return float(pipeline.psnr)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -281,16 +351,6 @@ class SV4DTrainer(Trainer):
         again, self._interrupted = self._interrupted, True
         if not again and not self._in_step:
             raise KeyboardInterrupt
-
-    def train_iteration(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """nerfstudio's iteration; its PSNR is shown in the bar.
-
-        Raises:
-            NotFiniteError: by the pipeline, before anything is changed.
-        """
-        loss, loss_dict, metrics_dict = super().train_iteration(step)
-        self._psnr = float(metrics_dict["psnr"].detach())
-        return loss, loss_dict, metrics_dict
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
@@ -308,7 +368,7 @@ class SV4DTrainer(Trainer):
             return
         for name in VIEW_FOLDERS:
             if (source / name).is_dir() and not (self.base_dir / name).exists():
-                partial = self.base_dir / f".{name}-partial"
+                partial = self.base_dir / f"{TEMPORARY}{name}"
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(source / name, partial)
                 partial.rename(self.base_dir / name)
@@ -355,7 +415,6 @@ class SV4DTrainer(Trainer):
             return
         grid = pipeline.datamanager.grid
         self.remaining = Remaining(self.config.work(grid.num_frames, grid.num_views))
-        self.remaining.begin(self._start_step)
         with interrupts_handled_by(self._interrupt):
             try:
                 self._train_with_one_way_back(total)
@@ -447,7 +506,7 @@ class SV4DTrainer(Trainer):
         """
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
-        partial = self.base_dir / "checkpoint.partial"
+        partial = self.base_dir / PARTIAL_CHECKPOINT
         pipeline: Any = self.pipeline
         state = {
             "step": step,
@@ -455,7 +514,7 @@ class SV4DTrainer(Trainer):
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
-            "visibility": pipeline.datamanager.batch_sampler.visibility,
+            "visibility": pipeline.datamanager.batch_sampler().visibility,
         }
         try:
             torch.save(state, partial)

@@ -109,9 +109,7 @@ def _check_workers(client: "Client", cluster: str) -> None:
     for worker, version in answers.items():
         if version != __version__:
             found = "does not have sv4d-ns" if isinstance(version, BaseException) else f"has sv4d-ns {version}"
-            raise InputError(
-                f"The worker {worker} {found}, and this is {__version__}: install the same everywhere."
-            )
+            raise InputError(f"The worker {worker} {found}, and this is {__version__}: install the same everywhere.")
 
 
 def run_all(
@@ -132,5 +130,5 @@ def run_all(
     from distributed import as_completed
 
     futures = {client.submit(task, *values, pure=False): number for number, values in enumerate(arguments)}
-    for future in as_completed(futures):
+    for future in as_completed(list(futures), loop=client.loop):
         on_result(futures[future], future.exception() if future.status == "error" else future.result())

@@ -32,12 +32,16 @@ from filelock import FileLock, Timeout
 from sv4d_ns import __version__
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, check_zip, content_hash
+from sv4d_ns.video.sources import local_path, source_files
 
 WINDOWS = ".windows"
 STAGES = ".stages"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 SUMMARY_FILE = "summary.json"
+MOVIE_FOLDER = "movies"
+PARTIAL_CHECKPOINT = "checkpoint.partial"
+"""A checkpoint that is being written, beside the folder of the finished ones."""
 
 MAX_REFINE_ROUNDS = 8
 
@@ -152,6 +156,15 @@ def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, .
         path.write_text(json.dumps(record))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run: it holds what `record_run` writes (a run.json have others, too)."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"fingerprint", "version", "refine_steps"} <= set(record)
+
+
 def recorded_rounds(folder: Path) -> tuple[int, ...] | None:
     """The training steps at which the views of a run are refined, if it has written them down."""
     with suppress(OSError, ValueError, AttributeError, TypeError):
@@ -230,12 +243,13 @@ def _plain(value: Any, left_out: frozenset[str]) -> Any:
 def _files_hash(path: Path | None) -> str | None:
     if path is None:
         return None
+    path = local_path(path)
     if path.is_dir():  # of pictures, or of a view grid with its own folders
         folders = [path, *(path / name for name in ("images", "confidence"))]
         files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
     else:
         # a pattern may match what is no file: a pipe, for one, would never end
-        files = [path] if path.is_file() else sorted(file for file in path.parent.glob(path.name) if file.is_file())
+        files = [file for file in source_files(path) if file.is_file()]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(str(file.relative_to(path if path.is_dir() else path.parent)).encode())

@@ -5,6 +5,7 @@ stage 2 calls `refine` (SDEdit on the whole grid); both return plain uint8 RGBA 
 """
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -203,15 +204,14 @@ class DiffusionSynthesizer:
         steps = self.refine_inference_steps or self.pipeline.steps_to_run(self.num_inference_steps, strength)
         full_schedule = self.pipeline.scheduler
         # the schedule from the noise level of `strength` down, in as many steps as we like
-        self.pipeline.scheduler = type(full_schedule).from_config(
+        short_schedule = type(full_schedule).from_config(
             full_schedule.config, sigma_max=refine_sigma(full_schedule.config, strength)
         )
-        try:
-            grid = self._run(
-                frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders
-            )  # fmt: skip
-        finally:
-            self.pipeline.scheduler = full_schedule
+        pipeline = copy(self.pipeline)  # the same networks; the pipeline itself may be others' too
+        pipeline.scheduler = short_schedule
+        grid = replace(self, pipeline=pipeline)._run(
+            frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders
+        )
         return replace(from_model_space(grid.images), drift=grid.drift)
 
     def _run(

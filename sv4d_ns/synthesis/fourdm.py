@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sv4d_ns.diffusion.sv4d.windows import plan_windows
-from sv4d_ns.diffusion.window_store import WindowStore
+from sv4d_ns.diffusion.window_store import WindowStore, code_fingerprint
 from sv4d_ns.distillation.anchor import KNOWN_POSE, nearest_view
 from sv4d_ns.distillation.cameras import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.geometry.cameras import ViewPlan
@@ -137,7 +137,9 @@ class FourDMSynthesizer:
             report(0)
             numbers = list(window.frames)
             known = None if window.anchor is None else _frame_of(latents, windows, window.anchor, window.start)
-            key = content_hash(self.describe(), frames[numbers], seed, strength, number, known is None)
+            key = content_hash(
+                self.describe(), code_fingerprint(), frames[numbers], seed, strength, number, known is None
+            )
             name = f"window{number:03d}"
             made = store.load(name, key) if start is None else None
             if made is None:
