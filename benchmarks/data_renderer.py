@@ -1,9 +1,11 @@
 """The compiled renderer of training data: how fast it is, and how its pictures compare with Blender's.
 
     python benchmarks/data_renderer.py speed ASSETS [--count 60]
+    python benchmarks/data_renderer.py volume ASSETS [--count 60]
     python benchmarks/data_renderer.py blender ASSETS OUT --python PYTHON_WITH_BPY [--count 20] [--size 128]
 
-`speed` prints CPU milliseconds of every part of a training sample on one core (the compilers' work left out). `blender`
+`speed` prints CPU milliseconds of every part of a training sample on one core (the compilers' work left out). `volume`
+looks at the volume at 64^3 from six cameras and prints the IoU with the pictures' silhouettes. `blender`
 renders the first clip of animated assets at its start, middle and end with both, writes OUT/sheet.png (Blender above,
 ours below) and prints the silhouettes' IoU (alpha >= 0.5).
 """
@@ -72,6 +74,45 @@ def measure(library: AssetLibrary, rng: np.random.Generator, name: str) -> dict[
         "picture at 64 px": taken[3] / len(VIEWS), "volume at 64^3": taken[4], "colours of its cells at 32^3": taken[6],
     }  # fmt: skip
     return {**parts, "all, with six pictures": float(taken.sum() - taken[5])}
+
+
+def silhouettes(arguments: argparse.Namespace) -> None:
+    """How well the true volumes, seen from every side, agree with the pictures."""
+    library = AssetLibrary(arguments.assets, cache=arguments.cache)
+    rng = np.random.default_rng(5)
+    scores = {}
+    for name in map(str, rng.permutation(library.train)[: arguments.count]):
+        sample = library.sample(rng, names=[name])
+        alpha = sample.draw(VIEWS, 64)[0, ..., 3] >= 128
+        seen = np.stack([project(sample.occupancy(0, VIEWS[0]), camera) for camera in VIEWS])
+        scores[name] = (alpha & seen).sum(axis=(1, 2)) / np.maximum((alpha | seen).sum(axis=(1, 2)), 1)
+    values = np.array(list(scores.values()))
+    print(f"{len(values)} assets: mean {values.mean():.3f} (input view {values[:, 0].mean():.3f}), "
+          f"median of assets {np.median(values.mean(axis=1)):.3f} ({np.median(values[:, 0]):.3f})")  # fmt: skip
+    for name, score in sorted(scores.items(), key=lambda entry: entry[1].mean())[:8]:
+        print(f"{score.mean():.3f} {name}")
+
+
+def project(inside: np.ndarray, c2w: np.ndarray, steps: int = 128) -> np.ndarray:
+    """Silhouette [64, 64] of a volume in the input camera's frustum, by samples along the rays of another camera."""
+    size, resolution = 64, len(inside)
+    tangent = np.tan(np.deg2rad(FIELD_OF_VIEW_DEG) / 2)
+    across = ((np.arange(size) + 0.5) / size * 2 - 1) * tangent
+    x, y = np.meshgrid(across, -across)
+    rays = np.stack([x, y, -np.ones_like(x)], axis=-1) @ c2w[:3, :3].T
+    places = c2w[:3, 3] + rays[..., None, :] * np.linspace(volume.NEAR, volume.FAR, steps)[:, None]
+    seen = (places - VIEWS[0][:3, 3]) @ VIEWS[0][:3, :3]
+    depth, half = -seen[..., 2], resolution / 2
+    cells = np.stack(
+        [
+            (depth - volume.NEAR) / (volume.FAR - volume.NEAR) * resolution,
+            half - seen[..., 1] / depth / tangent * half,
+            half + seen[..., 0] / depth / tangent * half,
+        ]
+    )
+    within = ((cells >= 0) & (cells < resolution)).all(axis=0)
+    d, r, c = np.clip(cells.astype(int), 0, resolution - 1)
+    return (inside[d, r, c] & within).any(axis=-1)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -170,18 +211,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
     fast = modes.add_parser("speed")
+    solid = modes.add_parser("volume")
     other = modes.add_parser("blender")
-    for mode in (fast, other):
+    for mode in (fast, solid, other):
         mode.add_argument("assets", type=Path)
         mode.add_argument("--cache", type=Path)
-    fast.add_argument("--count", type=int, default=60)
+    for mode in (fast, solid):
+        mode.add_argument("--count", type=int, default=60)
     other.add_argument("out", type=Path)
     other.add_argument("--python", required=True)
     other.add_argument("--count", type=int, default=20)
     other.add_argument("--size", type=int, default=128)
     other.add_argument("--samples", type=int, default=8)
     arguments = parser.parse_args()
-    {"speed": speed, "blender": compare}[arguments.mode](arguments)
+    {"speed": speed, "volume": silhouettes, "blender": compare}[arguments.mode](arguments)
 
 
 if __name__ == "__main__":

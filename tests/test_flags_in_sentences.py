@@ -22,8 +22,9 @@ def fields(path: Path, *classes: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef) and (not classes or node.name in classes):
-            names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-            found |= {name.replace("_", "-") for name in names}
+            items = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            names = {item.target.id.replace("_", "-"): ast.unparse(item.annotation) for item in items}  # type: ignore[union-attr]
+            found |= {*names, *(f"no-{name}" for name, kind in names.items() if kind == "bool")}
             found |= {text[2:] for text in strings(node) if FLAG.fullmatch(text)}
     assert found, (path, classes)
     return found

@@ -66,7 +66,6 @@ FIRST_IN_HELP = (
 )
 
 
-@first_in_help(*FIRST_IN_HELP)
 @dataclass
 class AutoMachineConfig(MachineConfig):
     """nerfstudio's, whose device may be left to --device."""
@@ -75,6 +74,7 @@ class AutoMachineConfig(MachineConfig):
     """The same as --device."""
 
 
+@first_in_help(*FIRST_IN_HELP)
 @dataclass
 class SV4DTrainerConfig(TrainerConfig):
     """`TrainerConfig` whose schedule has a fixed length and whose run knows its own folder."""

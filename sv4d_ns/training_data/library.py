@@ -79,6 +79,8 @@ class AssetSample:
     ) -> UInt8[np.ndarray, "t v h w 4"]:
         """RGBA pictures (straight alpha, white where nothing is) of some frames (default all) from all cameras."""
         chosen = range(self.num_frames) if frames is None else frames
+        if self.clip is None:  # one moment, however often it is asked for
+            return np.repeat(rasterise.draw(self.mesh(0), self.light(0), c2w, size, fov_deg)[None], len(chosen), axis=0)
         return np.stack([rasterise.draw(self.mesh(t), self.light(t), c2w, size, fov_deg) for t in chosen])
 
     def occupancy(
