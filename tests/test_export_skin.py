@@ -7,7 +7,7 @@ from export_reader import read_glb
 from scipy.spatial.transform import Rotation
 
 from sv4d_ns.export.formats.gltf import from_gltf_axes, write_animated_glb
-from sv4d_ns.export.rig import decompose
+from sv4d_ns.export.rig import decompose, skeleton
 
 DIAGONAL = 1.14 * np.sqrt(3)
 
@@ -26,6 +26,17 @@ def test_two_bones_explain_a_bending_bar(arm):
     assert skin.rmse < 2e-3
     error = np.sqrt(((skin.posed(arm[0]) - arm) ** 2).sum(-1).mean())
     assert error == pytest.approx(skin.rmse, rel=1e-6)
+
+
+def test_joints_sit_where_parts_turn_and_form_one_tree(arm):
+    skin = decompose(arm, bound=1e-4, max_bones=2)
+    tree = skeleton(skin, arm[0])
+    assert sorted(tree.parents) == [-1, tree.order[0]]
+    np.testing.assert_allclose(tree.places[tree.order[1]][[0, 2]], 0, atol=0.02)  # the bar bends about y through 0
+    many = skeleton(decompose(arm, bound=1e-6, max_bones=8), arm[0])
+    assert (many.parents == -1).sum() == 1
+    for place, bone in enumerate(many.order):
+        assert many.parents[bone] in [-1, *many.order[:place]]
 
 
 def test_weights_are_convex_and_few(arm):
@@ -59,7 +70,12 @@ def test_the_skinned_file_moves_as_reported(mesh, tmp_path):
     np.testing.assert_allclose(from_gltf_axes(positions), skin.posed(mesh.positions[0]), atol=1e-5)
     rmse = np.sqrt(((from_gltf_axes(positions) - mesh.positions) ** 2).sum(-1).mean())
     assert rmse == pytest.approx(skin.rmse, abs=1e-5)
-    assert len(read.json["skins"][0]["joints"]) == skin.num_bones
+    joints = read.json["skins"][0]["joints"]
+    assert len(joints) == skin.num_bones
+    names = [read.json["nodes"][joint]["name"] for joint in joints]
+    assert names.count("root") == 1 and len(set(names)) == len(names)
+    children = [child for joint in joints for child in read.json["nodes"][joint].get("children", [])]
+    assert len(children) == len(joints) - 1  # all but the root hang on another joint
     assert not read.primitive.get("targets")
 
 

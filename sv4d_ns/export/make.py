@@ -13,7 +13,7 @@ from sv4d_ns.export.colour.texture import bake, unwrap
 from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.root_motion import root_motion
-from sv4d_ns.export.surface.carving import completed, silhouettes
+from sv4d_ns.export.surface.carving import carved, completed, silhouettes
 from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
     OpacityGrid,

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
+
+from sv4d_ns.utils.compiled import njit
 
 INFLUENCES = 4
 """Bones a vertex may follow; what game engines accept."""
@@ -55,6 +57,59 @@ class Skin:
     def taken(self, vertices: Int[np.ndarray, " m"]) -> "Skin":
         """The skin of a mesh whose vertices are copies of these."""
         return Skin(self.rotations, self.offsets, self.joints[vertices], self.weights[vertices], self.rmse)
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """The bones of a skin as a tree of joints."""
+
+    parents: Int[np.ndarray, " b"]
+    """Of each bone; -1 for the root, and every other one comes after its parent in `order`."""
+    places: Float[np.ndarray, "b 3"]
+    """Where each joint is in the rest pose: the point about which the bone turns against its parent."""
+    order: list[int]
+    """All bones, parents first."""
+
+
+STILLNESS = 0.01
+"""Pull of a joint towards the middle of the skin it shares with its parent, for each frame: where the two hardly turn
+against each other, any point would do."""
+
+
+def skeleton(skin: Skin, rest: Float[np.ndarray, "n 3"]) -> Skeleton:
+    """The tree of bones that share most skin (maximum spanning tree), rooted at the bone that carries most.
+
+    A joint is the point that bone and parent carry to the same places over all frames, in the least-squares sense.
+    """
+    bones = skin.num_bones
+    carried = np.zeros((len(rest), bones))
+    for k in range(INFLUENCES):
+        np.add.at(carried, (np.arange(len(rest)), skin.joints[:, k]), skin.weights[:, k])
+    total = np.maximum(carried.sum(axis=0), 1e-9)
+    centres = carried.T @ rest / total[:, None]
+    apart = np.linalg.norm(centres[:, None] - centres, axis=-1)
+    # bones that share no skin hang together by their distance, after all that do
+    near = 1e-3 / (1 + apart / max(apart.max(), 1e-9))
+    cost = 1 / (carried.T @ carried + near)
+    np.fill_diagonal(cost, 0)
+    root = int(total.argmax())
+    order, parents = csgraph.breadth_first_order(csgraph.minimum_spanning_tree(cost), root, directed=False)
+    parents = np.where(parents < 0, -1, parents)
+    places = centres.copy()
+    for bone in order[1:]:
+        shared = carried[:, bone] * carried[:, parents[bone]]
+        middle = shared @ rest / shared.sum() if shared.sum() > 1e-6 else centres[bone]
+        places[bone] = _turning_point(skin, int(bone), int(parents[bone]), middle)
+    return Skeleton(parents, places, [int(bone) for bone in order])
+
+
+def _turning_point(skin: Skin, bone: int, parent: int, middle: Float[np.ndarray, " 3"]) -> Float[np.ndarray, " 3"]:
+    """The point near `middle` that both bones carry to the same places."""
+    turn = skin.rotations[:, bone] - skin.rotations[:, parent]
+    shift = skin.offsets[:, bone] - skin.offsets[:, parent]
+    tie = STILLNESS * len(turn)
+    matrix = np.einsum("tji,tjk->ik", turn, turn) + tie * np.eye(3)
+    return np.linalg.solve(matrix, tie * middle - np.einsum("tji,tj->i", turn, shift))
 
 
 def decompose(
@@ -187,7 +242,7 @@ def _solve_bones(
         made[:, which] += carried(bone, which) - own
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _solve_weights(positions, rotations, offsets, joints, weights, candidates):  # type: ignore[no-untyped-def]
     """Each vertex's best convex weights over the bones that carry it best alone, then over the four largest."""
     frames, count = positions.shape[0], positions.shape[1]
@@ -228,7 +283,7 @@ def _solve_weights(positions, rotations, offsets, joints, weights, candidates): 
         weights[vertex] /= weights[vertex].sum()
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _convex_weights(carried, target):  # type: ignore[no-untyped-def]
     """argmin |sum_j w_j carried_j - target|^2 over the simplex, by exact moves of weight between two bones."""
     count = carried.shape[0]

@@ -130,5 +130,5 @@ def run_all(
     from distributed import as_completed
 
     futures = {client.submit(task, *values, pure=False): number for number, values in enumerate(arguments)}
-    for future in as_completed(futures):
+    for future in as_completed(list(futures), loop=client.loop):
         on_result(futures[future], future.exception() if future.status == "error" else future.result())

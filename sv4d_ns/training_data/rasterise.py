@@ -4,13 +4,13 @@ Each face that a pixel shows is shaded once, at the middle of its samples there.
 Blender's Cycles does, whatever `doubleSided` says. A half-transparent face covers that share of a pixel's samples.
 """
 
-import numba
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.gltf_scene import PosedMesh, Scene
 from sv4d_ns.training_data.lighting import HALF_SIDE, LightField, lit
+from sv4d_ns.utils.compiled import njit
 
 SAMPLES = 4
 """Of a pixel's side."""
@@ -53,7 +53,7 @@ def look_of(scene: Scene, light: LightField) -> tuple:  # type: ignore[type-arg]
     )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def texel(texels, levels, clamps, u, v, level, out):  # type: ignore[no-untyped-def]
     """Bilinear RGBA of a texture at a level: linear light, alpha as it is."""
     base, height, width = levels[level, 0], levels[level, 1], levels[level, 2]
@@ -73,7 +73,7 @@ def texel(texels, levels, clamps, u, v, level, out):  # type: ignore[no-untyped-
         out[3] += weight * texels[at + 3] / 255.0
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def surface_colour(look, a, b, c, face, u, v, w, level, out):  # type: ignore[no-untyped-def]
     """Base colour and alpha (linear) of a face at barycentric weights u, v, w into `out`."""
     uvs, colours, materials, factors, textures, _, _, texels, levels, clamps = look[:10]
@@ -89,7 +89,7 @@ def surface_colour(look, a, b, c, face, u, v, w, level, out):  # type: ignore[no
         out[k] *= factors[material, k] * (u * colours[a, k] + v * colours[b, k] + w * colours[c, k])
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def mip_level(look, face, a, b, c, area):  # type: ignore[no-untyped-def]
     """Texture level at which a texel is about a pixel; `area` of the face in pixels."""
     uvs, _, materials, _, textures = look[:5]
@@ -106,7 +106,7 @@ def mip_level(look, face, a, b, c, area):  # type: ignore[no-untyped-def]
     return min(int(0.5 * np.log2(ratio) + 0.5), levels.shape[1] - 1)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def cross(a, b, c):  # type: ignore[no-untyped-def]
     """(b - a) x (c - a)."""
     ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
@@ -114,13 +114,13 @@ def cross(a, b, c):  # type: ignore[no-untyped-def]
     return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def encode(value):  # type: ignore[no-untyped-def]
     """sRGB of linear light, in [0, 1]."""
     return _SRGB[int(min(max(value, 0.0), 1.0) * _STEPS + 0.5)]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _transparent(look, a, b, c, face, u, v, w, row, column, scratch):  # type: ignore[no-untyped-def]
     """Whether a sample of a face that is not opaque shows what lies behind it."""
     modes, cutoffs = look[5], look[6]
@@ -130,7 +130,7 @@ def _transparent(look, a, b, c, face, u, v, w, row, column, scratch):  # type: i
     return scratch[3] < _BAYER[row % 4, column % 4]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untyped-def]
     """The nearest face of every sample, and one over its depth."""
     side = near.shape[0]
@@ -171,7 +171,7 @@ def zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untyped
                     shown[row, column] = face
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def shade(look, positions, normals, a, b, c, face, u, v, w, level, ex, ey, ez, albedo, light):  # type: ignore[no-untyped-def]
     """Light that a face sends towards an eye, linear, into `light`; the eye decides only which side is seen."""
     cells, sky, ground, directions, strengths, tint = look[10:]
@@ -195,7 +195,7 @@ def shade(look, positions, normals, a, b, c, face, u, v, w, level, ex, ey, ez, a
         light[k] *= albedo[k] * tint[k]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _picture(c2w, tangent, positions, normals, faces, look, out):  # type: ignore[no-untyped-def]
     size = out.shape[0]
     side = size * SAMPLES

@@ -9,7 +9,6 @@ three axes of the grid: the rays of the pixels, and lines across each depth slic
 - cavities that no path from outside reaches are filled.
 """
 
-import numba
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -17,6 +16,7 @@ from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.gltf_scene import PosedMesh
 from sv4d_ns.training_data.lighting import LightField
 from sv4d_ns.training_data.rasterise import cross, encode, look_of, mip_level, shade, zbuffer
+from sv4d_ns.utils.compiled import njit
 
 RESOLUTION = 64
 NEAR, FAR = 1.43, 2.57
@@ -71,7 +71,7 @@ def _solid(mesh: PosedMesh) -> Bool[np.ndarray, " f"]:
     ]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _push(starts, fill, place, kind, counting, ray, at, sign):  # type: ignore[no-untyped-def]
     """Count a crossing of a ray, or put it into the ray's list in order."""
     if counting:
@@ -85,7 +85,7 @@ def _push(starts, fill, place, kind, counting, ray, at, sign):  # type: ignore[n
     place[slot], kind[slot] = at, sign
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _along_depth(seen, faces, signs, closed, tangent, near, far, n, starts, fill, place, kind, counting):  # type: ignore[no-untyped-def]
     """Crossings of the pixels' rays; place is a depth in cells, kind +-1 for closed and +-2 for open components."""
     cell = (far - near) / n
@@ -117,7 +117,7 @@ def _along_depth(seen, faces, signs, closed, tangent, near, far, n, starts, fill
                     _push(starts, fill, place, kind, counting, row * n + column, (depth - near) / cell, enters)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _across(seen, faces, signs, closed, axis, tangent, near, far, n, starts, fill, place, kind, counting):  # type: ignore[no-untyped-def]
     """Crossings of the lines of each depth slice along columns' (axis 0) or rows' (axis 1) direction."""
     cell = (far - near) / n
@@ -171,7 +171,7 @@ def _across(seen, faces, signs, closed, axis, tangent, near, far, n, starts, fil
                 _push(starts, fill, place, kind, counting, slice_ * n + line, at, enters)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _vote(axis, n, starts, place, kind, solid, hollow, shell):  # type: ignore[no-untyped-def]
     """Add an axis' votes: `solid` counts axes inside closed parts, `hollow` adds the half-lines' winding numbers."""
     for ray in range(n * n):
@@ -214,7 +214,7 @@ def _vote(axis, n, starts, place, kind, solid, hollow, shell):  # type: ignore[n
     return
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _set(shell, axis, ray, cell, n):  # type: ignore[no-untyped-def]
     i, j = ray // n, ray % n
     if axis == 2:
@@ -225,7 +225,7 @@ def _set(shell, axis, ray, cell, n):  # type: ignore[no-untyped-def]
         shell[i, cell, j] = True
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _occupancy(seen, faces, signs, closed, components, tangent, near, far, inside):  # type: ignore[no-untyped-def]
     n = inside.shape[0]
     solid = np.zeros((n, n, n), np.uint8)
@@ -255,7 +255,7 @@ def _occupancy(seen, faces, signs, closed, components, tangent, near, far, insid
     _fill_cavities(inside)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _fill_cavities(inside):  # type: ignore[no-untyped-def]
     """Fill what cannot be reached from the grid's border: nobody sees it, and walls of hollow parts are rarely told
     apart from skins. Marked cells of a sheet have no gap that a path over cells' faces could pass."""
@@ -290,7 +290,7 @@ def _fill_cavities(inside):  # type: ignore[no-untyped-def]
         flat[cell] = not outside[cell]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _thin_parts(seen, faces, signs, closed, components, tangent, near, far, inside):  # type: ignore[no-untyped-def]
     """Mark the cells along the middle of thin closed components: rods that no line meets would be broken."""
     n = inside.shape[0]
@@ -363,7 +363,7 @@ def _sphere(count: int) -> Float[np.ndarray, "n 3"]:
     return np.stack([ring * np.cos(turn), ring * np.sin(turn), z], axis=1)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _hidden(places, positions, faces, look, directions, half):  # type: ignore[no-untyped-def]
     """Whether no direction sees a surface sample, by depth pictures with parallel rays."""
     hidden = np.ones(places.shape[0], np.bool_)
@@ -395,7 +395,7 @@ def _hidden(places, positions, faces, look, directions, half):  # type: ignore[n
     return hidden
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _nearest(points, positions, normals, faces, look, spacing, directions, out):  # type: ignore[no-untyped-def]
     half, grid = 0.64, 40
     total = 0
@@ -446,7 +446,7 @@ def _nearest(points, positions, normals, faces, look, spacing, directions, out):
         _find(points[point], places, colours, handicaps, order, counts, grid, half, out[point])
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _find(point, places, colours, handicaps, order, counts, grid, half, out):  # type: ignore[no-untyped-def]
     """Colour of the nearest sample: shells of cells around the point's, until none nearer can come."""
     scale = grid / (2.0 * half)
@@ -475,13 +475,13 @@ def _find(point, places, colours, handicaps, order, counts, grid, half, out):  #
         out[k] = colours[found, k] if found >= 0 else 1.0
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _area(positions, a, b, c):  # type: ignore[no-untyped-def]
     x, y, z = cross(positions[a], positions[b], positions[c])
     return 0.5 * np.sqrt(x * x + y * y + z * z)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _steps(positions, face, spacing):  # type: ignore[no-untyped-def]
     """Rows of the triangular pattern of samples on a face: by area, more where it is long."""
     a, b, c = face[0], face[1], face[2]

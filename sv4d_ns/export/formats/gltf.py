@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from sv4d_ns import __version__
 from sv4d_ns.export.formats.asset import AnimatedMesh
-from sv4d_ns.export.rig import Skin
+from sv4d_ns.export.rig import Skeleton, Skin, skeleton
 from sv4d_ns.utils.files import atomic_path
 
 JPEG_QUALITY = 95
@@ -227,32 +227,46 @@ def _morphed(
 def _skinned(
     document: _Document, mesh: AnimatedMesh, primitive: pygltflib.Primitive, name: str, skin: Skin, seconds: int
 ) -> pygltflib.Skin:
-    """A skeleton of joints under one root node (node 0), each resting where the vertices it carries are."""
+    """A tree of joints under one root node (node 0), each resting where its bone turns against its parent."""
     joints, weights = skin.joints.astype(np.uint8), skin.weights.astype(np.float32)
     primitive.attributes.JOINTS_0 = document.array(joints, pygltflib.VEC4, pygltflib.ARRAY_BUFFER)
     primitive.attributes.WEIGHTS_0 = document.array(weights, pygltflib.VEC4, pygltflib.ARRAY_BUFFER)
-    rest = mesh.positions[0].astype(np.float64)
-    places = np.stack([_carried_centre(rest, skin, bone) for bone in range(skin.num_bones)])
-    skeleton = document.node(name=f"{name}_skeleton", children=[])
+    tree = skeleton(skin, mesh.positions[0].astype(np.float64))
+    armature = document.node(name=f"{name}_skeleton", children=[])
     document.node(name=name, mesh=0, skin=0)
-    bones = []
-    for bone, place in enumerate(places):
-        at = to_gltf_axes(place).tolist()
-        bones.append(document.node(root=False, name=f"bone_{bone:02d}", translation=at, rotation=[0.0, 0.0, 0.0, 1.0]))
-        moved = np.einsum("tij,j->ti", skin.rotations[:, bone], place) + skin.offsets[:, bone]
-        document.animate(bones[-1], "translation", seconds, to_gltf_axes(moved), pygltflib.VEC3)
-        document.animate(bones[-1], "rotation", seconds, _quaternions(skin.rotations[:, bone]), pygltflib.VEC4)
-    document.nodes[skeleton].children = bones
-    inverse = np.tile(np.eye(4, dtype=np.float32), (len(places), 1, 1))
-    inverse[:, 3, :3] = -to_gltf_axes(places)  # stored column by column
+    nodes = {-1: armature}
+    for bone in tree.order:
+        parent = int(tree.parents[bone])
+        at = to_gltf_axes(tree.places[bone] - (tree.places[parent] if parent >= 0 else 0)).tolist()
+        name_of = "root" if parent < 0 else f"bone_{bone:02d}"
+        nodes[bone] = document.node(root=False, name=name_of, translation=at, rotation=[0.0, 0.0, 0.0, 1.0])
+        above = document.nodes[nodes[parent]]
+        above.children = [*(above.children or []), nodes[bone]]
+        moved, turned = _against_parent(skin, tree, bone)
+        document.animate(nodes[bone], "translation", seconds, to_gltf_axes(moved), pygltflib.VEC3)
+        document.animate(nodes[bone], "rotation", seconds, _quaternions(turned), pygltflib.VEC4)
+    inverse = np.tile(np.eye(4, dtype=np.float32), (skin.num_bones, 1, 1))
+    inverse[:, 3, :3] = -to_gltf_axes(tree.places)  # stored column by column
     matrices = document.array(inverse.reshape(-1, 16), pygltflib.MAT4)
-    return pygltflib.Skin(name=name, inverseBindMatrices=matrices, skeleton=skeleton, joints=bones)
+    bones = [nodes[bone] for bone in range(skin.num_bones)]
+    return pygltflib.Skin(name=name, inverseBindMatrices=matrices, skeleton=armature, joints=bones)
 
 
-def _carried_centre(rest: np.ndarray, skin: Skin, bone: int) -> np.ndarray:
-    """Mean rest position of the vertices a bone carries, by their weights."""
-    share = np.where(skin.joints == bone, skin.weights, 0).sum(axis=1)
-    return share @ rest / max(share.sum(), 1e-9)
+def _against_parent(
+    skin: Skin, tree: Skeleton, bone: int
+) -> tuple[Float[np.ndarray, "t 3"], Float[np.ndarray, "t 3 3"]]:
+    """A joint's place and turn at each frame in its parent's frame."""
+
+    def placed(which: int) -> tuple[np.ndarray, np.ndarray]:
+        turn = skin.rotations[:, which]
+        return np.einsum("tij,j->ti", turn, tree.places[which]) + skin.offsets[:, which], turn
+
+    place, turn = placed(bone)
+    parent = int(tree.parents[bone])
+    if parent < 0:
+        return place, turn
+    above, turned = placed(parent)
+    return np.einsum("tji,tj->ti", turned, place - above), np.einsum("tji,tjk->tik", turned, turn)
 
 
 def _quaternions(rotations: Float[np.ndarray, "t 3 3"]) -> Float[np.ndarray, "t 4"]:
