@@ -11,8 +11,7 @@ from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting import objective as fitting
 from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-from sv4d_ns.fitting.corrections import ViewCorrections
-from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 from sv4d_ns.views.grid import ViewGrid
 
@@ -27,7 +26,6 @@ class FitOptions:
     steps: int
     """Length of the schedule."""
     rays: int = 1024
-    corrections: CorrectionConfig = field(default_factory=CorrectionConfig)
     losses: LossWeights = field(default_factory=LossWeights)
     leave_out: bool = True
     visibility_every: int = 10
@@ -44,8 +42,7 @@ class GridFit:
         canonical_time = self.canonical / max(grid.num_frames - 1, 1)
         self.field = DeformableField(DeformableFieldConfig(keyframes=grid.num_frames, canonical_time=canonical_time))
         self.occupancy = OccupancyGrid(grid.num_frames)
-        self.corrections = ViewCorrections(grid.num_views + 1, options.corrections)
-        groups = self.field.parameter_groups() | self.corrections.parameter_groups()
+        groups = self.field.parameter_groups()
         self.optimizer = torch.optim.Adam(
             [{"params": values, "rate": LEARNING_RATES[name]} for name, values in groups.items()],
             betas=(0.9, 0.99),
@@ -78,12 +75,9 @@ class GridFit:
                 frame = window.first + step // options.visibility_every % len(window)
                 self.sampler.update_visibility(self.field, self.occupancy, frame)
             batch = self.sampler.draw(step, window, self.canonical)
-            origins, directions = self.corrections.rays(batch.origins, batch.directions, batch.view)
-            out = render_rays(self.field, self.occupancy, origins, directions, batch.times, SAMPLES,
+            out = render_rays(self.field, self.occupancy, batch.origins, batch.directions, batch.times, SAMPLES,
                               background=batch.background, jitter=batch.jitter)  # fmt: skip
-            seen = self.corrections.corrected(out, batch)
-            terms = fitting.loss_terms(self.field, self.occupancy, self.flow, *seen, options.losses, 0, step)
-            terms |= self.corrections.penalties()
+            terms = fitting.loss_terms(self.field, self.occupancy, self.flow, out, batch, options.losses, 0, step)
             self.optimizer.zero_grad(set_to_none=True)
             torch.stack(list(terms.values())).sum().backward()
             self.optimizer.step()

@@ -75,7 +75,7 @@ def test_the_normal_loss_turns_the_surface_towards_the_estimate(tmp_path: Path, 
     occupancy = OccupancyGrid(2, resolution=32)
     occupancy.carve(hull_views(views))
     sampler = BatchSampler(views, BatchConfig(rays=32, patches=3), ScheduleConfig(), 0)
-    only = LossWeights(photometric=0.1, structure=0, opacity=0, distortion=0, normal_smoothness=0, normal=1.0)
+    only = LossWeights(photometric=0.1, structure=0, distortion=0, normal_smoothness=0, normal=1.0)
     optimizer = torch.optim.Adam(field.parameters(), lr=1e-2)
     values = []
     for step in range(40):

@@ -16,7 +16,6 @@ from sv4d_ns.fitting.batch_sampler import (
     Window,
     admissions,
     frame_window,
-    frequency_progress,
     generator,
     orthogonal_views,
     sample_frames,
@@ -108,10 +107,6 @@ def test_orthogonal_views_are_distinct(azimuths: list[float], data: st.DataObjec
     base = data.draw(st.integers(0, len(azimuths) - 1))
     views = orthogonal_views(azimuths, base)
     assert views[0] == base and len(set(views)) == len(views) == min(4, len(azimuths))
-
-
-def test_schedules_reach_their_ends() -> None:
-    assert frequency_progress(0, CONFIG) == 0 and frequency_progress(1, CONFIG) == 1
 
 
 def disc(size: int, radius: float) -> torch.Tensor:

@@ -17,11 +17,10 @@ from sv4d_ns.synthesis.base import (
     from_model_space,
     load_synthesizer,
     refine_sigma,
-    resize_rgba,
     to_model_space,
 )
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white, resize_rgba
 
 
 def disc(size: int = 32) -> np.ndarray:

@@ -9,14 +9,15 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sv4d_ns.evaluation.alignment import Similarity, check_source_size, run_to_source, whole_picture
-from sv4d_ns.evaluation.backbones import sha256
 from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView
 from sv4d_ns.evaluation.protocols import CONSISTENT4D_AZIMUTHS, eval_files
 from sv4d_ns.evaluation.scores import Pictures
+from sv4d_ns.metrics.lpips import sha256
 from sv4d_ns.runs.layout import checkpoint_steps
-from sv4d_ns.synthesis.base import Progress, resize_rgba
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import content_hash
+from sv4d_ns.utils.images import resize_rgba
+from sv4d_ns.utils.progress import Progress
 from sv4d_ns.views.grid import GRID_FILE, ViewGrid
 
 CONFIG_FILE = "config.yml"

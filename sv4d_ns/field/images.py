@@ -1,6 +1,5 @@
 """Pictures of a fitted field: at the cameras of a view grid, and the contact sheet at the end of a run."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,13 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from sv4d_ns.field.volume_rendering import pixel_rays, render_rays_chunked
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.metrics.images import pooled_iou, pooled_psnr
+from sv4d_ns.utils.images import over_white, resize_rgba
+from sv4d_ns.utils.progress import Progress
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from sv4d_ns.field.deformable import DeformableField
     from sv4d_ns.field.occupancy import OccupancyGrid
-
-Progress = Callable[[int, int], None]
 
 SHEET_SIZE = 160
 SHEET_COLUMNS = 6
@@ -83,35 +83,6 @@ def render_grid(
     return renders
 
 
-def agreement(
-    renders: UInt8[np.ndarray, "t v h w 4"], refined: UInt8[np.ndarray, "t v h w 4"], sharpness: float
-) -> UInt8[np.ndarray, "t v h w"]:
-    """Per-pixel confidence of refined views, 0..255: exp(-sharpness |render - refined|) on white.
-
-    Where the diffusion model keeps what the 3D-consistent render showed, both believe it. The exponential of the
-    difference follows the weighting a third party found to help SV4D 2.0 views (with 16).
-    """
-    difference = np.abs(over_white(renders).astype(np.float32) - over_white(refined).astype(np.float32)) / 255.0
-    return np.round(255.0 * np.exp(-sharpness * difference.mean(-1))).astype(np.uint8)
-
-
-def joint_confidence(*parts: UInt8[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
-    """Product of confidences in 0..255."""
-    product = np.prod([part.astype(np.float32) / 255.0 for part in parts], axis=0)
-    return np.round(255.0 * product).astype(np.uint8)
-
-
-def psnr(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
-    return float(-10.0 * np.log10(max(float(np.mean((a - b) ** 2)), 1e-10)))
-
-
-def silhouette_iou(a: UInt8[np.ndarray, "*n"], b: UInt8[np.ndarray, "*n"]) -> float:
-    """Intersection over union of alpha >= 128."""
-    first, second = a >= 128, b >= 128
-    return float((first & second).sum() / max((first | second).sum(), 1))
-
-
 def result_sheet(
     field: "DeformableField", occupancy: "OccupancyGrid", grid: ViewGrid, progress: Progress
 ) -> tuple[Image.Image, dict[str, Any]]:
@@ -129,15 +100,13 @@ def result_sheet(
             time = float(grid.times[frame])
             renders[column, row] = render_rgba(field, occupancy, c2w[view], focal, SHEET_SIZE, time)
             progress(column * len(shown) + row + 1, renders.shape[0] * renders.shape[1])
-    from sv4d_ns.synthesis.base import resize_rgba
-
     inputs = resize_rgba(grid.input_frames[frames], SHEET_SIZE)
     truth, made = over_white(inputs) / 255.0, over_white(renders[:, 0]) / 255.0
     rows = [over_white(inputs), *over_white(renders).swapaxes(0, 1)]
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
     summary = {
-        "input_view_psnr": psnr(truth, made),
-        "input_view_iou": silhouette_iou(inputs[..., 3], renders[:, 0, ..., 3]),
+        "input_view_psnr": pooled_psnr(truth, made),
+        "input_view_iou": pooled_iou(inputs[..., 3], renders[:, 0, ..., 3]),
         "frames_compared": frames.tolist(),
         "novel_views_shown": [grid.plan.azimuths_deg[view - 1] for view in shown[1:]],
     }

@@ -29,8 +29,6 @@ class ScheduleConfig:
     """Only the canonical frame, deformation untouched (SV4D's phase A)."""
     full_window_at: float = 0.65
     """The frame window has grown to the whole clip (SV4D 2.0's progressive frame sampling)."""
-    open_frequencies_at: float = 0.7
-    """All frequencies of the deformation are open."""
     residual_from: float = 0.65
     """The density residual opens: once every frame has had its time to be explained by motion."""
     canonical_probability: float = 0.25
@@ -113,12 +111,6 @@ def orthogonal_views(azimuths: Sequence[float], base: int) -> list[int]:
         target = azimuths[base] + turn
         taken.append(min(free, key=lambda v: (abs((azimuths[v] - target + 180) % 360 - 180), v)))
     return taken
-
-
-def frequency_progress(fraction: float, config: ScheduleConfig) -> float:
-    """Argument of `DeformableField.set_progress` at `fraction` of the stage."""
-    span = config.open_frequencies_at - config.static_fraction
-    return min(max((fraction - config.static_fraction) / span, 0.0), 1.0) if span > 0 else 1.0
 
 
 class PixelSampler:

@@ -6,8 +6,6 @@ structural loss on patches, needs none. The printout of a run says which it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -16,23 +14,12 @@ from torch.nn import functional
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.volume_rendering import RaySamples
 from sv4d_ns.fitting.settings import LossWeights as LossWeights
-
-Perceptual = Callable[[Float[Tensor, "p 3 h w"], Float[Tensor, "p 3 h w"]], Float[Tensor, " p"]]
-"""Distance of each pair of pictures in [0, 1]."""
+from sv4d_ns.metrics.lpips import Perceptual
 
 
-def photometric(
-    rendered: Float[Tensor, "n 3"],
-    target: Float[Tensor, "n 3"],
-    weight: Float[Tensor, " n"],
-    robust_scale: float | None = None,
-) -> Tensor:
-    """Weighted mean squared error (SV4D L_mse). With `robust_scale` c the Geman-McClure form e / (1 + e / c^2) per
-    pixel (e = mean square over channels): errors well above c stop pulling, which is what a view that contradicts the
-    others needs."""
+def photometric(rendered: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"], weight: Float[Tensor, " n"]) -> Tensor:
+    """Weighted mean squared error (SV4D L_mse)."""
     error = (rendered - target).square().mean(-1)
-    if robust_scale is not None:
-        error = error / (1 + error / robust_scale**2)
     return (weight * error).sum() / weight.sum().clamp(min=1e-8)
 
 
@@ -75,15 +62,6 @@ def normal(rendered: Float[Tensor, "n 3"], estimated: Float[Tensor, "n 3"], weig
     return (weight * (1 - (rendered * estimated).sum(-1))).sum() / weight.sum().clamp(min=1e-8)
 
 
-def depth_smoothness(depth: Float[Tensor, "p s s"], seen: Bool[Tensor, "p s s"]) -> Tensor:
-    """Mean squared difference of neighbouring depths of patches (SV4D L_depth, from RegNeRF, Niemeyer et al. 2022), in
-    pixels of `depth` on the surface only: against the background it would be about the outline."""
-    across, down = seen[:, :, 1:] & seen[:, :, :-1], seen[:, 1:] & seen[:, :-1]
-    square_across, square_down = (depth[:, :, 1:] - depth[:, :, :-1]).square(), (depth[:, 1:] - depth[:, :-1]).square()
-    total = square_across[across].sum() + square_down[down].sum()
-    return total / (across.sum() + down.sum()).clamp(min=1)
-
-
 def bilateral_normal(
     normals: Float[Tensor, "p s s 3"], image: Float[Tensor, "p s s 3"], seen: Bool[Tensor, "p s s"]
 ) -> Tensor:
@@ -105,11 +83,6 @@ def _sobel(values: Float[Tensor, "p s s c"]) -> Float[Tensor, "p t t"]:
     # a root's slope at zero is infinite
     squares = gradient.reshape(len(values), -1, *gradient.shape[2:]).square().sum(1)
     return (squares + 1e-8).sqrt() - 1e-4
-
-
-def opacity_entropy(alpha: Float[Tensor, " n"]) -> Tensor:
-    """Mean of 4 alpha (1 - alpha): rays should be empty or opaque (the role of 4Diffusion's opaque loss)."""
-    return (4 * alpha * (1 - alpha)).mean()
 
 
 def distortion(weights: Float[Tensor, " m"], samples: RaySamples) -> Tensor:
@@ -158,13 +131,6 @@ def deformation_rigidity(
     stretch = moved.norm(dim=-1) / offset.norm(dim=-1).clamp(min=1e-8) - 1
     # Geman-McClure: joints and self-contacts stretch by nature and must not dominate.
     return (stretch.square() / (1 + stretch.square())).mean()
-
-
-def deformation_time(
-    before: Float[Tensor, "n 3"], here: Float[Tensor, "n 3"], after: Float[Tensor, "n 3"], interval: float
-) -> Tensor:
-    """Mean squared second difference in time divided by the interval squared (acceleration times the interval)."""
-    return ((before - 2 * here + after) / interval).square().sum(-1).mean()
 
 
 def registration(

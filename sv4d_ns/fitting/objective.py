@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
-from sv4d_ns.field.motion import KeyframeGrid
 from sv4d_ns.field.occupancy import DISTANCE_REACH, HullView, OccupancyGrid
 from sv4d_ns.field.visibility import angular_weight, view_weights
 from sv4d_ns.field.volume_rendering import RenderOutput, pixel_rays, transmittance
 from sv4d_ns.fitting import batch_sampler as sampling
 from sv4d_ns.fitting import losses
 from sv4d_ns.fitting.batch_sampler import PixelSampler, ScheduleConfig, Window
-from sv4d_ns.fitting.losses import LossWeights, Perceptual
+from sv4d_ns.fitting.losses import LossWeights
 from sv4d_ns.fitting.scene_flow import SceneFlow
+from sv4d_ns.metrics.lpips import Perceptual
 from sv4d_ns.views.grid import ViewGrid
 
 INPUT_VIEW = 0
@@ -42,8 +42,6 @@ FLOW_VIEWS = 3
 RIGIDITY_BESIDE_FLOW = 0.3
 """Share of rigidity's weights where followed points say how matter moves: all of it blurs thin limbs, and without any
 the motion follows bodies less well."""
-TIME_STEP = 0.025
-"""Half a frame of a 21-frame clip: the difference step of the temporal smoothness."""
 
 
 @dataclass(frozen=True)
@@ -370,8 +368,8 @@ def advance(
 ) -> Window:
     """Bring field and occupancy grid to `step` of `total_steps` and return the frames in use there.
 
-    Frames new to the window start from their neighbour's motion, time frequencies open, and every `occupancy_every`
-    steps the occupancy grid looks at one of the window's moments. Follows from the step alone, so a resumed run
+    Frames new to the window start from their neighbour's motion, and every `occupancy_every` steps the occupancy grid
+    looks at one of the window's moments. Follows from the step alone, so a resumed run
     continues as it would have.
     """
     frames = occupancy.bins
@@ -384,7 +382,6 @@ def advance(
             admit(field, occupancy, flow, admitted, step)
     if fraction >= schedule.residual_from and field.density_residual is not None:
         field.open_residual()
-    field.set_progress(sampling.frequency_progress(fraction, schedule))
     if step % occupancy_every == 0:
         frame = window.first + step // occupancy_every % len(window)
         occupancy.update(field, frame, torch.Generator().manual_seed(step))
@@ -418,7 +415,7 @@ def admit(
     Costs about a second, once per frame. Pixels could not do this: they pull on what already overlaps them.
     """
     shift = occupancy.centroid(frame.new) - occupancy.centroid(frame.known)
-    if not field.admit(frame.new, frame.known, shift) or not isinstance(field.motion, KeyframeGrid):
+    if not field.admit(frame.new, frame.known, shift):
         return
     start = BY_HULL if flow is None else BY_FLOW
     parameter = field.motion.keyframes[frame.new]
@@ -521,8 +518,6 @@ def loss_terms(
     }
     if batch.patches:
         terms.update(_patch_terms(field, rendered, batch, weights, perceptual))
-    if weights.opacity:
-        terms["opacity"] = losses.opacity_entropy(rendered.alpha)
     if weights.sparsity and not batch.agreeing:
         terms["sparsity"] = _sparsity(field, rendered, batch)
     if weights.distortion:
@@ -570,8 +565,6 @@ def _patch_terms(
     if weights.perceptual and perceptual is not None:
         terms["perceptual"] = losses.perceptual(perceptual, made, target, per_patch)
     seen = (patches(rendered.alpha.detach()) > 0.5) & (patches(batch.alpha) > 0.5)
-    if weights.depth_smoothness:
-        terms["depth_smoothness"] = losses.depth_smoothness(patches(rendered.depth), seen)
     has_estimate = bool(weights.normal) and batch.normals is not None
     if not (has_estimate or weights.bilateral_normal) or not bool(seen.any()):
         return terms
@@ -606,16 +599,9 @@ def _surface_terms(
         return terms
     if weights.deformation:
         terms["deformation"] = losses.deformation_magnitude(rendered.deformation, rendered.weights)
-    if not (weights.deformation_rigidity or weights.deformation_time):
-        return terms
-    before_time, after_time = t - TIME_STEP, t + TIME_STEP
-    neighbours = field.deformation(torch.cat([x + 2 * offset, x, x]), torch.cat([t, before_time, after_time]))
-    neighbour, before, after = neighbours.chunk(3)
     if weights.deformation_rigidity:
+        neighbour = field.deformation(x + 2 * offset, t)
         terms["deformation_rigidity"] = losses.deformation_rigidity(moved, neighbour, 2 * offset)
-    if weights.deformation_time:
-        inside = ((before_time >= 0) & (after_time <= 1)).float()
-        terms["deformation_time"] = losses.deformation_time(before * inside, moved * inside, after * inside, TIME_STEP)
     return terms
 
 

@@ -130,13 +130,6 @@ class ViewPlan:
         """Focal length in pixels of a square picture `size` pixels wide; the principal point is its centre."""
         return 0.5 * size / math.tan(math.radians(self.fov_deg) / 2)
 
-    def angular_distance_deg(self) -> Float[np.ndarray, " v+1"]:
-        """Angle at the origin between each camera and the input camera, degrees in [0, 180]; row 0 is 0."""
-        directions = self.c2w()[:, :3, 2]
-        # atan2 of the cross and dot products stays exact near 0 and 180, where arccos loses half its digits
-        cross = np.linalg.norm(np.cross(directions, directions[:1]), axis=-1)
-        return np.rad2deg(np.arctan2(cross, directions @ directions[0]))
-
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable description; `from_dict` is its inverse."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from sv4d_ns.geometry.cameras import OBJECT_BOX
 from sv4d_ns.metrics.images import OPAQUE
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white
 
 HULL_RESOLUTION = 64
 """Cells along each side of the box that a hull is carved in."""

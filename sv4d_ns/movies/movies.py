@@ -19,7 +19,9 @@ from PIL import Image
 from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.utils.progress import Progress
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from sv4d_ns.video import Clip, Framing
@@ -37,8 +39,6 @@ ORBIT_FPS = 12.0
 LONGEST_SIDE = 640
 """Pixels along the longer side of the overlay of a run: larger sources are scaled down."""
 MOVIE_FOLDER = "movies"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def movie(preset: Preset, subject: Subject, options: MovieOptions) -> Movie:
 
 def _side_by_side(subject: Subject, options: MovieOptions) -> Movie:
     """The input video beside the field at the input camera."""
-    from sv4d_ns.synthesis.base import resize_rgba
+    from sv4d_ns.utils.images import resize_rgba
 
     grid = subject.grid
 

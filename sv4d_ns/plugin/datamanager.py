@@ -212,7 +212,7 @@ class GridImages(InputDataset):
     views are smaller than the input."""
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
-        from sv4d_ns.synthesis.base import resize_rgba
+        from sv4d_ns.utils.images import resize_rgba
 
         return resize_rgba(super().get_numpy_image(image_idx)[None], int(self.cameras.height[image_idx]))[0]
 
@@ -325,8 +325,8 @@ class SV4DDataManager(VanillaDataManager):
 
     def _generate_grid(self, run_dir: Path) -> "ViewGrid":
         from sv4d_ns.diffusion.seams import drift_line
-        from sv4d_ns.synthesis.base import resize_rgba
         from sv4d_ns.utils.files import content_hash
+        from sv4d_ns.utils.images import resize_rgba
         from sv4d_ns.utils.progress import bar, say_expected_time
         from sv4d_ns.views.grid import ViewGrid
 
@@ -411,7 +411,6 @@ class SV4DDataManager(VanillaDataManager):
         bundle.metadata = {
             "jitter": batch.jitter[:, None],
             "background": batch.background.expand(len(bundle), 3),
-            "view": batch.view[:, None],
         }
         return bundle, {"batch": batch}
 

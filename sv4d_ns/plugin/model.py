@@ -19,13 +19,13 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
-from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.fitting.settings import LossWeights
 
 if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
     from sv4d_ns.fitting.batch_sampler import Window
-    from sv4d_ns.fitting.losses import Perceptual
     from sv4d_ns.fitting.scene_flow import SceneFlow
+    from sv4d_ns.metrics.lpips import Perceptual
     from sv4d_ns.plugin.render_outputs import GridWitnesses
     from sv4d_ns.views.grid import ViewGrid
 
@@ -56,8 +56,6 @@ class SV4DModelConfig(ModelConfig):
     """Training steps between updates of the occupancy grid (one moment each)."""
     losses: LossWeights = field(default_factory=LossWeights)
     """Weights of the losses."""
-    corrections: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """What is done about generated views that are wrong as a whole."""
     seed: int = 0
     """Seed of the points the smoothness losses look at."""
 
@@ -78,7 +76,6 @@ class SV4DModel(Model):
         from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
         from sv4d_ns.field.occupancy import OccupancyGrid
         from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-        from sv4d_ns.fitting.corrections import ViewCorrections
 
         super().populate_modules()
         # subnormal second moments of rarely touched grid entries would slow Adam down
@@ -92,15 +89,14 @@ class SV4DModel(Model):
             )
         )
         self.occupancy = OccupancyGrid(self.num_frames)
-        self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()
         self._flow: SceneFlow | None = None
         self.step = 0
         self._pictures_without_time = 0
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """The parameters of field and corrections in groups, each with a learning rate of its own."""
-        return self.field.parameter_groups() | self.corrections.parameter_groups()
+        """The field's parameters in groups, each with a learning rate of its own."""
+        return self.field.parameter_groups()
 
     def fraction(self, step: int) -> float:
         """Where `step` is in the schedule, 0..1."""
@@ -165,13 +161,11 @@ class SV4DModel(Model):
         from sv4d_ns.field.volume_rendering import render_rays
 
         assert ray_bundle.times is not None
-        view = ray_bundle.metadata["view"][:, 0]
-        origins, directions = self.corrections.rays(ray_bundle.origins, ray_bundle.directions, view)
         return render_rays(
             self.field,
             self.occupancy,
-            origins,
-            directions,
+            ray_bundle.origins,
+            ray_bundle.directions,
             ray_bundle.times,
             self.config.train_samples,
             background=ray_bundle.metadata["background"],
@@ -211,19 +205,17 @@ class SV4DModel(Model):
         """The weighted losses of a training step."""
         from sv4d_ns.fitting.objective import loss_terms
 
-        rendered, seen = self.corrections.corrected(outputs["rendered"], batch["batch"])
-        terms = loss_terms(
+        return loss_terms(
             self.field,
             self.occupancy,
             self._flow,
-            rendered,
-            seen,
+            outputs["rendered"],
+            batch["batch"],
             self.config.losses,
             self.config.seed,
             self.step,
             self._perceptual,
         )
-        return terms | self.corrections.penalties()
 
     @cached_property
     def _perceptual(self) -> "Perceptual | None":

@@ -17,10 +17,9 @@ LEARNING_RATES = {
     "deformation": 1e-2,
     "appearance": 2e-2,
     "density_residual": 3e-2,
-    "views": 1e-2,
 }
 """Adam's rate for each parameter group of the field (SV4D: 0.01 for all), measured in docs/optimisation.md. That of the
-deformation is in grid cells a step, that of the corrections of views in shares of their ranges."""
+deformation is in grid cells a step."""
 
 
 @dataclass

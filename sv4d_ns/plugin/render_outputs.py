@@ -18,7 +18,8 @@ from torch import Tensor
 from sv4d_ns.field.images import render_rgba, surface_normals
 from sv4d_ns.field.visibility import VisibilityConfig, soft_visibility, unoccluded
 from sv4d_ns.field.volume_rendering import pixel_rays, render_rays_chunked
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle

@@ -4,7 +4,7 @@
 stage 2 calls `refine` (SDEdit on the whole grid); both return plain uint8 RGBA arrays.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sv4d_ns.diffusion.seams import WHITE_EDGES, BoundaryDrift
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.images import smoothstep
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white, resize_rgba, smoothstep
+from sv4d_ns.utils.progress import Progress
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.planner.plan import Offload, Plan
     from sv4d_ns.diffusion.sv4d.grid import GeneratedGrid, GridOptions
     from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
-
-Progress = Callable[[int, int], None]
-"""Called with (denoising steps done, denoising steps in all)."""
 
 
 class ViewSynthesizer(Protocol):
@@ -111,20 +107,6 @@ def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
     straight = torch.where(coverage > 0.03, (white - (1.0 - coverage)) / coverage.clamp(min=0.03), 1.0)
     rgba = torch.cat([straight.clamp(0, 1), alpha], dim=-1)
     return Views((rgba * 255).round().byte().numpy(), (confidence[..., 0] * 255).round().byte().numpy())
-
-
-def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.ndarray, "*batch size size 4"]:
-    """Antialiased bilinear resize on premultiplied colour, so that edges take no colour from empty pixels."""
-    if rgba.shape[-3] == size and rgba.shape[-2] == size:
-        return rgba
-    batch = rgba.shape[:-3]
-    values = torch.from_numpy(rgba.reshape(-1, *rgba.shape[-3:])).float().movedim(-1, 1) / 255.0
-    premultiplied = torch.cat([values[:, :3] * values[:, 3:], values[:, 3:]], 1)
-    small = F.interpolate(premultiplied, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    alpha = small[:, 3:].clamp(0, 1)
-    colour = torch.where(alpha > 1e-3, small[:, :3] / alpha.clamp(min=1e-3), torch.ones_like(small[:, :3]))
-    straight = torch.cat([colour.clamp(0, 1), alpha], 1)
-    return (straight * 255).round().byte().movedim(1, -1).numpy().reshape(*batch, size, size, 4)
 
 
 def refine_sigma(scheduler: Mapping[str, Any], strength: float) -> float:

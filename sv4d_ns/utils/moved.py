@@ -2,9 +2,11 @@
 
 `config.yml` of a run and `model_index.json` of a saved pipeline name classes by their module. This package's modules
 have moved since older ones were written, and so have the readers of such files: nerfstudio's yaml loader and diffusers
-import what a file names. A finder makes the old names importable, as the same module objects, and nothing else.
+import what a file names. A finder makes the old names importable, as the same module objects, and nothing else. What
+no longer exists is read as `Gone`.
 """
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -29,6 +31,13 @@ MOVED = {
     "sv4d_ns.diffusion.unet": "sv4d_ns.diffusion.sv4d.unet",
     "sv4d_ns.diffusion.pipeline": "sv4d_ns.diffusion.sv4d.pipeline",
 }
+GONE = {"sv4d_ns.fit_settings": ("CorrectionConfig",)}
+"""Old module to names in it that older files use and nothing stands for any more."""
+
+
+@dataclasses.dataclass
+class Gone:
+    """Settings of something that was taken out; nothing reads them."""
 
 
 class _MovedModules(MetaPathFinder, Loader):
@@ -45,6 +54,8 @@ class _MovedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
+        for name in GONE.get(module.__spec__.name if module.__spec__ is not None else "", ()):
+            setattr(module, name, Gone)
         # the import system has just put the old name's spec in its place
         if module.__spec__ is not None:
             module.__spec__ = module.__spec__.loader_state

@@ -3,14 +3,21 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    import rich.progress
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) while a long job goes on."""
 
 
-def _progress() -> Progress:
-    return Progress(
+def _progress() -> "rich.progress.Progress":
+    from nerfstudio.utils.rich_utils import CONSOLE
+    from rich import progress
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return progress.Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -24,7 +31,7 @@ def _progress() -> Progress:
 
 
 @contextmanager
-def bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def bar(description: str) -> Iterator[Progress]:
     """A progress bar; the yielded function is called with (done, total)."""
     progress = _progress()
     with progress:
@@ -36,7 +43,7 @@ class TrainingBar:
     """The bar of the training loop. It opens itself on `update`; other bars need it closed (rich shows one at once)."""
 
     def __init__(self) -> None:
-        self._progress: Progress | None = None
+        self._progress: rich.progress.Progress | None = None
 
     def update(self, description: str, done: int, total: int, note: str) -> None:
         """Show `done` of `total` steps and a short note (the loss)."""
@@ -58,6 +65,8 @@ def say_expected_time(num_frames: int, num_views: int, steps: int, device: str) 
 
     Nothing is said on CUDA: the official model's time there has not been measured.
     """
+    from nerfstudio.utils.rich_utils import CONSOLE
+
     if device == "cpu":
         minutes = max(round(expected_minutes(num_frames, num_views, steps) / machine_speed()), 1)
         CONSOLE.print(f"This run takes about {minutes} min on this machine ({num_frames} frames, {steps} steps).")
@@ -74,6 +83,8 @@ def expected_minutes(num_frames: int, num_views: int, steps: int) -> float:
 
 def machine_speed() -> float:
     """Speed of this machine in float32 matrix products, relative to the one of `REFERENCE_GFLOPS`."""
+    import torch
+
     a = torch.rand(768, 768)
     a @ a
     started = time.perf_counter()

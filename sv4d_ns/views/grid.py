@@ -24,6 +24,7 @@ from PIL import Image
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_folder, atomic_path, content_hash
+from sv4d_ns.utils.images import over_white
 
 GRID_FILE = "grid.json"
 TRANSFORMS_FILE = "transforms.json"
@@ -200,12 +201,6 @@ class ViewGrid:
                 yield "images", view + 1, frame, self.novel_views[frame, view]
                 if self.confidence is not None:
                     yield "confidence", view + 1, frame, self.confidence[frame, view]
-
-
-def over_white(rgba: UInt8[np.ndarray, "*batch 4"]) -> UInt8[np.ndarray, "*batch 3"]:
-    """Straight-alpha pictures composited on white in sRGB, rounded to the nearest level."""
-    colour, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def contact_sheet(grid: ViewGrid, every: int | None = None) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,8 +1,8 @@
 """The reference's empty-space grid: one for all times, with nerfacc's rules.
 
 Source: nerfacc 0.5.2 (`OccGridEstimator`; its marching runs on CUDA only) as set up by aejion/4Diffusion @ 627d0cd. The
-package's own `OccupancyGrid` keeps a grid per moment, which leaves less to evaluate; this one is for comparison with
-the reference (`--pipeline.model.occupancy shared`).
+package's own `OccupancyGrid` keeps a grid per moment, which leaves less to evaluate; this one is what
+`four_diffusion.py speed` compares with, and the recordings of the reference are compared with it.
 """
 
 import math
@@ -117,3 +117,21 @@ class SharedOccupancyGrid(OccupancyGrid):
         start = total[first][first.long().cumsum(0) - 1]
         transmittance = torch.exp(-(total - start))
         return (transmittance >= EARLY_STOP) & (-torch.expm1(-optical) >= self.least_opacity())
+
+
+def reference_samples(
+    field: SpaceTimeField,
+    occupancy: SharedOccupancyGrid,
+    origins: Float[Tensor, "n 3"],
+    directions: Float[Tensor, "n 3"],
+    times: Float[Tensor, "n 1"],
+    step: float,
+    jitter: Float[Tensor, " n"],
+) -> RaySamples:
+    """Where the reference looks: once without gradient, and again where that showed something. Its step is its own."""
+    samples = occupancy.march(origins, directions, jitter)
+    index = samples.ray_indices
+    with torch.no_grad():
+        x = origins[index] + samples.distances[:, None] * directions[index]
+        keep = occupancy.visible(samples, field.density(x, times[index]))
+    return RaySamples(index[keep], samples.distances[keep], samples.step, samples.n_rays)
