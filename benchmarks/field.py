@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig, mlp
 from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import march, pixel_rays, render_rays
+from sv4d_ns.field.volume_rendering import march, render_rays
 from sv4d_ns.fitting import batch_sampler as sampling
 from sv4d_ns.fitting import losses
 from sv4d_ns.fitting import objective as fitting
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.metrics.images import pooled_psnr
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 from sv4d_ns.utils.files import atomic_path

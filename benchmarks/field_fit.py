@@ -28,7 +28,7 @@ from sv4d_ns.evaluation.cases import Case
 from sv4d_ns.evaluation.geometry import evaluate_geometry
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import pixel_rays, render_rays, render_rays_chunked
+from sv4d_ns.field.volume_rendering import render_rays, render_rays_chunked
 from sv4d_ns.fitting import batch_sampler as sampling
 from sv4d_ns.fitting import losses
 from sv4d_ns.fitting.objective import (
@@ -40,6 +40,7 @@ from sv4d_ns.fitting.objective import (
     loss_terms,
     surface_flow,
 )
+from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 
 FOV_TAN = float(np.tan(np.radians(33.9) / 2))

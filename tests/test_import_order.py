@@ -52,7 +52,7 @@ def upward() -> set[tuple[str, str]]:
 
 def test_every_folder_of_the_package_is_a_room() -> None:
     rooms = {path.parent.relative_to(PACKAGE).parts[0] for path in PACKAGE.glob("*/**/*.py")}
-    assert rooms == set(FLOOR) - {"method_configs"}
+    assert rooms | {"method_configs"} == set(FLOOR)
 
 
 def test_no_room_imports_a_higher_one() -> None:

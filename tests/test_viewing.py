@@ -13,8 +13,8 @@ from nerfstudio.configs.base_config import ViewerConfig
 
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import pixel_rays
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, SizeControl
 from sv4d_ns.plugin.render_outputs import LEGENDS, GridWitnesses, camera_channels
 from sv4d_ns.plugin.viewer import Clock, Playback, local_unless_asked, thumbnails

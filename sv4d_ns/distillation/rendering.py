@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from sv4d_ns.distillation.losses import depth_variance
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import accumulate, box_step, compositing_weights, march, pixel_rays
+from sv4d_ns.field.volume_rendering import accumulate, box_step, compositing_weights, march
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import picture_rays
 
 COLOR_WEIGHT = 1e-4
 """Samples that contribute less to their pixel are not coloured."""
@@ -60,16 +61,9 @@ class RenderSettings:
 
 def grid_rays(plan: ViewPlan, times: Float[Tensor, " f"], size: int, device: torch.device | str) -> Rays:
     """All pixels of the plan's novel views at all times, in (f v y x) order."""
-    centres = torch.arange(size, device=device) + 0.5
-    xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)
     c2w = torch.from_numpy(plan.c2w()[1:]).float().to(device)
-    pixels = len(xy)
-    origins, directions = pixel_rays(
-        xy.repeat(len(c2w), 1),
-        c2w.repeat_interleave(pixels, 0),
-        torch.full((pixels * len(c2w),), plan.focal_px(size), device=device),
-        torch.full((pixels * len(c2w), 2), size, device=device),
-    )
+    pictures = [picture_rays(camera, plan.focal_px(size), size) for camera in c2w]
+    origins, directions = (torch.cat(parts) for parts in zip(*pictures, strict=True))
     frames = len(times)
     return Rays(
         origins.repeat(frames, 1),

@@ -8,9 +8,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from sv4d_ns.field.volume_rendering import pixel_rays, render_rays_chunked
+from sv4d_ns.field.volume_rendering import render_rays_chunked
+from sv4d_ns.geometry.rays import picture_rays
 from sv4d_ns.metrics.images import pooled_iou, pooled_psnr
-from sv4d_ns.utils.images import over_white, resize_rgba
+from sv4d_ns.utils.images import over_white, resize_rgba, tiled
 from sv4d_ns.utils.progress import Progress
 from sv4d_ns.views.grid import ViewGrid
 
@@ -38,14 +39,9 @@ def render_rgba(
         focal: pixels; the principal point is the centre.
         time: in [0, 1].
     """
-    device = field.aabb.device
-    centres = torch.arange(size, device=device) + 0.5
-    xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)
-    count = len(xy)
-    matrix = torch.as_tensor(c2w, dtype=torch.float32, device=device).expand(count, 4, 4)
-    shape = torch.tensor([[size, size]], device=device).expand(count, 2)
-    origins, directions = pixel_rays(xy, matrix, torch.full((count,), focal, device=device), shape)
-    times = torch.full((count, 1), time, device=device)
+    matrix = torch.as_tensor(c2w, dtype=torch.float32, device=field.aabb.device)
+    origins, directions = picture_rays(matrix, focal, size)
+    times = torch.full_like(origins[:, :1], time)
     out = render_rays_chunked(field, occupancy, origins, directions, times)
     alpha = out["alpha"][:, None].clamp(0, 1)
     colour = (out["rgb"] - (1 - alpha)) / alpha.clamp(min=1e-3)
@@ -103,7 +99,7 @@ def result_sheet(
     inputs = resize_rgba(grid.input_frames[frames], SHEET_SIZE)
     truth, made = over_white(inputs) / 255.0, over_white(renders[:, 0]) / 255.0
     rows = [over_white(inputs), *over_white(renders).swapaxes(0, 1)]
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    sheet = tiled(rows)
     summary = {
         "input_view_psnr": pooled_psnr(truth, made),
         "input_view_iou": pooled_iou(inputs[..., 3], renders[:, 0, ..., 3]),

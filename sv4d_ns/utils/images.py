@@ -1,5 +1,7 @@
 """Pictures as arrays: straight-alpha RGBA on white, resized, and the curve that turns measures into weights."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -25,6 +27,11 @@ def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.
     colour = torch.where(alpha > 1e-3, small[:, :3] / alpha.clamp(min=1e-3), torch.ones_like(small[:, :3]))
     straight = torch.cat([colour.clamp(0, 1), alpha], 1)
     return (straight * 255).round().byte().movedim(1, -1).numpy().reshape(*batch, size, size, 4)
+
+
+def tiled(rows: Iterable[Iterable[UInt8[np.ndarray, "h w c"]]]) -> UInt8[np.ndarray, "H W c"]:
+    """One picture of rows of equally large pictures."""
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 
 def smoothstep(x: Float[Tensor, "*n"], low: float, high: float) -> Float[Tensor, "*n"]:

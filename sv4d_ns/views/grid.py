@@ -24,7 +24,7 @@ from PIL import Image
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_folder, atomic_path, content_hash
-from sv4d_ns.utils.images import over_white
+from sv4d_ns.utils.images import over_white, tiled
 
 GRID_FILE = "grid.json"
 TRANSFORMS_FILE = "transforms.json"
@@ -215,7 +215,7 @@ def contact_sheet(grid: ViewGrid, every: int | None = None) -> UInt8[np.ndarray,
         [np.asarray(Image.fromarray(over_white(frame)).resize((size, size))) for frame in grid.input_frames[::every]],
         *over_white(grid.novel_views[::every]).swapaxes(0, 1),
     ]
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    return tiled(rows)
 
 
 def save_contact_sheet(grid: ViewGrid, path: Path, every: int | None = None) -> Path:

@@ -12,9 +12,8 @@ from sv4d_ns.diffusion.fourdm.pipeline import spread_frames, view_cameras
 from sv4d_ns.distillation.anchor import anchor_target
 from sv4d_ns.distillation.cameras import HIGHEST_ELEVATION_DEG, evaluation_path
 from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, render_size
-from sv4d_ns.field.occupancy import project
-from sv4d_ns.field.volume_rendering import pixel_rays
 from sv4d_ns.geometry.cameras import look_at_cameras
+from sv4d_ns.geometry.rays import pixel_rays, project
 from sv4d_ns.metrics.images import gaussian_window, padded_ssim
 
 LOSS_RTOL, GRADIENT_ATOL, CAMERA_ATOL = 1e-5, 1e-6, 1e-6
