@@ -33,9 +33,11 @@ from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig, mlp
 from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import march, render_rays
-from sv4d_ns.fitting import batch_sampler as sampling
-from sv4d_ns.fitting import losses
-from sv4d_ns.fitting import objective as fitting
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.objective import loss_terms
+from sv4d_ns.fitting.schedule import ScheduleConfig, advance
+from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_flow, train_views
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.metrics.images import pooled_psnr
@@ -168,8 +170,8 @@ class Ours:
     ) -> None:
         torch.manual_seed(0)
         self.total = steps
-        canonical = fitting.largest_silhouette(grid)
-        views = fitting.train_views(grid, device)
+        canonical = largest_silhouette(grid)
+        views = train_views(grid, device)
         self.field = DeformableField(
             DeformableFieldConfig(
                 keyframes=grid.num_frames,
@@ -178,12 +180,12 @@ class Ours:
             )
         ).to(device)
         self.occupancy = OccupancyGrid(grid.num_frames).to(device)
-        self.occupancy.carve(fitting.hull_views(views))
+        self.occupancy.carve(hull_views(views))
         self.field.confine(self.occupancy.hull[canonical])
-        self.flow = fitting.surface_flow(views, self.occupancy.half_extent)
-        self.schedule, self.canonical = sampling.ScheduleConfig(), canonical
-        self.sampler = fitting.BatchSampler(views, fitting.BatchConfig(rays=rays), self.schedule, 0)
-        self.weights = losses.LossWeights()
+        self.flow = surface_flow(views, self.occupancy.half_extent)
+        self.schedule, self.canonical = ScheduleConfig(), canonical
+        self.sampler = BatchSampler(views, BatchConfig(rays=rays), self.schedule, 0)
+        self.weights = LossWeights()
         groups = self.field.parameter_groups()
         self.decay = DecaySchedulerConfig(max_steps=steps)
         self.optimizer = torch.optim.Adam(
@@ -195,7 +197,7 @@ class Ours:
 
     def step(self, number: int) -> None:
         number = min(number, self.total)
-        window = fitting.advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
+        window = advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * decay_factor(self.decay, number)
         batch = self.sampler.draw(number, window, self.canonical)
@@ -203,7 +205,7 @@ class Ours:
             self.field, self.occupancy, batch.origins, batch.directions, batch.times,
             background=batch.background, jitter=batch.jitter,
         )  # fmt: skip
-        terms = fitting.loss_terms(self.field, self.occupancy, self.flow, out, batch, self.weights, 0, number)
+        terms = loss_terms(self.field, self.occupancy, self.flow, out, batch, self.weights, 0, number)
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         self.optimizer.step()
@@ -278,7 +280,7 @@ class LiteralBuild(nn.Module):
         self.color_head = mlp([config.geometry_features, config.hidden_width, 3])
         self.deformation = FrequencyMotion(width=64, layers=3, space_frequencies=4, time_frequencies=5)
         self.uniform, self.pdf = UniformSampler(self.SAMPLES), PDFSampler(self.SAMPLES, include_original=False)
-        self.views = fitting.train_views(grid, "cpu")
+        self.views = train_views(grid, "cpu")
         self.optimizer = torch.optim.Adam(self.parameters(), lr=1e-2, eps=1e-15)
         self.evaluated = rays * 2 * self.SAMPLES
 

@@ -25,9 +25,9 @@ from field_fit import FitConfig, evaluate, fit, load_views
 
 from sv4d_ns.evaluation.cases import find_cases
 from sv4d_ns.field.deformable import DeformableFieldConfig
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-from sv4d_ns.fitting.losses import LossWeights
-from sv4d_ns.fitting.objective import BatchConfig
+from sv4d_ns.fitting.batch_sampler import BatchConfig
+from sv4d_ns.fitting.schedule import ScheduleConfig
+from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
 

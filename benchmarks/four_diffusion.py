@@ -48,8 +48,9 @@ from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
 from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
-from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, hull_views, train_views
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window
+from sv4d_ns.fitting.train_views import hull_views, train_views
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.metrics.images import pooled_psnr
 from sv4d_ns.plugin.distillation_model import field_config

@@ -13,9 +13,11 @@ from test_fitting import ball_grid
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
-from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, hull_views, loss_terms, train_views
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.objective import loss_terms
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window
 from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.fitting.train_views import hull_views, train_views
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.views.grid import ViewGrid, image_name
 from sv4d_ns.views.normals import estimated_normals

@@ -9,19 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sv4d_ns.fitting.batch_sampler import (
-    Admission,
-    PixelSampler,
-    ScheduleConfig,
-    Window,
-    admissions,
-    frame_window,
-    generator,
-    orthogonal_views,
-    sample_frames,
-    uniform,
-)
+from sv4d_ns.fitting.batch_sampler import PixelSampler, orthogonal_views, sample_frames
+from sv4d_ns.fitting.registration import Admission
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window, admissions, frame_window
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.randomness import generator, uniform
 
 CONFIG = ScheduleConfig()
 

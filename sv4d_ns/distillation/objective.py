@@ -21,10 +21,10 @@ from sv4d_ns.distillation.rendering import Rendered, RenderSettings, grid_rays, 
 from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, NoiseLevels, reference_step, render_size
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.fitting import batch_sampler as sampling
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.metrics.images import padded_ssim
 from sv4d_ns.metrics.lpips import MeanPerceptual
+from sv4d_ns.utils import randomness
 from sv4d_ns.utils.images import resize_rgba
 from sv4d_ns.views.grid import ViewGrid
 
@@ -104,7 +104,7 @@ class Objective:
         """Every weighted term that is switched on at a step; their sum is what the step minimises."""
         place = reference_step(step, self.config.total_steps, self.config.first_step)
         weights = self.config.weights.at(place)
-        rng = sampling.generator(self.config.seed, step, 10)
+        rng = randomness.generator(self.config.seed, step, 10)
         terms: dict[str, Tensor] = {}
         if self.prior is not None:
             terms |= self._distillation(self.prior, step, place, rng)

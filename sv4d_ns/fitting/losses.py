@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.volume_rendering import RaySamples
-from sv4d_ns.fitting.settings import LossWeights as LossWeights
 from sv4d_ns.metrics.lpips import Perceptual
 
 

@@ -28,8 +28,9 @@ from sv4d_ns.runs.layout import newest_views, windows_folder
 from sv4d_ns.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from sv4d_ns.fitting.batch_sampler import Window
-    from sv4d_ns.fitting.objective import Batch, BatchSampler, TrainView
+    from sv4d_ns.fitting.batch_sampler import Batch, BatchSampler
+    from sv4d_ns.fitting.schedule import Window
+    from sv4d_ns.fitting.train_views import TrainView
     from sv4d_ns.geometry.cameras import ViewPlan
     from sv4d_ns.synthesis.base import ViewSynthesizer
     from sv4d_ns.video import ObjectVideo
@@ -175,7 +176,7 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
     Args:
         views_and_frames: (view, frame) pairs; view 0 is the input.
     """
-    from sv4d_ns.fitting.objective import largest_silhouette
+    from sv4d_ns.fitting.train_views import largest_silhouette
     from sv4d_ns.views.grid import image_name
 
     c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
@@ -372,7 +373,7 @@ class SV4DDataManager(VanillaDataManager):
         self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
 
     def _say_what_is_left_out(self) -> None:
-        from sv4d_ns.fitting.objective import views_to_fit
+        from sv4d_ns.fitting.train_views import views_to_fit
 
         azimuths = (0.0, *self.grid.plan.azimuths_deg)
         kept = views_to_fit(self.grid, self.config.leave_out)
@@ -420,8 +421,9 @@ class SV4DDataManager(VanillaDataManager):
         return self._make_sampler(rays=self.config.train_num_rays_per_batch, patches=self.config.patches)
 
     def _make_sampler(self, rays: int, patches: int) -> "BatchSampler":
-        from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-        from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, train_views
+        from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+        from sv4d_ns.fitting.schedule import ScheduleConfig
+        from sv4d_ns.fitting.train_views import train_views
 
         config = BatchConfig(rays=rays, patches=patches)
         views = train_views(self.grid, self.device, self.config.leave_out)
@@ -441,7 +443,7 @@ class SV4DDataManager(VanillaDataManager):
 
     def _first_frame_rays(self) -> RayBundle:
         """What ns-export pointcloud and poisson fuse: one moment, seen from everywhere."""
-        from sv4d_ns.fitting.batch_sampler import Window
+        from sv4d_ns.fitting.schedule import Window
 
         assert self.train_pixel_sampler is not None
         rays = self.train_pixel_sampler.num_rays_per_batch

@@ -19,7 +19,7 @@ from sv4d_ns.plugin.model import SV4DModel, SV4DModelConfig
 
 if TYPE_CHECKING:
     from sv4d_ns.distillation.rendering import RenderSettings
-    from sv4d_ns.fitting.batch_sampler import Window
+    from sv4d_ns.fitting.schedule import Window
     from sv4d_ns.views.grid import ViewGrid
 
 
@@ -86,7 +86,7 @@ class FourDiffusionModel(SV4DModel):
 
     def frame_window(self, step: int) -> "Window":
         """All frames."""
-        from sv4d_ns.fitting.batch_sampler import Window
+        from sv4d_ns.fitting.schedule import Window
 
         return Window(0, self.num_frames - 1)
 
@@ -100,7 +100,7 @@ class FourDiffusionModel(SV4DModel):
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the silhouettes of a grid; those of an input whose camera is a guess do not count."""
-        from sv4d_ns.fitting.objective import hull_views, train_views
+        from sv4d_ns.fitting.train_views import hull_views, train_views
         from sv4d_ns.synthesis.fourdm import KNOWN_POSE
 
         if not self.config.carve:

@@ -23,8 +23,8 @@ from sv4d_ns.fitting.settings import LossWeights
 
 if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
-    from sv4d_ns.fitting.batch_sampler import Window
     from sv4d_ns.fitting.scene_flow import SceneFlow
+    from sv4d_ns.fitting.schedule import Window
     from sv4d_ns.metrics.lpips import Perceptual
     from sv4d_ns.plugin.render_outputs import GridWitnesses
     from sv4d_ns.views.grid import ViewGrid
@@ -75,7 +75,7 @@ class SV4DModel(Model):
         """Make the field and the occupancy grid (one bin for every frame of the clip)."""
         from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
         from sv4d_ns.field.occupancy import OccupancyGrid
-        from sv4d_ns.fitting.batch_sampler import ScheduleConfig
+        from sv4d_ns.fitting.schedule import ScheduleConfig
 
         super().populate_modules()
         # subnormal second moments of rarely touched grid entries would slow Adam down
@@ -104,7 +104,7 @@ class SV4DModel(Model):
 
     def frame_window(self, step: int) -> "Window":
         """Frames in use at `step` (progressive frame sampling)."""
-        from sv4d_ns.fitting.batch_sampler import frame_window
+        from sv4d_ns.fitting.schedule import frame_window
 
         return frame_window(self.fraction(step), self.num_frames, self.canonical_frame, self.schedule)
 
@@ -115,7 +115,7 @@ class SV4DModel(Model):
         return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step)]
 
     def _before_step(self, step: int) -> None:
-        from sv4d_ns.fitting.objective import advance
+        from sv4d_ns.fitting.schedule import advance
 
         self.step = step
         total, every = max(self.config.schedule_steps, 1), self.config.occupancy_every
@@ -123,7 +123,7 @@ class SV4DModel(Model):
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the visual hull of a grid's silhouettes."""
-        from sv4d_ns.fitting.objective import hull_views, surface_flow, train_views
+        from sv4d_ns.fitting.train_views import hull_views, surface_flow, train_views
 
         views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
         self.occupancy.carve(hull_views(views))

@@ -38,7 +38,7 @@ class FinishedRun:
     def canonical_frame(self) -> int:
         """The frame whose shape is the canonical one; where the field has none, the frame that shows most."""
         if not self.deforms:
-            from sv4d_ns.fitting.objective import largest_silhouette
+            from sv4d_ns.fitting.train_views import largest_silhouette
 
             return largest_silhouette(self.views)
         return int(abs(self.views.times - float(self.field.config.canonical_time)).argmin())
