@@ -29,7 +29,7 @@ from sv4d_ns.utils.files import atomic_path
 SMALL = ModelConfig(
     image_size=32, latent_channels=16, channels=(32, 64), head_dim=32, embedding_dim=64, camera_dims=(16, 32, 32)
 )
-PLAN = ViewPlan.ring(ViewPlan.EMBEDDED.azimuths_deg[::2])
+PLAN = ViewPlan.ring(ViewPlan.BUNDLED.azimuths_deg[::2])
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ IMPORTED = [
     "sv4d_ns.export.command",
     "sv4d_ns.diffusion.sv4d.grid",
     "sv4d_ns.diffusion.sv4d.pipeline",
-    "sv4d_ns.diffusion.embedded",
+    "sv4d_ns.diffusion.bundled",
 ]
 """What a job imports; jobs are forked from a process that has done so."""
 FIRST_LINE = "Device: "
@@ -200,7 +200,7 @@ def write_video(path: Path) -> None:
     from sv4d_ns.geometry.cameras import ViewPlan
     from sv4d_ns.training_data.procedural import creature, render
 
-    rgba = render(creature(2**31 + 5), np.linspace(0, 1, 2), ViewPlan.EMBEDDED.c2w()[:1], 96)[:, 0] / 255.0
+    rgba = render(creature(2**31 + 5), np.linspace(0, 1, 2), ViewPlan.BUNDLED.c2w()[:1], 96)[:, 0] / 255.0
     frames = np.round(255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])).astype(np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)

@@ -6,7 +6,7 @@
     python benchmarks/four_diffusion.py memory
 
 `targets` says at which noise the model knows more than a field fitted to its own sampled views.
-`ablation` fits held-out procedural creatures with the embedded model, every arm in the same number of steps. The first
+`ablation` fits held-out procedural creatures with the bundled model, every arm in the same number of steps. The first
 half is the same for all: the sampled views. Then the views go on alone; or distillation and anchor take their place,
 together or one of them; or the input video joins the views (what can be had without distillation).
 `speed` compares one step with the same step as the reference's code words it.
@@ -94,9 +94,9 @@ class Case:
 
 
 def make_case(index: int, model: Path | None = None) -> Case:
-    """The index-th held-out creature of the embedded model's evaluation, seen by that model or another one."""
+    """The index-th held-out creature of the bundled model's evaluation, seen by that model or another one."""
     clip = held_out_clip(index, FRAMES, SIZE)
-    synthesizer: Any = load_synthesizer("embedded", "cpu")[0]
+    synthesizer: Any = load_synthesizer("bundled", "cpu")[0]
     if model is not None:
         synthesizer.pipeline = StableVideo4D2Pipeline.from_pretrained(model)
     with tempfile.TemporaryDirectory() as store:
@@ -213,7 +213,7 @@ class Ablation:
     arms: tuple[str, ...] = ARMS
     """What to fit."""
     model: Path | None = None
-    """Folder of another model than the embedded one, as `sv4d train` writes it."""
+    """Folder of another model than the bundled one, as `sv4d train` writes it."""
     threads: int = 1
     """CPU threads."""
     out: Path = Path("four_diffusion_ablation")

@@ -1,8 +1,8 @@
-"""What stage 2 adds over stage 1 alone, on held-out creatures and the embedded model's own views.
+"""What stage 2 adds over stage 1 alone, on held-out creatures and the bundled model's own views.
 
     python benchmarks/stage2.py --out OUT --objects 3
 
-For each creature the embedded model makes the novel views of a short clip, and the field is fitted to them up to the
+For each creature the bundled model makes the novel views of a short clip, and the field is fitted to them up to the
 step of stage 2. From there it goes on in as many ways as are compared, all for the same number of steps: with the same
 views (`alone`), and with views refined from its own renders (`refined`, at some strengths). Judged are pictures of the
 field at the views of the ring, where the true creature is rendered too, and at two elevated views; besides, the targets
@@ -61,7 +61,7 @@ class Stage2:
     def main(self) -> None:
         """Run all creatures, print and write the table."""
         self.out.mkdir(parents=True, exist_ok=True)
-        synthesizer, sentence = load_synthesizer("embedded", "cpu")
+        synthesizer, sentence = load_synthesizer("bundled", "cpu")
         print(sentence)
         backbones, rows = load_backbones(PROTOCOLS["benchmark"]), []
         for number in range(self.objects):

@@ -5,7 +5,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder, PooledImageEncoder
 from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
 
 CAMERA_DIMS = [8, 16, 16]
@@ -81,3 +83,17 @@ def tiny_pipeline(**changes: object) -> StableVideo4D2Pipeline:
 
 def tiny_video(frames: int = FRAMES, channels: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.rand(frames, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def small_pipeline() -> StableVideo4D2Pipeline:
+    """The kind that `sv4d train` makes from scratch: a linear autoencoder with alpha, an image encoder of our own."""
+    vae = PatchAutoencoder(in_channels=4, latent_channels=16, patch_size=2)
+    encoder = PooledImageEncoder(in_channels=4, width=8, embedding_dim=16)
+    unet = tiny_unet(in_channels=32, out_channels=16, reference_channels=16)
+    pipeline = StableVideo4D2Pipeline(
+        vae, encoder, unet, released_scheduler(), num_frames=FRAMES, num_views=VIEWS, image_size=SIZE,
+        num_inference_steps=3, camera_dims=CAMERA_DIMS,
+        guidance=Guidance(GuidanceKind.CONSTANT, 1.0).to_config(),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -100,7 +100,7 @@ def example(name: str, folder: Path) -> bytes:
     if name in ("grid", "transforms"):
         return (make_grid().save(folder / "good") / f"{name}.json").read_bytes()
     if name == "cameras":
-        return json.dumps(ViewPlan.EMBEDDED.to_dict()).encode()
+        return json.dumps(ViewPlan.BUNDLED.to_dict()).encode()
     if name == "config":
         return b"!!python/object:sv4d_ns.plugin.model.SV4DModelConfig\nschedule_steps: 3\n"
     stream = io.BytesIO()

@@ -23,7 +23,7 @@ def outputs(tmp_path: Path) -> Path:
         record_run(runs / name, name)
         release_run(runs / name)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 9, 16, 16, 4), np.uint8)
-    ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.EMBEDDED, fps=10).save(runs / "first" / "views")
+    ViewGrid(pixels[:, 0], pixels[:, 1:], ViewPlan.BUNDLED, fps=10).save(runs / "first" / "views")
     (runs / "first" / "nerfstudio_models").mkdir()
     torch.save({"step": 3, "x": torch.rand(9999)}, runs / "first" / "nerfstudio_models" / "step-000000003.ckpt")
     (runs / "first" / SUMMARY_FILE).write_text("{}")

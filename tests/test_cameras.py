@@ -34,9 +34,9 @@ def test_camera_stands_on_the_sphere_and_looks_at_the_origin(azimuth, elevation,
 
 
 def test_input_camera_matches_the_written_convention():
-    c2w = ViewPlan.EMBEDDED.c2w()[0]
+    c2w = ViewPlan.BUNDLED.c2w()[0]
     np.testing.assert_allclose(c2w[:3, 3], [CAMERA_RADIUS, 0, 0], atol=1e-12)
-    focal = ViewPlan.EMBEDDED.focal_px(256)
+    focal = ViewPlan.BUNDLED.focal_px(256)
     u, v = project(np.array([0, 0.3, 0.2]), c2w, focal, 256)
     assert u > 128 and v < 128  # image-right is +y, image-up is +z
     assert focal == pytest.approx(420.0, abs=0.05)

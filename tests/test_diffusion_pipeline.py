@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-from diffusion_fixture import CAMERA_DIMS, FRAMES, SIZE, VIEWS, tiny_pipeline, tiny_unet, tiny_video
+from diffusion_fixture import CAMERA_DIMS, FRAMES, SIZE, VIEWS, small_pipeline, tiny_pipeline, tiny_unet, tiny_video
 
 from sv4d_ns.diffusion import lora
-from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
 from sv4d_ns.diffusion.sv4d.conditioning import CLIP_MEAN, CLIP_STD, camera_angles, clip_pixels
 from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind
-from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder
 from sv4d_ns.utils.errors import InputError
 
 AZIMUTHS, ELEVATIONS = [90.0, 200.0], [0.0, -10.0]
@@ -190,21 +190,8 @@ def test_saved_before_the_modules_moved(pipeline, tmp_path):
     assert type(StableVideo4D2Pipeline.from_pretrained(tmp_path).unet) is type(pipeline.unet)
 
 
-def embedded_pipeline() -> StableVideo4D2Pipeline:
-    vae = PatchAutoencoder(in_channels=4, latent_channels=16, patch_size=2)
-    encoder = PooledImageEncoder(in_channels=4, width=8, embedding_dim=16)
-    unet = tiny_unet(in_channels=32, out_channels=16, reference_channels=16)
-    pipeline = StableVideo4D2Pipeline(
-        vae, encoder, unet, released_scheduler(), num_frames=FRAMES, num_views=VIEWS, image_size=SIZE,
-        num_inference_steps=3, camera_dims=CAMERA_DIMS,
-        guidance=Guidance(GuidanceKind.CONSTANT, 1.0).to_config(),
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def test_components_of_this_package_saved_and_loaded(tmp_path, monkeypatch):
-    pipeline = embedded_pipeline()
+    pipeline = small_pipeline()
     video = tiny_video(channels=4)
     frames = run(pipeline, video=video)
     assert frames.shape == (FRAMES, VIEWS, 4, SIZE, SIZE)
@@ -256,7 +243,7 @@ def test_interrupted_by_the_callback(pipeline):
 @pytest.mark.parametrize("kind", ["model", "block_level", "leaf_level"])
 def test_offloaded_runs_are_the_same(kind, own):
     """Without a GPU the hooks move weights from the CPU to the CPU; accelerate's sequential ones refuse to."""
-    pipeline, video = (embedded_pipeline(), tiny_video(channels=4)) if own else (tiny_pipeline(), tiny_video())
+    pipeline, video = (small_pipeline(), tiny_video(channels=4)) if own else (tiny_pipeline(), tiny_video())
     expected = run(pipeline, video=video)
     if kind == "model":
         pipeline.enable_model_cpu_offload(device="cpu")

@@ -205,7 +205,7 @@ def finished_run(tmp_path_factory) -> Path:
     pictures = np.full((FRAMES, 16, 16, 4), 255, np.uint8)
     square = {"side": 300.0, "source_width": 640, "source_height": 360, "size": 16}
     framing = {"center_x": [200.0, 220.0, 240.0, 260.0], "center_y": [180.0] * FRAMES, **square}
-    provenance = {"source": "ball.mp4", "model": "sv4d_ns embedded"}
+    provenance = {"source": "ball.mp4", "model": "sv4d_ns bundled"}
     framing["side"] = [300.0] * FRAMES
     grid = ViewGrid(pictures, pictures[:, None], ViewPlan.ring((90.0,)), FPS, framing=framing, provenance=provenance)
     grid.save(run / "views")
@@ -244,7 +244,7 @@ def test_a_run_becomes_a_playing_file(finished_run, tmp_path, capsys, monkeypatc
     np.testing.assert_allclose(moved, [SHIFT, 0, 0], atol=0.02)
     extras = raw.json["asset"]["extras"]["sv4d"]
     assert extras["provenance"]["source"] == "ball.mp4"
-    assert extras["licences"]["novel views"] == "sv4d_ns embedded, Apache-2.0"
+    assert extras["licences"]["novel views"] == "sv4d_ns bundled, Apache-2.0"
     assert extras["confidence"] == {"1": "seen by the input camera", "0.5": "by generated views only", "0": "by none"}
     np.testing.assert_allclose(np.median(raw.image().reshape(-1, 3), axis=0), [204, 51, 26], atol=20)
     color = np.median(trimesh.load(tmp_path / "asset" / "frames_ply" / "frame_0000.ply").visual.vertex_colors, axis=0)

@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusion_fixture import small_pipeline
 
-from sv4d_ns.diffusion.embedded import load_embedded_pipeline
+from sv4d_ns.diffusion.bundled import load_bundled_pipeline
 from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.distillation.anchor import choose_anchor
 from sv4d_ns.distillation.cameras import HIGHEST_ELEVATION_DEG, DrawnViews, draw_views, draw_window
 from sv4d_ns.distillation.motion import motion_loss
 from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anchor
-from sv4d_ns.distillation.priors import SV4DPrior
+from sv4d_ns.distillation.priors import BundledPrior, SV4DPrior
 from sv4d_ns.distillation.rendering import RenderSettings, grid_rays, render
 from sv4d_ns.distillation.schedules import reference_step
 from sv4d_ns.field.hash_grid import HashGrid
@@ -260,7 +261,7 @@ class TruthPrior:
     """Knows what the views look like: its target is the truth, at any noise."""
 
     num_frames, image_size, channels, base_elevation_deg, highest_elevation_deg = 2, 16, 4, 0.0, 0.0
-    radius, fov_deg = ViewPlan.EMBEDDED.radius, ViewPlan.EMBEDDED.fov_deg
+    radius, fov_deg = ViewPlan.BUNDLED.radius, ViewPlan.BUNDLED.fov_deg
 
     def __init__(self, subject, times):
         self.subject, self.times, self.noise_steps = subject, times, []
@@ -314,14 +315,24 @@ def test_a_step_follows_from_seed_and_number():
     assert values[0] == values[1]
 
 
-def test_the_shipped_model_knows_elevations_relative_to_the_input():
-    pipeline = load_embedded_pipeline()
+def test_an_sv4d_model_knows_elevations_relative_to_the_input():
+    pipeline = small_pipeline()
     frames = creature_grid((90.0,), 0.0, known=True).input_frames
-    latents = torch.rand(4, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.rand(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     seen = []
     for base, elevation in ((0.0, 5.0), (20.0, 25.0), (0.0, 25.0)):
         prior = SV4DPrior(pipeline, frames, 2.0, 33.9, input_elevation_deg=base)
         views = DrawnViews((0.0, 90.0, 180.0, 270.0), elevation)
         seen.append(prior.target(latents, [0], views, 900, torch.Generator().manual_seed(1)))
     assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=1e-3)
-    assert prior.noise.at(0) == prior.noise.at(35_000) == (850, 980), "it samples in one step"
+
+
+def test_the_bundled_models_targets_are_pictures_of_the_asked_frames():
+    prior = BundledPrior(load_bundled_pipeline(), creature_grid((90.0,), 0.0, known=True).input_frames, 2.0, 33.9, 0.0)
+    views = DrawnViews((0.0, 90.0, 180.0, 270.0), 5.0)
+    pictures = torch.rand(8, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    target = prior.target(
+        prior.encode(pictures, torch.Generator()), [0, 1], views, 900, torch.Generator().manual_seed(1)
+    )
+    assert target.shape == (8, 4, 64, 64) and target.min() >= -1.001 and target.max() <= 1.001
+    assert prior.noise.at(0) == prior.noise.at(35_000) == (850, 980), "it predicts a mean in one step"

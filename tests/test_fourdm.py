@@ -288,7 +288,7 @@ def test_plans_4dm_has_no_views_for(tmp_path):
     from sv4d_ns.geometry.cameras import ViewPlan
 
     with pytest.raises(InputError, match="four views a quarter turn apart"):
-        synthesizer.generate(frames_of(2), ViewPlan.EMBEDDED, seed=0, store=tmp_path, progress=lambda a, b: None)
+        synthesizer.generate(frames_of(2), ViewPlan.BUNDLED, seed=0, store=tmp_path, progress=lambda a, b: None)
     turned = fourdm_plan(-90.0)
     assert turned.azimuths_deg == (270.0, 0.0, 90.0, 180.0)
     synthesizer._front(turned)

@@ -85,5 +85,5 @@ def test_descriptions_of_grids(tmp_path: Path, good: dict[str, bytes], name: str
 @given(data=st.data())
 def test_cameras_and_crops(tmp_path: Path, data: st.DataObject) -> None:
     crop = Framing(10.0, 12.0, 20.0, 64, 48, 32).to_dict()
-    start = data.draw(st.sampled_from([ViewPlan.EMBEDDED.to_dict(), crop, {**crop, "side": [20.0, 21.0]}]))
+    start = data.draw(st.sampled_from([ViewPlan.BUNDLED.to_dict(), crop, {**crop, "side": [20.0, 21.0]}]))
     TARGETS["cameras"](json.dumps(_replaced(start, data)).encode(), tmp_path)

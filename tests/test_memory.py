@@ -118,12 +118,12 @@ def test_plan_of_the_released_model():
 
 
 def test_plan_command(capsys):
-    command(["--model", "embedded", "--device", "rtx-3060"])
+    command(["--model", "official4", "--device", "rtx-4090"])
     text = capsys.readouterr().out
-    assert "unet" in text and "Recommended on rtx-3060: offload 'none'" in text
+    assert "unet" in text and "Recommended on rtx-4090: offload 'none'" in text
     with pytest.raises(InputError, match="rtx-4090"):
         command(["--device", "rtx-1"])
-    with pytest.raises(InputError, match="--size must be a multiple of 8"):
-        plan_memory("embedded", CARDS["t4"], size=60)
+    with pytest.raises(InputError, match="--size must be a multiple of 64"):
+        plan_memory("official4", CARDS["t4"], size=60)
     with pytest.raises(InputError, match="--frames"):
-        plan_memory("embedded", CARDS["t4"], frames=0)
+        plan_memory("official4", CARDS["t4"], frames=0)

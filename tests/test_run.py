@@ -40,7 +40,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int = 10) -> Path:
 
 def object_frames(count: int = FRAMES, size: int = 96) -> np.ndarray:
     """A moving creature on white, uint8 RGB [count, size, size, 3]."""
-    camera = ViewPlan.EMBEDDED.c2w()[:1]
+    camera = ViewPlan.BUNDLED.c2w()[:1]
     rgba = render(creature(SEED), np.linspace(0, 1, count), camera, size)[:, 0].astype(float) / 255
     return np.round(255 * (rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:])).astype(np.uint8)
 

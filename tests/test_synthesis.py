@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusion_fixture import FRAMES, SIZE, small_pipeline
 
 from sv4d_ns.diffusion.planner.plan import GIB, Offload, Plan
 from sv4d_ns.diffusion.sv4d.grid import GeneratedGrid, GridOptions
@@ -68,39 +70,55 @@ def test_the_noise_level_of_stage_2_follows_the_schedule() -> None:
     assert refine_sigma(schedule, 1e-9) == pytest.approx(0.02, rel=1e-3)
 
 
+def small_synthesizer(**settings: Any) -> DiffusionSynthesizer:
+    return DiffusionSynthesizer(small_pipeline(), "small", SIZE, ViewPlan.ring((90.0, 180.0)), 1, **settings)
+
+
 def test_the_choice_of_model_is_said_and_refused_where_it_cannot_run() -> None:
     synthesizer, sentence = load_synthesizer("auto", "cpu")
-    assert "embedded" in sentence and "cpu" in sentence
-    assert synthesizer.default_plan() == ViewPlan.EMBEDDED
-    with pytest.raises(InputError, match="synthesis embedded"):
+    assert "bundled" in sentence and "cpu" in sentence
+    assert synthesizer.default_plan() == ViewPlan.BUNDLED
+    with pytest.raises(InputError, match="synthesis bundled"):
         load_synthesizer("official", "cpu")
 
 
-def test_options_reach_the_synthesizer_and_its_description() -> None:
-    given = {"stride": "released_t", "references": None, "guidance_scale": 2.0}
-    synthesizer, _ = load_synthesizer("auto", "cpu", options=given)
-    assert isinstance(synthesizer, DiffusionSynthesizer)
-    independent = ViewReferences.INDEPENDENT
-    assert synthesizer.options == GridOptions(
-        stride=WindowStride.RELEASED_T, references=independent, guidance_scale=2.0
-    )
+def test_settings_of_the_official_model_are_refused_for_the_bundled_one() -> None:
+    for option, flag in (("references", "view-references"), ("guidance_scale", "guidance-scale")):
+        with pytest.raises(InputError, match=flag):
+            load_synthesizer("auto", "cpu", options={option: "anchored"})
+
+
+def test_options_are_in_the_description() -> None:
+    options = GridOptions(stride=WindowStride.RELEASED_T, references=ViewReferences.INDEPENDENT, guidance_scale=2.0)
+    synthesizer = small_synthesizer(options=options)
     described = json.loads(json.dumps(synthesizer.describe()))
     assert described["options"]["stride"] == "released_t" and len(described["weights"]) == 32
-    plain, _ = load_synthesizer("auto", "cpu")
-    assert plain.describe()["options"] != synthesizer.describe()["options"]
+    assert small_synthesizer().describe()["options"] != synthesizer.describe()["options"]
     with pytest.raises(InputError, match="sideways"):
-        load_synthesizer("auto", "cpu", options={"references": "sideways"})
+        GridOptions.from_values({"references": "sideways"})
 
 
 def test_a_long_video_tells_how_far_its_windows_drift(tmp_path: Path) -> None:
-    synthesizer, _ = load_synthesizer("embedded", "cpu")
-    frames = np.stack([disc(64)] * 9)
-    views = synthesizer.generate(
+    frames = np.stack([disc(SIZE)] * (2 * FRAMES - 1))
+    views = small_synthesizer().generate(
         frames, ViewPlan.ring((90.0, 180.0)), seed=0, store=tmp_path, progress=lambda done, total: None
     )
-    assert views.images.shape == (9, 2, 64, 64, 4)
-    (boundary,) = views.drift
-    assert boundary.frame == 1 and boundary.frames == 7 and boundary.psnr > 10
+    assert views.images.shape == (2 * FRAMES - 1, 2, SIZE, SIZE, 4)
+    assert views.drift and all(np.isfinite(boundary.psnr) for boundary in views.drift)
+
+
+def test_the_bundled_model_makes_views_and_refines_renders(tmp_path: Path) -> None:
+    synthesizer, _ = load_synthesizer("bundled", "cpu")
+    frames, plan = np.stack([disc(synthesizer.image_size)] * 2), ViewPlan((90.0, 180.0), (0.0, 30.0))
+    seen: list[tuple[int, int]] = []
+    ways = {"seed": 1, "store": tmp_path, "progress": lambda done, total: seen.append((done, total))}
+    made = synthesizer.generate(frames, plan, **ways)
+    again = synthesizer.generate(frames, plan, **ways)
+    refined = synthesizer.refine(frames, made.images, plan, strength=0.3, **ways)
+    assert made.images.shape == refined.images.shape == (2, 2, synthesizer.image_size, synthesizer.image_size, 4)
+    np.testing.assert_array_equal(made.images, again.images)
+    assert made.images[..., 3].max() > 128 and not np.array_equal(made.images, refined.images)
+    assert seen == [(1, 1)] * 3 and json.dumps(synthesizer.describe())
 
 
 def test_the_way_of_offloading_is_chosen_by_the_memory_and_said() -> None:
@@ -118,28 +136,22 @@ def test_the_way_of_offloading_is_chosen_by_the_memory_and_said() -> None:
         fitting_offload(plan, 2 * GIB)
 
 
-def test_stage_2_averages_the_draws_of_noise_and_leaves_the_schedule_as_it_was(
+def test_stage_2_starts_at_its_noise_level_and_leaves_the_schedule_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synthesizer, _ = load_synthesizer("embedded", "cpu")
-    assert isinstance(synthesizer, DiffusionSynthesizer)
-    scheduler, asked, seen = synthesizer.pipeline.scheduler, [], []
+    synthesizer = small_synthesizer()
+    scheduler, asked = synthesizer.pipeline.scheduler, []
 
     def made(self, frames, plan, steps, *, seed, store, progress, initial_views):  # type: ignore[no-untyped-def]
         asked.append((seed, store, self.pipeline.scheduler.config.sigma_max))
-        progress(1, 1)
-        return GeneratedGrid(torch.full((1, 1, 4, 8, 8), 0.8 if len(asked) == 1 else 1.0))
+        return GeneratedGrid(torch.full((1, 1, 4, 8, 8), 0.9))
 
     monkeypatch.setattr(DiffusionSynthesizer, "_run", made)
     empty = np.zeros((1, 8, 8, 4), np.uint8)
     views = synthesizer.refine(
         empty, empty[:, None], ViewPlan.ring((90.0,)), strength=0.5, seed=3, store=tmp_path,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda done, total: None,
     )  # fmt: skip
-    assert len(asked) == synthesizer.refine_draws == 2
-    assert len({seed for seed, _, _ in asked}) == len({store for _, store, _ in asked}) == 2
-    assert all(sigma == pytest.approx(refine_sigma(scheduler.config, 0.5)) for _, _, sigma in asked)
-    assert seen == [(1, 2), (2, 2)]
+    assert asked == [(3, tmp_path, pytest.approx(refine_sigma(scheduler.config, 0.5)))]
     assert synthesizer.pipeline.scheduler is scheduler
-    # the mean coverage is 0.9, believed as far as (2 * 0.9 - 1)^2
     assert views.confidence.flatten()[0] == round(255 * 0.8**2)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from diffusion_fixture import tiny_pipeline
 
-from sv4d_ns.diffusion.embedded import embedded_folder, load_embedded_pipeline
-from sv4d_ns.diffusion.embedded.modules import PooledImageEncoder
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.small_components import PooledImageEncoder
 from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training import train as trainer
 from sv4d_ns.diffusion_training.checkpoint import checkpoints
@@ -92,7 +91,7 @@ def test_training_cameras_ascend_and_include_the_default_plan():
     elevations = np.array([ring[0] + ring[2] for ring in rings])
     assert np.abs(elevations).max() <= 50
     for call in (0, 1):
-        wanted = np.array(ViewPlan.EMBEDDED.azimuths_deg[call::2])
+        wanted = np.array(ViewPlan.BUNDLED.azimuths_deg[call::2])
         assert np.abs(azimuths - wanted).max(axis=1).min() < 15
 
 
@@ -534,23 +533,3 @@ def test_evaluation_clips_are_held_out_and_the_mean_view_is_a_picture():
 def test_evaluating_a_folder_without_a_model_says_so(tmp_path):
     with pytest.raises(InputError, match="holds no model"):
         evaluate(EvaluateConfig(model=tmp_path))
-
-
-def test_the_embedded_model_fits_and_samples():
-    size = sum(path.stat().st_size for path in embedded_folder().rglob("*.safetensors"))
-    assert 1e6 < size < 15e6
-    pipeline = load_embedded_pipeline("cpu")
-    assert pipeline.unet.dtype == torch.float32 and pipeline.config.num_frames >= 8 and pipeline.config.num_views >= 4
-    pipeline.set_progress_bar_config(disable=True)
-    clip = held_out_clip(0, 2, pipeline.config.image_size)
-    video = (to_model_images(clip.inputs) + 1) / 2
-    frames = pipeline(video, list(ViewPlan.EMBEDDED.azimuths_deg[::2]), [0.0] * 4).frames
-    assert frames.shape == (2, 4, 4, 64, 64) and frames.isfinite().all()
-    assert frames.min() >= 0 and frames.max() <= 1
-
-
-def test_the_embedded_model_beats_both_trivial_answers():
-    rows = evaluate(EvaluateConfig(objects=6, frames=1, threads=1, mean_image_objects=60))
-    copied, mean, model = rows
-    assert model.psnr > max(copied.psnr, mean.psnr)
-    assert model.iou > max(copied.iou, mean.iou)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder
 from sv4d_ns.diffusion_training.config import TrainConfig, changes_since
 from sv4d_ns.diffusion_training.model import TrainedParts
 from sv4d_ns.training_data.dataset import disk_errors

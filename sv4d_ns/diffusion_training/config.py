@@ -22,10 +22,10 @@ class TrainConfig:
     sizes are those of the whole batch, however many processes share it.
     """
 
-    output_dir: Path = Path("runs/embedded")
+    output_dir: Path = Path("runs/sv4d")
     """Checkpoints, losses, sample sheets and the exported model go here."""
     start: str = "scratch"
-    """Where the weights come from: scratch (a new model of --model.*), embedded (the shipped one), official:FILE (SV4D
+    """Where the weights come from: scratch (a new model of --model.*), official:FILE (SV4D
     2.0), svd:FOLDER (Stable Video Diffusion in diffusers' layout), or the folder of a saved pipeline."""
     data: tuple[str, ...] = (PROCEDURAL,)
     """What to train on, drawn with equal probability: procedural (creatures made on the fly), or folders of

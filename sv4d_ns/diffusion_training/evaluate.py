@@ -1,6 +1,6 @@
 """Held-out evaluation: sampled novel views against the truth, beside two trivial answers.
 
-    python -m sv4d_ns.diffusion_training.evaluate --model runs/embedded/model --objects 32 --frames 8
+    python -m sv4d_ns.diffusion_training.evaluate --model runs/sv4d/model --objects 32 --frames 8
 
 The objects come from `HELD_OUT_SEEDS`; training never sees them. The two baselines every model must beat: copying the
 input frame, and the mean picture of training objects seen from that view.
@@ -18,7 +18,6 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sv4d_ns.diffusion.embedded import embedded_folder
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion_training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, VIDEO_FRAMES
 from sv4d_ns.diffusion_training.report import on_white, sample_views
@@ -37,8 +36,8 @@ FIRST_EVALUATED = HELD_OUT_SEEDS.start + 1000
 class EvaluateConfig:
     """Settings of an evaluation."""
 
-    model: Path | None = None
-    """Folder of a saved pipeline; the embedded model by default."""
+    model: Path
+    """Folder of a pipeline that `sv4d train` saved."""
     objects: int = 32
     """Held-out creatures."""
     frames: int = 8
@@ -89,7 +88,7 @@ class Clip:
     plan: ViewPlan
 
 
-def held_out_clip(index: int, frames: int, size: int, plan: ViewPlan = ViewPlan.EMBEDDED) -> Clip:
+def held_out_clip(index: int, frames: int, size: int, plan: ViewPlan = ViewPlan.BUNDLED) -> Clip:
     """The index-th evaluated creature; every other one is seen from an elevation other than 0."""
     rng = np.random.default_rng([FIRST_EVALUATED, index])
     elevation = 0.0 if index % 2 == 0 else rng.uniform(-10.0, 30.0)
@@ -104,7 +103,7 @@ def as_floats(pictures: UInt8[np.ndarray, "... h w 4"]) -> Float[np.ndarray, "..
     return np.concatenate([on_white(pictures), pictures[..., 3:] / 255.0], axis=-1)
 
 
-def mean_views(size: int, objects: int, plan: ViewPlan = ViewPlan.EMBEDDED) -> np.ndarray:
+def mean_views(size: int, objects: int, plan: ViewPlan = ViewPlan.BUNDLED) -> np.ndarray:
     """Mean picture of training creatures from each view, [v, h, w, 4] in [0, 1]; elevations as in the evaluation."""
     rng = np.random.default_rng(TRAINING_SEEDS.start)
     total = np.zeros((plan.num_views, size, size, 4))
@@ -179,7 +178,7 @@ def evaluate(config: EvaluateConfig) -> list[Scores]:
         InputError: when the model's folder is not one.
     """
     torch.set_num_threads(config.threads)
-    folder = config.model or embedded_folder()
+    folder = config.model
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} holds no model (no model_index.json): give --model the 'model' folder of a run.")
     pipeline = StableVideo4D2Pipeline.from_pretrained(folder)
@@ -201,7 +200,7 @@ def evaluate(config: EvaluateConfig) -> list[Scores]:
         for steps in config.steps or (pipeline.config.num_inference_steps,):
             pipeline.register_to_config(num_inference_steps=steps)
             began = time.monotonic()
-            made = [sample_clip(pipeline, clip, ViewPlan.EMBEDDED, config.seed + i) for i, clip in enumerate(clips)]
+            made = [sample_clip(pipeline, clip, ViewPlan.BUNDLED, config.seed + i) for i, clip in enumerate(clips)]
             seconds = (time.monotonic() - began) / sum(clip.views.shape[0] * clip.views.shape[1] for clip in clips)
             rows.append(
                 score(f"model, {steps} steps, sigma {sigma_max:g} to {sigma_min:g}", made, truth, plans, seconds)

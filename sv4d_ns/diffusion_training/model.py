@@ -13,11 +13,11 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
 from sv4d_ns.diffusion.sv4d.attention import MultiViewTransformer
 from sv4d_ns.diffusion.sv4d.conditioning import camera_angles, camera_vectors, embed_images
 from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline, released_scheduler
+from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder, PooledImageEncoder
 from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
 from sv4d_ns.diffusion_training.data import Batch, BatchShape, make_batch, to_model_images
 

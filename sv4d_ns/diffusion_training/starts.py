@@ -10,7 +10,6 @@ from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemp
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from sv4d_ns.diffusion.embedded import load_embedded_pipeline
 from sv4d_ns.diffusion.sv4d.attention import CameraAttention, MultiViewTransformer
 from sv4d_ns.diffusion.sv4d.conditioning import sinusoid
 from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind
@@ -38,8 +37,6 @@ def open_start(start: str, model: ModelConfig, sampling: SamplingConfig, seed: i
     kind, _, where = start.partition(":")
     if start == "scratch":
         return _scratch(model, sampling, seed)
-    if start == "embedded":
-        return load_embedded_pipeline("cpu")
     if kind == "official" and where:
         return StableVideo4D2Pipeline.from_official(where, "cpu", torch.float32)
     if kind == "svd" and where:
@@ -47,7 +44,7 @@ def open_start(start: str, model: ModelConfig, sampling: SamplingConfig, seed: i
     folder = Path(start)
     if not (folder / "model_index.json").is_file():
         raise InputError(
-            f"--start {start} is none of scratch, embedded, official:FILE, svd:FOLDER, and no folder of a saved "
+            f"--start {start} is none of scratch, official:FILE, svd:FOLDER, and no folder of a saved "
             "pipeline (no model_index.json): give one of these."
         )
     try:

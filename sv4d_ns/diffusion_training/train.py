@@ -26,8 +26,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder
 from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training.checkpoint import (
     TrainState,
@@ -41,6 +41,7 @@ from sv4d_ns.diffusion_training.config import TrainConfig, check, shapes
 from sv4d_ns.diffusion_training.data import Batch, BatchShape, RenderedSource, Source, make_batch, open_sources
 from sv4d_ns.diffusion_training.latent_cache import LatentCache
 from sv4d_ns.diffusion_training.model import TrainedParts, bypassed, export
+from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
 from sv4d_ns.diffusion_training.report import loss_curve, sample_sheet
 from sv4d_ns.diffusion_training.starts import open_start
 from sv4d_ns.training_data.dataset import disk_errors
@@ -358,7 +359,7 @@ def _check_pictures(config: TrainConfig, pipeline: StableVideo4D2Pipeline, parts
     if config.cache_latents and not parts.encoder_is_frozen:
         raise InputError("--cache-latents needs a frozen image encoder (official or SVD start): this start trains its.")
     if config.picture_loss > 0 and not isinstance(pipeline.vae, PatchAutoencoder):
-        raise InputError("--picture-loss needs the embedded model's linear autoencoder: leave it at 0 for this start.")
+        raise InputError("--picture-loss needs this package's linear autoencoder: leave it at 0 for this start.")
 
 
 def truncate_log(path: Path, step: int) -> None:
@@ -389,9 +390,31 @@ def train(config: TrainConfig) -> Path:
 
 
 def command(arguments: Sequence[str]) -> None:
-    """`sv4d train`: parse the flags and train."""
-    config = tyro.cli(TrainConfig, prog="sv4d train", args=list(arguments))
-    train(config)
+    """`sv4d train`: parse the flags, on top of a recipe where `--config FILE` names one, and train."""
+    recipe, rest = _split_recipe(list(arguments))
+    kind, values = read_recipe(recipe) if recipe is not None else ("sv4d", {})
+    if kind == "bundled":
+        from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig
+        from sv4d_ns.diffusion_training.bundled.train import Trainer as BundledTrainer
+
+        default = with_settings(BundledTrainConfig(), values, recipe)
+        BundledTrainer(tyro.cli(BundledTrainConfig, prog="sv4d train", default=default, args=rest)).run()
+    else:
+        default = with_settings(TrainConfig(), values, recipe)
+        train(tyro.cli(TrainConfig, prog="sv4d train", default=default, args=rest))
+
+
+def _split_recipe(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The file after `--config`, and the other arguments."""
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        if not equals and index + 1 == len(arguments):
+            raise InputError("--config needs a recipe file, for example recipes/bundled.yaml.")
+        following = index + 1 if equals else index + 2
+        return Path(value if equals else arguments[index + 1]), arguments[:index] + arguments[following:]
+    return None, arguments
 
 
 if __name__ == "__main__":

@@ -19,11 +19,14 @@ from sv4d_ns.distillation.cameras import DrawnViews
 from sv4d_ns.distillation.schedules import ONE_STEP_NOISE, REFERENCE_NOISE, NoiseLevels
 
 if TYPE_CHECKING:
+    from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
     from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
     from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 
 CONDITION_CHUNK = 8
 """Input frames that are encoded at once."""
+WINDOW_FRAMES = 8
+"""Frames the bundled model is asked for at once."""
 
 
 class ViewPrior(Protocol):
@@ -137,7 +140,7 @@ class FourDMPrior:
 
 
 class SV4DPrior:
-    """An SV4D model (the shipped one) in 4DM's place: joint views and frames of a video, cameras relative to the
+    """An SV4D model in 4DM's place: joint views and frames of a video, cameras relative to the
     input's.
 
     It was trained without guidance and for the noise process x + sigma n, whose sigma is read off 4DM's schedule at
@@ -220,3 +223,58 @@ class SV4DPrior:
             sigma_dims=config.camera_dims[0],
         )
         return condition.to(latents.device, self.pipeline.unet.dtype)
+
+
+class BundledPrior:
+    """The bundled model in 4DM's place: its latents are pictures, its answers renders of one volume a moment.
+
+    Args:
+        pipeline: the model.
+        frames: the matted input frames.
+        radius, fov_deg: of the cameras.
+        input_elevation_deg: of the input view.
+    """
+
+    channels, highest_elevation_deg = 4, 30.0
+
+    def __init__(
+        self,
+        pipeline: "BundledVideoPipeline",
+        frames: UInt8[np.ndarray, "t s s 4"],
+        radius: float,
+        fov_deg: float,
+        input_elevation_deg: float,
+    ) -> None:
+        from sv4d_ns.utils.images import resize_rgba
+
+        self.pipeline, self.radius, self.fov_deg = pipeline, radius, fov_deg
+        self.base_elevation_deg = input_elevation_deg
+        self.image_size = pipeline.denoiser.config.image_size
+        self.num_frames = WINDOW_FRAMES
+        self.noise = ONE_STEP_NOISE
+        self.frames = resize_rgba(frames, self.image_size)
+        self.alphas = guidance.alphas_cumprod()
+
+    def encode(self, images: Float[Tensor, "n c s s"], generator: torch.Generator) -> Float[Tensor, "n c s s"]:
+        """Pictures in [-1, 1]."""
+        return images * 2 - 1
+
+    def target(
+        self,
+        latents: Float[Tensor, "fv c s s"],
+        frames: Sequence[int],
+        views: DrawnViews,
+        noise_step: int,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "fv c s s"]:
+        """Renders of the volumes that the model predicts from the noised pictures."""
+        alpha = float(self.alphas[noise_step])
+        sigma = ((1 - alpha) / alpha) ** 0.5
+        noisy = latents.detach() + sigma * unit_noise(latents, generator)
+        count = len(views.azimuths_deg)
+        made = self.pipeline.denoise_views(
+            self.frames[list(frames)], noisy.unflatten(0, (-1, count)), sigma,
+            views.azimuths_deg, (views.elevation_deg - self.base_elevation_deg,) * count, self.base_elevation_deg,
+            radius=self.radius, fov_deg=self.fov_deg,
+        )  # fmt: skip
+        return made.flatten(0, 1)

@@ -75,8 +75,8 @@ class ViewPlan:
     """The four views of the released 4-view model: 60, 120, 180, 240 degrees."""
     OFFICIAL_8: ClassVar["ViewPlan"]
     """The eight views of the released 8-view model: 30, 75, 120, 165, 210, 255, 300, 330 degrees."""
-    EMBEDDED: ClassVar["ViewPlan"]
-    """The default of the embedded model: eight views every 40 degrees, which with the input view close the ring."""
+    BUNDLED: ClassVar["ViewPlan"]
+    """The default of the bundled model: eight views every 40 degrees, which with the input view close the ring."""
 
     def __post_init__(self) -> None:
         for name in ("azimuths_deg", "elevations_deg"):
@@ -149,4 +149,4 @@ class ViewPlan:
 
 ViewPlan.OFFICIAL_4 = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
 ViewPlan.OFFICIAL_8 = ViewPlan.ring((30.0, 75.0, 120.0, 165.0, 210.0, 255.0, 300.0, 330.0))
-ViewPlan.EMBEDDED = ViewPlan.ring((40.0, 80.0, 120.0, 160.0, 200.0, 240.0, 280.0, 320.0))
+ViewPlan.BUNDLED = ViewPlan.ring((40.0, 80.0, 120.0, 160.0, 200.0, 240.0, 280.0, 320.0))

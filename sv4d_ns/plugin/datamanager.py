@@ -73,9 +73,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     input_size: int = 256
     """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
     synthesis: Annotated[
-        Literal["auto", "embedded", "official", "fourdm"], tyro.conf.arg(aliases=["--pipeline.synthesis"])
+        Literal["auto", "bundled", "official", "fourdm"], tyro.conf.arg(aliases=["--pipeline.synthesis"])
     ] = "auto"
-    """The model that makes the views: auto takes the official weights on CUDA and the embedded ones on a CPU; fourdm
+    """The model that makes the views: auto takes the official weights on CUDA and the bundled ones on a CPU; fourdm
     is 4Diffusion's."""
     fourdm_checkpoint: Path | None = None
     """4Diffusion's 4dm.ckpt, for fourdm."""
@@ -106,7 +106,7 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     or its name in the local cache, e.g. prs-eth/marigold-normals-v1-1)."""
     leave_out: bool = True
     """Where the silhouettes of all views but a few (one in four) agree, fit the field to those and leave out the rest.
-    Views that come with a confidence, as the embedded model's do, are all kept."""
+    Views that come with a confidence, as the bundled model's do, are all kept."""
     seed: int = 0
     """Seed of the diffusion noise and of the drawing of pixels."""
     train_num_rays_per_batch: int = 1536

@@ -175,7 +175,8 @@ class FourDiffusionPipeline(SV4DPipeline):
         )
 
     def _make_prior(self) -> "ViewPrior":
-        from sv4d_ns.distillation.priors import FourDMPrior, SV4DPrior
+        from sv4d_ns.distillation.priors import BundledPrior, FourDMPrior, SV4DPrior
+        from sv4d_ns.synthesis.bundled import BundledSynthesizer
         from sv4d_ns.synthesis.fourdm import FourDMSynthesizer
 
         grid, synthesizer = self.datamanager.grid, self.datamanager.synthesizer
@@ -185,7 +186,8 @@ class FourDiffusionPipeline(SV4DPipeline):
             return FourDMPrior(synthesizer.pipeline, grid.input_frames, synthesizer.prompt, front)
         loaded: Any = synthesizer
         plan = grid.plan
-        return SV4DPrior(loaded.pipeline, grid.input_frames, plan.radius, plan.fov_deg, plan.input_elevation_deg)
+        kind = BundledPrior if isinstance(synthesizer, BundledSynthesizer) else SV4DPrior
+        return kind(loaded.pipeline, grid.input_frames, plan.radius, plan.fov_deg, plan.input_elevation_deg)
 
 
 WARM_START = 3500

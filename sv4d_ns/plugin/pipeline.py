@@ -50,7 +50,7 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     None is one round at 0.64 of --max-num-iterations (of the run that is continued, if it had one already)."""
     refine_strength: float | None = None
     """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again; None takes what suits
-    the model (0.9 for the embedded one, by measurement, else 0.4; the paper does not say)."""
+    the model (0.4 for the official one; the paper does not say)."""
     movies: tuple[Literal["orbit", "time", "orbit-time", "side-by-side", "overlay"], ...] = (
         "orbit",
         "time",

@@ -117,7 +117,7 @@ def refine_sigma(scheduler: Mapping[str, Any], strength: float) -> float:
 
 @dataclass
 class DiffusionSynthesizer:
-    """`ViewSynthesizer` around a `StableVideo4D2Pipeline` (official or embedded weights)."""
+    """`ViewSynthesizer` around a `StableVideo4D2Pipeline` (official weights, or a model of `sv4d train`)."""
 
     pipeline: "StableVideo4D2Pipeline"
     name: str
@@ -129,8 +129,6 @@ class DiffusionSynthesizer:
     """Denoising steps of `refine` from its noise level down; None takes the pipeline's own step size."""
     refine_strength: float = 0.4
     """Noise level of `refine` where the user names none (our choice; the paper does not say)."""
-    refine_draws: int = 1
-    """Draws of noise whose results `refine` averages."""
     options: "GridOptions | None" = None
     """How grids are generated; the defaults where None."""
 
@@ -161,7 +159,6 @@ class DiffusionSynthesizer:
             "code": __version__,
             "num_inference_steps": self.num_inference_steps,
             "refine_inference_steps": self.refine_inference_steps,
-            "refine_draws": self.refine_draws,
             "options": asdict(self._options),
             "pipeline": scalars,
         }
@@ -189,24 +186,13 @@ class DiffusionSynthesizer:
         self.pipeline.scheduler = type(full_schedule).from_config(
             full_schedule.config, sigma_max=refine_sigma(full_schedule.config, strength)
         )
-        draws = self.refine_draws
         try:
-            grids = [
-                self._run(
-                    frames,
-                    plan,
-                    steps,
-                    seed=seed + DRAW_SEEDS * draw,
-                    store=store if draw == 0 else store / f"draw{draw}",
-                    progress=lambda done, total, draw=draw: progress(draw * total + done, draws * total),  # type: ignore[misc]
-                    initial_views=renders,
-                )
-                for draw in range(draws)
-            ]
+            grid = self._run(
+                frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders
+            )  # fmt: skip
         finally:
             self.pipeline.scheduler = full_schedule
-        mean = torch.stack([grid.images for grid in grids]).mean(0)
-        return replace(from_model_space(mean), drift=grids[0].drift)
+        return replace(from_model_space(grid.images), drift=grid.drift)
 
     def _run(
         self,
@@ -242,16 +228,6 @@ class DiffusionSynthesizer:
         )
 
 
-EMBEDDED_REFINE_STEPS = 1
-"""Denoising steps of the embedded model in stage 2: like its generation, best in one (more add grain)."""
-EMBEDDED_REFINE_STRENGTH = 0.9
-"""Its noise level in stage 2, by measurement (docs/optimisation.md)."""
-EMBEDDED_REFINE_DRAWS = 2
-"""It paints a mean, and two draws are nearer to that than one; four are no better."""
-DRAW_SEEDS = 1000
-"""Between the seeds of two draws; rounds of stage 2 are 1 apart."""
-
-
 def fitting_offload(plan: "Plan", memory: float) -> tuple["Offload", str]:
     """The fastest way of offloading that fits into `memory` bytes of a device, and a sentence that says why.
 
@@ -265,7 +241,7 @@ def fitting_offload(plan: "Plan", memory: float) -> tuple["Offload", str]:
         least = min(plan.bytes_by_offload.values()) / GIB
         raise InputError(
             f"The official model needs {least:.1f} GiB of device memory even where every layer is offloaded, and this "
-            f"device has {memory / GIB:.1f} GiB: use --pipeline.datamanager.synthesis embedded."
+            f"device has {memory / GIB:.1f} GiB: use --pipeline.datamanager.synthesis bundled."
         )
     peak, seconds = plan.bytes_by_offload[offload] / GIB, plan.seconds_by_offload[offload]
     return offload, (
@@ -288,7 +264,9 @@ def apply_offload(pipeline: "StableVideo4D2Pipeline", offload: "Offload", device
         pipeline.enable_sequential_cpu_offload(device=device)
 
 
-SynthesisChoice = Literal["auto", "embedded", "official"]
+SynthesisChoice = Literal["auto", "bundled", "official"]
+OFFICIAL_OPTIONS = ("references", "guidance_scale", "camera_attention")
+"""Of these the bundled model has none."""
 
 
 def load_synthesizer(
@@ -302,7 +280,7 @@ def load_synthesizer(
 
     Args:
         choice: `auto` takes the official SV4D 2.0 weights on a CUDA device (2 billion parameters are out of reach of
-            a CPU) and the embedded model elsewhere; the other values say it outright.
+            a CPU) and the bundled model elsewhere; the other values say it outright.
         device: torch device string.
         num_inference_steps: denoising steps; None takes the model's own default.
         options: values of `GridOptions` by name; None, for any of them, takes what suits the model.
@@ -319,34 +297,34 @@ def load_synthesizer(
     if official and not on_cuda and choice == "official":
         raise InputError(
             "--pipeline.datamanager.synthesis official needs a CUDA device (12 GB of weights, hours on a CPU): "
-            "use --pipeline.datamanager.synthesis embedded on this machine."
+            "use --pipeline.datamanager.synthesis bundled on this machine."
         )
     reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
-    if official:
-        from sv4d_ns.diffusion.planner.plan import Offload, plan_memory, this_device
-        from sv4d_ns.diffusion.weights.official import load_official_pipeline
-
-        _, card = this_device("cuda")
-        offload, memory = fitting_offload(plan_memory("official8", card), card.memory)
-        print(memory)
-        # the 8-view model: its views close the ring around the object in one call, so they agree with each other
-        place = device if offload is Offload.NONE else "cpu"
-        pipeline, name = load_official_pipeline(place, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
-        apply_offload(pipeline, offload, device)
-        plan, size, references = ViewPlan.OFFICIAL_8, 576, ViewReferences.ANCHORED
-        stage_2: dict[str, Any] = {}
-    else:
-        from sv4d_ns.diffusion.embedded import load_embedded_pipeline
-
-        pipeline, name = load_embedded_pipeline(device), "sv4d_ns embedded"
-        plan, size = ViewPlan.EMBEDDED, 64
-        stage_2 = {
-            "refine_inference_steps": EMBEDDED_REFINE_STEPS,
-            "refine_strength": EMBEDDED_REFINE_STRENGTH,
-            "refine_draws": EMBEDDED_REFINE_DRAWS,
-        }
-        references = ViewReferences.INDEPENDENT  # measured: see docs/views.md
     given = {name: value for name, value in (options or {}).items() if value is not None}
+    if not official:
+        from sv4d_ns.synthesis.bundled import NAME, load_bundled_synthesizer
+
+        for option in OFFICIAL_OPTIONS:
+            if option in given:
+                flag = "view-references" if option == "references" else option.replace("_", "-")
+                raise InputError(
+                    f"--pipeline.datamanager.{flag} is a setting of the official model, and the bundled one is used: "
+                    "leave it out."
+                )
+        bundled = load_bundled_synthesizer(device, num_inference_steps)
+        size = bundled.image_size
+        return bundled, f"Views come from the {NAME} model at {size}x{size}, because {reason}."
+    from sv4d_ns.diffusion.planner.plan import Offload, plan_memory, this_device
+    from sv4d_ns.diffusion.weights.official import load_official_pipeline
+
+    _, card = this_device("cuda")
+    offload, memory = fitting_offload(plan_memory("official8", card), card.memory)
+    print(memory)
+    # the 8-view model: its views close the ring around the object in one call, so they agree with each other
+    place = device if offload is Offload.NONE else "cpu"
+    pipeline, name = load_official_pipeline(place, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
+    apply_offload(pipeline, offload, device)
+    plan, size, references = ViewPlan.OFFICIAL_8, 576, ViewReferences.ANCHORED
     grid_options = GridOptions.from_values({"references": references, **given})
-    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, options=grid_options, **stage_2)
+    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, options=grid_options)
     return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."

@@ -107,16 +107,21 @@ def curate(config: CurateConfig) -> list[Verdict]:
             values = {**record.measurements, **measure(pictures)}
             reasons = judge(record, values, config.thresholds)
             descriptor = describe(pictures)
-            twin = hashes.get(str(record.source.get("sha256"))) or _twin(descriptor, descriptors, verdicts, config)
+            twin = hashes.get(_identity(record)) or _twin(descriptor, descriptors, verdicts, config)
             if twin is not None and not reasons:
                 reasons.append(f"duplicate of {twin}")
             if not reasons:
-                hashes[str(record.source.get("sha256", record.name))] = record.name
+                hashes[_identity(record)] = record.name
             verdicts.append(Verdict(record.name, values, reasons, thumbnail(pictures)))
             descriptors.append(descriptor)
         show(len(dataset), len(dataset))
     _write(config, verdicts)
     return verdicts
+
+
+def _identity(record: ObjectRecord) -> str:
+    """What two copies of an object share: the file's content, and the clip of it."""
+    return f"{record.source.get('sha256', record.name)}:{record.source.get('clip', '')}"
 
 
 def _twin(

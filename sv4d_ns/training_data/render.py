@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
 from sv4d_ns.training_data.blender import AssetError, find_blender, run_job
+from sv4d_ns.training_data.clips import lighting_of, list_clips, prepare_clip
 from sv4d_ns.training_data.dataset import (
     DATASET_FILE,
     FORMAT,
@@ -42,7 +43,7 @@ from sv4d_ns.training_data.framing import (
 from sv4d_ns.training_data.orbits import Orbit, OrbitCameras, draw_orbit
 from sv4d_ns.training_data.procedural import Creature, creature, render
 from sv4d_ns.training_data.procedural.renderer import draw_geometry
-from sv4d_ns.training_data.sources import Asset, check_names, file_hash, list_assets
+from sv4d_ns.training_data.sources import PROCEDURAL, Asset, check_names, file_hash, list_assets
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash
 from sv4d_ns.utils.progress import bar
@@ -67,10 +68,14 @@ class RenderConfig:
     """V, cameras of an orbit."""
     size: int = 576
     """Pixels per side."""
+    renderer: Literal["auto", "compiled", "blender"] = "auto"
+    """What draws assets. Auto: the compiled one for GLB, Blender for other formats and with --environments."""
+    clips: int | Literal["all"] = "all"
+    """How many clips of a GLB become objects, the first ones (compiled renderer; Blender plays the first)."""
     orbits: Annotated[tuple[Orbit, ...], tyro.conf.EnumChoicesFromValues] = (Orbit.STATIC, Orbit.DYNAMIC)
     """Static: one random elevation. Dynamic: elevation and azimuth wander."""
     samples: int = 32
-    """Rays per pixel of Blender's path tracer."""
+    """Rays per pixel of Blender's path tracer; the compiled renderer always has sixteen."""
     device: Literal["cpu", "cuda", "optix", "hip", "metal"] = "cpu"
     """What Blender renders with."""
     maps: bool = False
@@ -102,6 +107,8 @@ class RenderConfig:
         """What decides the pictures, as JSON values."""
         names = ("frames", "views", "size", "samples", "maps", "random_background", "enough_motion", "seed")
         values = {name: getattr(self, name) for name in names}
+        if not self.source.startswith(PROCEDURAL):
+            values |= {"renderer": self.renderer, "clips": self.clips}
         environments = None if self.environments is None else str(self.environments)
         return {**values, "orbits": [orbit.value for orbit in self.orbits], "environments": environments}
 
@@ -127,8 +134,11 @@ def render_dataset(config: RenderConfig) -> Summary:
     _start(config)
     done = finished_names(config.output)
     skipped = dict.fromkeys(held_out, "it is a test object of a published evaluation")
+    assets, unusable = _every_clip(assets, config)
+    check_names(assets)
+    skipped |= unusable
     waiting = [asset for asset in assets if asset.name not in done]
-    blender = find_blender(config.blender_python) if any(asset.path is not None for asset in waiting) else []
+    blender = find_blender(config.blender_python) if any(needs_blender(asset, config) for asset in waiting) else []
     rendered: list[str] = []
 
     def one(asset: Asset) -> str | None:
@@ -169,11 +179,36 @@ def render_dataset(config: RenderConfig) -> Summary:
     return Summary(rendered, sorted(done), skipped)
 
 
+def needs_blender(asset: Asset, config: RenderConfig) -> bool:
+    """Whether Blender renders the asset, and not a renderer of our own."""
+    if asset.path is None or config.renderer == "compiled":
+        return False
+    return config.renderer == "blender" or config.environments is not None or asset.path.suffix.lower() != ".glb"
+
+
+def _every_clip(assets: list[Asset], config: RenderConfig) -> tuple[list[Asset], dict[str, str]]:
+    """The assets with an entry per clip where the compiled renderer draws them; those it cannot, with reasons."""
+    listed: list[Asset] = []
+    skipped: dict[str, str] = {}
+    for asset in assets:
+        if asset.path is None or needs_blender(asset, config):
+            listed.append(asset)
+            continue
+        clips, reasons = list_clips([asset], config.clips, config.frames > 1)
+        listed += clips
+        skipped |= reasons
+    return listed, skipped
+
+
 def _check(config: RenderConfig) -> None:
     if min(config.frames, config.views, config.size, config.samples, config.shard_objects, config.workers) < 1:
         raise InputError("--frames, --views, --size, --samples, --shard-objects and --workers must be at least 1.")
     if max(config.frames, config.views) > 99:
         raise InputError("--frames and --views can be 99 at most: file names have two digits.")
+    if config.clips != "all" and config.clips < 1:
+        raise InputError("--clips must be at least 1, or all.")
+    if config.renderer == "compiled" and config.environments is not None:
+        raise InputError("The compiled renderer reads no environment pictures: leave out --environments or --renderer.")
     if not config.orbits:
         raise InputError("--orbits must name at least one of static and dynamic.")
     if config.environments is not None and not config.environments.is_dir():
@@ -245,6 +280,8 @@ def render_asset(asset: Asset, config: RenderConfig, blender: list[str]) -> None
     folder = config.output / "objects" / asset.name
     if asset.seed is not None:
         _render_creature(asset, config, cameras, background, folder)
+    elif not needs_blender(asset, config):
+        _render_clip(asset, config, cameras, background, folder, rng)
     else:
         _render_file(asset, config, cameras, background, folder, blender, rng)
 
@@ -391,6 +428,39 @@ def _render_file(
         write_object(folder, record, _rendered_files(scratch, cameras, config, rest))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _render_clip(
+    asset: Asset,
+    config: RenderConfig,
+    cameras: dict[Orbit, OrbitCameras],
+    background: list[int],
+    folder: Path,
+    rng: np.random.Generator,
+) -> None:
+    assert asset.path is not None
+    environment, description, turn, _ = choose_environment(rng, None)
+    units = unit_cameras(cameras)
+    clip = prepare_clip(asset, config.frames, config.enough_motion, units, lighting_of(description, turn))
+    depth_range = 2.0 * clip.distance
+    rest: dict[str, object] = {
+        "times": clip.times.tolist(),
+        "distance": clip.distance,
+        "depth_range": depth_range,
+        "measurements": clip.measurements,
+    }
+    placed = clip.cameras(units)
+
+    def pictures() -> Iterator[tuple[str, bytes]]:
+        for t, moment in enumerate(clip.pictures(units, config.size)):
+            for o, orbit in enumerate(cameras):
+                for v in range(config.views):
+                    yield picture_name(orbit, t, v), png(moment[o, v])
+                    if config.maps:
+                        yield from _maps(orbit, t, v, *clip.maps(t, placed[o, v], config.size), 1.0, rest)
+
+    source = {**asset.source, "sha256": file_hash(asset.path)}
+    write_object(folder, _record(asset, config, cameras, background, environment, rest, source), pictures())
 
 
 def _rendered_files(

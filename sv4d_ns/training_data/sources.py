@@ -28,6 +28,7 @@ class Asset:
         seed: the creature's seed, or None.
         licence: as its source states it, or None.
         source: recorded with the rendered object.
+        clip: number of the file's animation, or None: the first, or whatever Blender plays.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Asset:
     seed: int | None
     licence: str | None
     source: dict[str, Any]
+    clip: int | None = None
 
 
 def list_assets(source: str, licence: str | None, include_test_objects: bool) -> tuple[list[Asset], list[str]]:

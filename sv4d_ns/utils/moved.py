@@ -28,6 +28,8 @@ MOVED = {
     "sv4d_ns.schedulers": "sv4d_ns.plugin.optimizers",
     "sv4d_ns.trainer": "sv4d_ns.plugin.trainer",
     # saved diffusion pipelines
+    "sv4d_ns.diffusion.embedded": "sv4d_ns.diffusion.sv4d",
+    "sv4d_ns.diffusion.embedded.modules": "sv4d_ns.diffusion.sv4d.small_components",
     "sv4d_ns.diffusion.unet": "sv4d_ns.diffusion.sv4d.unet",
     "sv4d_ns.diffusion.pipeline": "sv4d_ns.diffusion.sv4d.pipeline",
 }

@@ -147,6 +147,33 @@ class BundledVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return BundledPipelineOutput(frames=made, volumes=volumes) if return_dict else (made, volumes)
 
+    @torch.no_grad()
+    def denoise_views(
+        self,
+        video: UInt8[np.ndarray, "t p p 4"],
+        noised: Float[Tensor, "t v 4 s s"],
+        sigma: float,
+        azimuths_deg: Sequence[float],
+        elevations_deg: Sequence[float],
+        input_elevation_deg: float = 0.0,
+        *,
+        radius: float = CAMERA_RADIUS,
+        fov_deg: float = FIELD_OF_VIEW_DEG,
+    ) -> Float[Tensor, "t v 4 s s"]:
+        """The clean views (RGB on white and alpha in [-1, 1]) predicted from noised ones at one noise level.
+
+        Args as in a call; `noised` are views in that space plus noise of standard deviation `sigma`.
+        """
+        frustum, device = Frustum(radius, fov_deg), self._execution_device
+        elevations = input_elevation_deg + np.array([0.0, *elevations_deg])
+        c2w = look_at_cameras(np.array([0.0, *azimuths_deg]), elevations, radius)
+        poses = torch.from_numpy(relative_poses(c2w[1:], c2w[0])).float().to(device)
+        side = self.denoiser.config.image_size
+        frames = _resized(premultiplied(video), side).to(device)
+        image = torch.from_numpy(continued(video)).movedim(-1, 1).to(device)
+        volumes = self._denoise(frames, image, input_elevation_deg, noised.to(device), sigma, poses, frustum)
+        return to_diffusion_space(render_views(volumes, poses, side, frustum))
+
     def check_inputs(
         self,
         frames: np.ndarray,

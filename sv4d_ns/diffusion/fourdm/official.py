@@ -33,7 +33,7 @@ IMAGEDREAM_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 DRIVE = "https://drive.google.com/drive/folders/19k3p2CfzQ6ArqpDNOy73RJeJhWfNs4i6"
 """Where the authors of 4Diffusion keep 4dm.ckpt."""
 CHECKPOINT_FLAG = "--pipeline.datamanager.fourdm-checkpoint"
-REMEDY = "or go without these weights: --pipeline.datamanager.synthesis embedded"
+REMEDY = "or go without these weights: --pipeline.datamanager.synthesis bundled"
 NAMES_SHOWN = 5
 
 _PREFIXES = ("module.", "model.diffusion_model.")

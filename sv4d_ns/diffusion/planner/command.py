@@ -28,7 +28,7 @@ class PlanConfig:
     """Expected peak memory and time of one window of the diffusion model, before any weight is loaded."""
 
     model: ModelName = "official4"
-    """official4 (12 frames x 4 views), official8 (5 x 8) or the small embedded one (8 x 4)."""
+    """official4 (12 frames x 4 views) or official8 (5 x 8)."""
     device: str = "auto"
     """auto, cpu, cuda (this machine's), or a card by name, for example rtx-4090."""
     frames: int | None = None
@@ -40,7 +40,7 @@ class PlanConfig:
     steps: int | None = None
     """Denoising steps; the model's own by default."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Of the network; fp16 by default, fp32 for the embedded model."""
+    """Of the network; fp16 by default."""
     offload: Offload | None = None
     """Only this way of offloading; all of them by default."""
     fp8_storage: bool = False
@@ -53,7 +53,7 @@ def command(arguments: Sequence[str]) -> None:
     """`sv4d plan`: prints two tables and a recommendation."""
     config = tyro.cli(PlanConfig, prog="sv4d plan", args=list(arguments))
     name, card = _device(config.device)
-    dtype = config.dtype or ("fp32" if config.model == "embedded" else "fp16")
+    dtype = config.dtype or "fp16"
     plan = plan_memory(
         config.model,
         card,

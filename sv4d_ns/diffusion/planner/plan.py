@@ -31,7 +31,7 @@ EFFICIENCY = 0.4
 BUS_BYTES_PER_SECOND = 12e9
 """From main memory to a card (PCIe 4, 16 lanes, in practice about half); an assumption."""
 
-ModelName = Literal["official4", "official8", "embedded"]
+ModelName = Literal["official4", "official8"]
 
 
 class Offload(str, Enum):
@@ -216,32 +216,6 @@ def _official(name: ModelName) -> _Model:
     return _Model(unet, vae, clip, frames, views, parts.image_size, 50, sum(parts.camera_dims), True)
 
 
-def _embedded() -> _Model:
-    import json
-
-    from sv4d_ns.diffusion.embedded import embedded_folder
-    from sv4d_ns.diffusion.embedded.modules import PatchAutoencoder, PooledImageEncoder
-    from sv4d_ns.diffusion.sv4d.guidance import Guidance
-    from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
-
-    folder = embedded_folder()
-    with _on_meta():
-        unet, vae, encoder = (
-            kind.from_config(json.loads((folder / name / "config.json").read_text()))
-            for kind, name in (
-                (MultiViewVideoUNet, "unet"),
-                (PatchAutoencoder, "vae"),
-                (PooledImageEncoder, "image_encoder"),
-            )
-        )
-    index = json.loads((folder / "model_index.json").read_text())
-    guided = Guidance.from_config(index["guidance"]).needs_unconditional
-    frames, views, size, steps = (
-        index[key] for key in ("num_frames", "num_views", "image_size", "num_inference_steps")
-    )
-    return _Model(unet, vae, encoder, frames, views, size, steps, sum(index["camera_dims"]), guided)
-
-
 def plan_memory(
     model: ModelName,
     card: Card,
@@ -256,11 +230,11 @@ def plan_memory(
     """Expected memory and time of one window; the model's own numbers where None.
 
     Args:
-        model: "official4", "official8" or "embedded".
+        model: "official4" or "official8".
         card: the device it is to run on.
         frames: T of a window.
         views: V of a call.
-        size: side of the pictures in pixels, a multiple of 64 (16 for the embedded model's two levels and patches: 8).
+        size: side of the pictures in pixels, a multiple of 64.
         steps: denoising steps.
         dtype: of the network and the image encoder (the official autoencoder stays float32).
         fp8_storage: the network's weights in one byte each (`enable_layerwise_casting`).
@@ -269,7 +243,7 @@ def plan_memory(
     Raises:
         InputError: when a number cannot be used.
     """
-    parts = _embedded() if model == "embedded" else _official(model)
+    parts = _official(model)
     t, v, side, count = (
         own if given is None else given
         for given, own in ((frames, parts.frames), (views, parts.views), (size, parts.size), (steps, parts.steps))
@@ -280,7 +254,7 @@ def plan_memory(
     multiple = _size_multiple(parts)
     if side < multiple or side % multiple:
         raise InputError(f"--size must be a multiple of {multiple} for this model, got {side}.")
-    vae_dtype = dtype if model == "embedded" else torch.float32
+    vae_dtype = torch.float32
     components = (
         _encoder(parts, t, side, dtype),
         _autoencoder(parts, "vae encode", t, side, vae_dtype, chunk_size),

@@ -30,7 +30,7 @@ from sv4d_ns.diffusion.sv4d.guidance import Guidance, guide
 from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
 from sv4d_ns.utils.errors import InputError
 
-OWN_COMPONENTS = "sv4d_ns.diffusion.embedded.modules"
+OWN_COMPONENTS = "sv4d_ns.diffusion.sv4d.small_components"
 OLDER_UNET = "sv4d_ns.diffusion.unet"  # what pipelines saved by earlier versions name (utils/moved.py)
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 Generators = torch.Generator | list[torch.Generator]
@@ -88,8 +88,9 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
     Example:
         ```py
         >>> import torch
-        >>> from sv4d_ns.diffusion.embedded import load_embedded_pipeline
-        >>> pipeline = load_embedded_pipeline()
+        >>> from sv4d_ns.diffusion_training.config import ModelConfig, SamplingConfig
+        >>> from sv4d_ns.diffusion_training.starts import open_start
+        >>> pipeline = open_start("scratch", ModelConfig(), SamplingConfig(), seed=0)  # an untrained small one
         >>> pipeline.set_progress_bar_config(disable=True)
         >>> video = torch.ones(2, 4, 64, 64)  # two frames, RGB on white and alpha
         >>> video[:, :, 24:40, 28:36] = torch.tensor([0.8, 0.3, 0.1, 1.0])[:, None, None]

@@ -29,7 +29,7 @@ REPOSITORY = "stabilityai/sv4d2.0"
 MODEL_URL = f"https://huggingface.co/{REPOSITORY}"
 DEFAULT_FILE = "sv4d2.safetensors"
 LICENCE = "Stability AI Community License"
-WITHOUT = "'ns-train sv4d --pipeline.datamanager.synthesis embedded' goes without these weights"
+WITHOUT = "'ns-train sv4d --pipeline.datamanager.synthesis bundled' goes without these weights"
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _ON_THE_HUB = re.compile(

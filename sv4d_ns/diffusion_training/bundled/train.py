@@ -5,11 +5,12 @@ a run killed at any moment and started again makes the same losses as one that w
 """
 
 import contextlib
+import copy
 import json
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader, Dataset
 
 from sv4d_ns.diffusion.bundled.frustum import Frustum
 from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
+from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
 from sv4d_ns.diffusion_training.bundled import objective
 from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig, check
 from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Source, make_batch
@@ -59,6 +62,28 @@ def open_sources(config: BundledTrainConfig) -> tuple[list[Source], list[float]]
     return sources, [share / total for _, share in config.data]
 
 
+class StepDataset(Dataset[Batch]):
+    """The batch of every step; a process opens the sources when it makes its first one.
+
+    Args:
+        config: the run's settings.
+        size: pixels per side.
+    """
+
+    def __init__(self, config: BundledTrainConfig, size: int):
+        self.config, self.size = config, size
+
+    @cached_property
+    def _sources(self) -> tuple[list[Source], list[float]]:
+        torch.set_num_threads(1)
+        return open_sources(self.config)
+
+    def __getitem__(self, step: int) -> Batch:
+        seed = self.config.seed
+        shape = self.config.shape(step, float(np.random.default_rng([seed, step]).random()))
+        return make_batch(seed, step, shape, self.size, *self._sources)
+
+
 def fresh_state(config: BundledTrainConfig) -> TrainState:
     """An untrained network that depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +111,7 @@ class Trainer:
         self.config = config
         torch.set_num_threads(config.threads)
         self.device = torch.device(choose_device(config.device)[0])
-        self.sources, self.shares = open_sources(config)
+        open_sources(config)  # bad data is named before anything is written
         self.state = fresh_state(config)
         self.model: VolumeDenoiser = self.state.parts  # type: ignore[assignment]
         self.model.to(self.device)
@@ -98,21 +123,10 @@ class Trainer:
         self.skipped = 0
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the present step on, each made while the one before is used."""
-        config = self.config
-
-        def make(step: int) -> Batch:
-            draw = float(np.random.default_rng([config.seed, step]).random())
-            shape = config.shape(step, draw)
-            return make_batch(config.seed, step, shape, self.model.config.image_size, self.sources, self.shares)
-
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(make, self.state.step)
-            for step in range(self.state.step, config.steps):
-                ready = coming.result()
-                if step + 1 < config.steps:
-                    coming = pool.submit(make, step + 1)
-                yield ready
+        """The batches from the present step on, made in a process of their own while earlier ones are used."""
+        coming = range(self.state.step, self.config.steps)
+        steps = StepDataset(self.config, self.model.config.image_size)
+        return iter(DataLoader(steps, batch_size=None, sampler=coming, num_workers=1, multiprocessing_context="spawn"))
 
     def step(self, batch: Batch) -> dict[str, Any]:
         """One step; returns what is logged. A step whose loss or gradient is not finite leaves the weights unchanged.
@@ -181,12 +195,12 @@ class Trainer:
         return config.output_dir / "model"
 
     def report(self) -> None:
-        """Write the averaged network, and pictures of held-out creatures beside the truth."""
+        """Write the averaged network in half precision, and pictures of held-out creatures beside the truth."""
         parameters = list(self.model.parameters())
         self.state.average.store(parameters)
         self.state.average.copy_to(parameters)
         try:
-            self.model.save_pretrained(self.config.output_dir / "model")
+            BundledVideoPipeline(copy.deepcopy(self.model).half()).save_pretrained(self.config.output_dir / "model")
             sample_sheet(self.model, self.config.output_dir / "sheets" / f"step_{self.state.step:07d}.png")
         finally:
             self.state.average.restore(parameters)

@@ -1,4 +1,4 @@
-"""The two small parts of the embedded model beside its UNet: a linear patch autoencoder and an image encoder."""
+"""What a model of `sv4d train` from scratch has beside its UNet: a linear patch autoencoder and an image encoder."""
 
 from dataclasses import dataclass
 from typing import Any

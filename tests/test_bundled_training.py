@@ -1,0 +1,126 @@
+"""Training of the bundled model: true volumes, batches, exact resuming, recipes, bad input."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sv4d_ns.diffusion.bundled.frustum import Frustum, pixel_directions, relative_poses
+from sv4d_ns.diffusion.bundled.rendering import Volume, render_rays
+from sv4d_ns.diffusion_training.bundled import objective
+from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig
+from sv4d_ns.diffusion_training.bundled.data import BatchShape, CreatureSource, make_batch
+from sv4d_ns.diffusion_training.bundled.train import Trainer, learning_rate
+from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
+from sv4d_ns.diffusion_training.train import command
+from sv4d_ns.utils.errors import InputError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def small_config(folder: Path, **changes: object) -> BundledTrainConfig:
+    settings = {
+        "output_dir": folder, "steps": 4, "steps_3d": 2, "moments": 2, "clip_frames": 2, "clip_share": 1.0, "views": 2,
+        "rays": 16, "warmup_steps": 2, "decay_steps": 2, "checkpoint_every": 2, "sheet_every": 0, "precision": "no",
+    }  # fmt: skip
+    return BundledTrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_the_true_volume_of_a_creature_has_its_silhouettes_and_colours() -> None:
+    sample = CreatureSource().sample(np.random.default_rng(3), frames=1, views=2, size=64)
+    poses = torch.from_numpy(relative_poses(sample.c2w, sample.c2w[0])).float()
+    pixels = torch.from_numpy(pixel_directions(64, 33.9)).float().reshape(-1, 3)
+    colour = torch.from_numpy(sample.colours).movedim(-1, 1)
+    volume = Volume(
+        torch.from_numpy(sample.occupancy).float() * 2, colour, torch.zeros_like(colour[:, 0]), torch.ones(1, 3, 8, 8)
+    )
+    for view, pose in enumerate(poses):
+        picture = render_rays(volume, pose[:3, 3].expand(1, len(pixels), 3), (pixels @ pose[:3, :3].T)[None], Frustum())
+        seen, truth = picture[0, :, 3].numpy() > 0.5, sample.pictures[0, view, ..., 3].reshape(-1) >= 128
+        assert (seen & truth).sum() / (seen | truth).sum() > 0.8
+        both = seen & truth
+        found = (picture[0, :, :3] / picture[0, :, 3:]).numpy()[both]
+        assert np.abs(found - sample.pictures[0, view, ..., :3].reshape(-1, 3)[both] / 255.0).mean() < 0.12
+
+
+def test_a_batch_follows_from_seed_and_step_and_its_rays_show_its_pictures() -> None:
+    sources = [CreatureSource()]
+    shape = BatchShape(2, 1, 2, 8)
+    first, again = (make_batch(1, 5, shape, 32, sources, [1.0]) for _ in range(2))
+    other = make_batch(1, 6, shape, 32, sources, [1.0])
+    for name, value in vars(first).items():
+        assert torch.equal(value, getattr(again, name)), name
+    assert not torch.equal(first.frames, other.frames)
+    assert first.pixels.shape == (2, 3 * 8, 4) and first.occupancy.shape == (2, 32, 32, 32)
+    assert (first.pixels[..., :3] <= first.pixels[..., 3:] + 1e-6).all()
+
+
+def test_noise_references_and_masks_follow_from_seed_and_step() -> None:
+    draws = [objective.draw(0, step, (8, 2, 3, 4, 8, 8)) for step in range(40)]
+    assert torch.equal(draws[3].noise, objective.draw(0, 3, (8, 2, 3, 4, 8, 8)).noise)
+    sigma = torch.stack([draw.sigma for draw in draws])
+    assert 0.1 < (sigma == objective.MOST_NOISE).float().mean() < 0.4
+    assert 0.02 < (sigma == 0).float().mean() < 0.25
+    assert 0.85 < torch.stack([draw.present for draw in draws]).float().mean() < 1.0
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = small_config(tmp_path / "whole")
+    Trainer(whole).run()
+    stopped = small_config(tmp_path / "stopped", minutes=1e-9)  # one step, then out of time
+    for _ in range(whole.steps):
+        Trainer(stopped).run()
+
+    def losses(folder: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+    assert len(losses(tmp_path / "whole")) == whole.steps
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model" / "model_index.json").is_file()
+    with pytest.raises(InputError, match="learning_rate"):
+        Trainer(dataclasses.replace(whole, learning_rate=1.0))
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    config = BundledTrainConfig(steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0)
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 50) == 1.0
+    assert learning_rate(config, 99) == pytest.approx(0.02, abs=0.02)
+
+
+def test_the_recipe_of_the_shipped_weights_is_one() -> None:
+    kind, values = read_recipe(RECIPES / "bundled.yaml")
+    config = with_settings(BundledTrainConfig(), values, RECIPES / "bundled.yaml")
+    assert kind == "bundled" and config.steps == values["steps"]
+    assert sum(share for _, share in config.data) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("model: bundled\nstepz: 3\n", "stepz"),
+        ("model: bundled\nsteps: many\n", "steps"),
+        ("model: other\n", "model: sv4d"),
+        ("- 1\n", "model: sv4d"),
+        ("a: [\n", "cannot be read"),
+        ("model: bundled\nsteps: 0\n", "--steps is 0"),
+        ("model: bundled\ndata: [[creatures, -1.0]]\n", "--data"),
+        ("model: bundled\ndata: [[nowhere, 1.0]]\n", "nowhere"),
+    ],
+)
+def test_bad_recipes_are_named(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=word):
+        command(["--config", str(path), "--output-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        command([f"--config={tmp_path / 'nowhere.yaml'}"])
+    with pytest.raises(InputError, match="--config needs"):
+        command(["--config"])
