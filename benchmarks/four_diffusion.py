@@ -56,7 +56,8 @@ from sv4d_ns.metrics.images import pooled_psnr
 from sv4d_ns.plugin.distillation_model import field_config
 from sv4d_ns.plugin.distillation_pipeline import WARM_START
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig, decay_factor
-from sv4d_ns.synthesis.base import load_synthesizer, to_model_space
+from sv4d_ns.synthesis.base import to_model_space
+from sv4d_ns.synthesis.choice import load_synthesizer
 from sv4d_ns.utils.files import atomic_path
 from sv4d_ns.utils.images import over_white
 from sv4d_ns.views.grid import ViewGrid

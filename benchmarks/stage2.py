@@ -26,7 +26,8 @@ from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, load_backbones, pair_figures, video_figures
 from sv4d_ns.field.images import render_grid
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import ViewSynthesizer, load_synthesizer
+from sv4d_ns.synthesis.base import ViewSynthesizer
+from sv4d_ns.synthesis.choice import load_synthesizer
 from sv4d_ns.training_data.procedural import creature, render
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.files import atomic_path

@@ -279,7 +279,7 @@ class SV4DDataManager(VanillaDataManager):
         return synthesizer
 
     def _load_synthesizer(self) -> tuple["ViewSynthesizer", str]:
-        from sv4d_ns.synthesis.base import load_synthesizer
+        from sv4d_ns.synthesis.choice import load_synthesizer
 
         if self.config.synthesis == "fourdm":
             from sv4d_ns.synthesis.fourdm import load_fourdm_synthesizer
