@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import RaySamples
+from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 
 SAMPLES = 256
 """Steps along the box's diagonal."""
@@ -111,11 +111,7 @@ class SharedOccupancyGrid(OccupancyGrid):
     def visible(self, samples: RaySamples, density: Float[Tensor, " m"]) -> Bool[Tensor, " m"]:
         """Samples worth evaluating with gradient: neither behind something opaque nor nearly empty."""
         optical = (density * samples.step).double()
-        total = optical.cumsum(0) - optical
-        first = torch.ones_like(samples.ray_indices, dtype=torch.bool)
-        first[1:] = samples.ray_indices[1:] != samples.ray_indices[:-1]
-        start = total[first][first.long().cumsum(0) - 1]
-        transmittance = torch.exp(-(total - start))
+        transmittance = torch.exp(-sum_before(optical, samples.ray_indices))
         return (transmittance >= EARLY_STOP) & (-torch.expm1(-optical) >= self.least_opacity())
 
 

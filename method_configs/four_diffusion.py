@@ -3,9 +3,9 @@
 from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, ViewerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from sv4d_ns.plugin.distillation_optimizer import FusedAdamWConfig
 from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.plugin.distillation_trainer import FourDiffusionTrainerConfig
+from sv4d_ns.plugin.optimizers import FusedAdamWConfig
 
 method = MethodSpecification(
     config=FourDiffusionTrainerConfig(

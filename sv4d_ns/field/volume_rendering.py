@@ -222,11 +222,11 @@ def _before_opaque(occupancy, origins, directions, low, high, ray, distance, ste
     cell = ((position + occupancy.half_extent) / occupancy.cell_size).long().clamp(0, occupancy.resolution - 1)
     i, j, m = cell.unbind(-1)
     depth = torch.minimum(occupancy.density[low[ray], i, j, m], occupancy.density[high[ray], i, j, m]) * step
-    opaque = (_sum_before(depth.double(), ray) > OPAQUE_OPTICAL_DEPTH).double()
-    return _sum_before(opaque, ray) + opaque <= extra
+    opaque = (sum_before(depth.double(), ray) > OPAQUE_OPTICAL_DEPTH).double()
+    return sum_before(opaque, ray) + opaque <= extra
 
 
-def _sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
+def sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
     """Of packed values, the sum of those before each on its own ray: one running sum, minus its value at the ray's
     start (in float64, because it grows with the batch)."""
     before = values.cumsum(0) - values
@@ -238,7 +238,7 @@ def _sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[T
 
 def transmittance(optical: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
     """T_i = exp(-sum of optical thickness (density * step) before i on the same ray), in [0, 1]."""
-    return torch.exp(-_sum_before(optical.double(), samples.ray_indices)).to(optical.dtype)
+    return torch.exp(-sum_before(optical.double(), samples.ray_indices)).to(optical.dtype)
 
 
 def compositing_weights(density: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
-from sv4d_ns.field.volume_rendering import RaySamples
+from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 from sv4d_ns.metrics.lpips import Perceptual
 
 
@@ -94,17 +94,8 @@ def distortion(weights: Float[Tensor, " m"], samples: RaySamples) -> Tensor:
     rays = samples.ray_indices
     alpha = weights.new_zeros(samples.n_rays).index_add(0, rays, weights)
     w, s = (weights / alpha.clamp(min=1e-3)[rays]).double(), samples.distances.double()
-    first = torch.ones_like(rays, dtype=torch.bool)
-    first[1:] = rays[1:] != rays[:-1]
-    segment = first.long().cumsum(0) - 1
-    starts = first.nonzero()[:, 0]
-
-    def before(v: Tensor) -> Tensor:
-        total = v.cumsum(0) - v
-        return total - total[starts][segment]
-
     # Samples are ordered by distance, so |s_i - s_j| needs no absolute value: i after j.
-    per_sample = 2 * (w * s * before(w) - w * before(w * s)) + samples.step / 3 * w.square()
+    per_sample = 2 * (w * s * sum_before(w, rays) - w * sum_before(w * s, rays)) + samples.step / 3 * w.square()
     share = alpha.detach() / alpha.detach().sum().clamp(min=1e-6)
     return (share[rays] * per_sample).sum().to(weights.dtype)
 

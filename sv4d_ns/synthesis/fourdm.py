@@ -224,7 +224,7 @@ def load_fourdm_synthesizer(
 def nearest_view(frames: UInt8[np.ndarray, "t h w 4"], views: UInt8[np.ndarray, "t v s s 4"]) -> int:
     """Which of the views looks most like the input frames, in structure and outline, whatever its size and place."""
     mine = _normalised(frames)
-    likeness = [ssim(mine, _normalised(views[:, view])) for view in range(views.shape[1])]
+    likeness = [padded_ssim(mine, _normalised(views[:, view])) for view in range(views.shape[1])]
     return int(torch.stack(likeness).argmax())
 
 

@@ -20,7 +20,7 @@ MOVED = {
     "sv4d_ns.fit_settings": "sv4d_ns.fitting.settings",
     "sv4d_ns.four_diffusion": "sv4d_ns.distillation",
     "sv4d_ns.four_diffusion.model": "sv4d_ns.plugin.distillation_model",
-    "sv4d_ns.four_diffusion.optimizer": "sv4d_ns.plugin.distillation_optimizer",
+    "sv4d_ns.four_diffusion.optimizer": "sv4d_ns.plugin.optimizers",
     "sv4d_ns.four_diffusion.pipeline": "sv4d_ns.plugin.distillation_pipeline",
     "sv4d_ns.four_diffusion.trainer": "sv4d_ns.plugin.distillation_trainer",
     "sv4d_ns.model": "sv4d_ns.plugin.model",
