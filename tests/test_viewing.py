@@ -20,6 +20,8 @@ from sv4d_ns.plugin.render_outputs import LEGENDS, GridWitnesses, camera_channel
 from sv4d_ns.plugin.viewer import Clock, Playback, local_unless_asked, thumbnails
 from sv4d_ns.views.grid import ViewGrid
 
+FOUR_VIEWS = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
+
 FRAMES, SIZE = 5, 16
 
 
@@ -28,7 +30,7 @@ def view_grid() -> ViewGrid:
     frames[..., 0] = 50 * np.arange(FRAMES, dtype=np.uint8)[:, None, None]
     views = np.full((FRAMES, 4, SIZE, SIZE, 4), 255, np.uint8)
     views[..., 2] = 60 * np.arange(4, dtype=np.uint8)[None, :, None, None]
-    return ViewGrid(frames, views, ViewPlan.OFFICIAL_4, fps=10.0)
+    return ViewGrid(frames, views, FOUR_VIEWS, fps=10.0)
 
 
 def test_the_clock_keeps_the_clips_speed_and_loops() -> None:
@@ -147,7 +149,7 @@ def model_with_a_ball() -> SimpleNamespace:
 
 
 def rays(view: int, size: int = 24, when: float = 0.5) -> RayBundle:
-    plan = ViewPlan.OFFICIAL_4
+    plan = FOUR_VIEWS
     axis = torch.arange(size) + 0.5
     xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
     count = len(xy)

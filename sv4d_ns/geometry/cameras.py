@@ -71,7 +71,6 @@ class ViewPlan:
     fov_deg: float = FIELD_OF_VIEW_DEG
     """Field of view over the width (and height) of the square pictures, degrees."""
 
-    OFFICIAL_4: ClassVar["ViewPlan"]
     """The four views of the released 4-view model: 60, 120, 180, 240 degrees."""
     OFFICIAL_8: ClassVar["ViewPlan"]
     """The eight views of the released 8-view model: 30, 75, 120, 165, 210, 255, 300, 330 degrees."""
@@ -147,6 +146,5 @@ class ViewPlan:
             raise InputError(f"The view plan holds something that is not a number ({error}).") from error
 
 
-ViewPlan.OFFICIAL_4 = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
 ViewPlan.OFFICIAL_8 = ViewPlan.ring((30.0, 75.0, 120.0, 165.0, 210.0, 255.0, 300.0, 330.0))
 ViewPlan.BUNDLED = ViewPlan.ring((40.0, 80.0, 120.0, 160.0, 200.0, 240.0, 280.0, 320.0))

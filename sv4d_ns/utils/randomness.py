@@ -1,5 +1,7 @@
 """Random numbers without a state: all follows from (seed, step), so a resumed run draws as it would have."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
