@@ -71,7 +71,6 @@ class ViewPlan:
     fov_deg: float = FIELD_OF_VIEW_DEG
     """Field of view over the width (and height) of the square pictures, degrees."""
 
-    """The four views of the released 4-view model: 60, 120, 180, 240 degrees."""
     OFFICIAL_8: ClassVar["ViewPlan"]
     """The eight views of the released 8-view model: 30, 75, 120, 165, 210, 255, 300, 330 degrees."""
     BUNDLED: ClassVar["ViewPlan"]
