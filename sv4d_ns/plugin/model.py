@@ -174,7 +174,7 @@ class SV4DModel(Model):
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> Any:
-        """One picture, its channels by name (`channels.camera_channels`).
+        """One picture, its channels by name (`render_outputs.camera_channels`).
 
         Cameras without a time are played: each is one 24th of a second after the last, in a loop. nerfstudio's
         `ns-render interpolate` and camera paths saved without `render_time` make such cameras.

@@ -22,7 +22,7 @@ class FinishedRun:
     field: Any
     """A `sv4d_ns.export.surface.extraction.AnimatedField`; 4Diffusion's has `density` and `aabb` alone."""
     occupancy: Any
-    """The renderer's empty-space grid; `renders.render_rgba` takes it beside the field."""
+    """The renderer's empty-space grid; `field.images.render_rgba` takes it beside the field."""
     views: "ViewGrid"
     """What the field was fitted to: times, frame rate, cameras, provenance."""
     name: str
