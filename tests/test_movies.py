@@ -30,7 +30,7 @@ def view_grid(**changes) -> ViewGrid:
 
 
 def subject(grid: ViewGrid | None = None) -> Subject:
-    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8, deformation_width=8))
+    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8))
     return Subject(field, OccupancyGrid(FRAMES, resolution=8), grid or view_grid(), 0.5)
 
 

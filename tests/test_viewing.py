@@ -139,7 +139,7 @@ def test_playing_stepping_and_the_pictures_on_the_cameras(viewer) -> None:
 def model_with_a_ball() -> SimpleNamespace:
     """A field that is solid near the origin, and its views: what `camera_channels` needs of a model."""
     torch.manual_seed(0)
-    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8, deformation_width=8))
+    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8))
     features = field.config.geometry_features
     field._canonical = lambda x: (100 * (0.3 - x.norm(dim=-1)), x.new_zeros(len(x), features))  # type: ignore[method-assign]
     occupancy = OccupancyGrid(FRAMES, resolution=16)
