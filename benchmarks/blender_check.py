@@ -11,7 +11,9 @@ them. Exit code 0 when every check holds; each check prints a line.
 """
 
 import argparse
+import json
 import math
+import struct
 import sys
 from pathlib import Path
 
@@ -106,7 +108,19 @@ def check_colours(item: bpy.types.Object) -> None:
     check(any("confidence" in name.lower() for name in names), f"the confidence is there ({', '.join(names)})")
 
 
-def render(frames: list[int], size: int, elevation: float, folder: Path) -> list[Path]:
+def placement(path: Path) -> tuple[float, float]:
+    """Scale and lift, metres, of a file's coordinates against the run's: from the extras of a .glb, or of the mesh.glb
+    beside a USD file."""
+    glb = path if path.suffix == ".glb" else path.with_name("mesh.glb")
+    if not glb.is_file():
+        return 1.0, 0.0
+    data = glb.read_bytes()
+    document = json.loads(data[20 : 20 + struct.unpack_from("<I", data, 12)[0]])
+    found = document["asset"].get("extras", {}).get("sv4d", {}).get("placement", {})
+    return found.get("scale", 1.0), found.get("lift", 0.0)
+
+
+def render(frames: list[int], size: int, elevation: float, folder: Path, scale: float, lift_by: float) -> list[Path]:
     """Cycles pictures of the frames from the input camera (Blender's -y side), evenly lit, white surroundings."""
     scene = bpy.context.scene
     scene.render.engine, scene.cycles.samples, scene.cycles.device = "CYCLES", 16, "CPU"
@@ -121,7 +135,7 @@ def render(frames: list[int], size: int, elevation: float, folder: Path) -> list
     camera = bpy.data.objects.new("input", bpy.data.cameras.new("input"))
     camera.data.angle = math.radians(33.9)
     lift = math.radians(elevation)
-    camera.location = (0, -2 * math.cos(lift), 2 * math.sin(lift))
+    camera.location = (0, -2 * scale * math.cos(lift), 2 * scale * math.sin(lift) + lift_by)
     camera.rotation_euler = (math.pi / 2 - lift, 0, 0)
     scene.collection.objects.link(camera)
     scene.camera = camera
@@ -180,7 +194,8 @@ def main() -> int:
     check_colours(item)
     arguments.out.mkdir(parents=True, exist_ok=True)
     shown = sorted({0, arguments.frames // 2, arguments.frames - 1})
-    paths = render(shown, arguments.size, arguments.elevation, arguments.out.absolute())
+    where = placement(arguments.file.absolute())
+    paths = render(shown, arguments.size, arguments.elevation, arguments.out.absolute(), *where)
     if arguments.reference:
         compare(paths, arguments.reference)
     for path in paths:

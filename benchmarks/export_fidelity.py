@@ -63,10 +63,19 @@ def read_glb(path: Path) -> PlayedGlb:
         channels = glb.channels()
         if (0, "translation") in channels:
             positions = positions + channels[0, "translation"][1][:, None]
+    positions = in_run_coordinates(positions, glb.json)
     faces = glb.accessor(glb.primitive["indices"]).reshape(-1, 3).astype(np.int64)
     if "COLOR_0" in glb.primitive["attributes"]:
         return PlayedGlb(seconds, positions, faces, glb.attribute("COLOR_0")[:, :3] / 65535)
     return PlayedGlb(seconds, positions, faces, None, glb.attribute("TEXCOORD_0"), glb.image())
+
+
+def in_run_coordinates(positions: Float[np.ndarray, "t n 3"], document: dict[str, Any]) -> Float[np.ndarray, "t n 3"]:
+    """Positions (glTF axes) before the exporter scaled them and put them on the ground, as the file's extras say."""
+    placement = document["asset"].get("extras", {}).get("sv4d", {}).get("placement")
+    if placement is None:
+        return positions
+    return (positions - np.array([0.0, placement["lift"], 0.0])) / placement["scale"]
 
 
 def render(

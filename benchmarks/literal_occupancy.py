@@ -70,7 +70,7 @@ class SharedOccupancyGrid(OccupancyGrid):
 
     def absorb(self, cells: Int[Tensor, " m"], density: Float[Tensor, "k m"]) -> None:
         """Take in the density seen in cells at k moments; of a cell that comes twice the last look counts."""
-        opacity = self.opacity.flatten()
+        opacity = self.opacity().flatten()
         seen = density.amax(0) * self.step_length
         seen = torch.maximum(opacity[cells] * self.decay, seen)
         # an indexed assignment leaves the order of repeated cells open
@@ -81,14 +81,13 @@ class SharedOccupancyGrid(OccupancyGrid):
         self.density.copy_((opacity / self.step_length).view_as(self.density))
         self.occupied.copy_((opacity > self.least_opacity(opacity)).view_as(self.occupied))
 
-    @property
     def opacity(self) -> Float[Tensor, "1 r r r"]:
         """The decaying maximum of density times the step's length."""
         return self.density * self.step_length
 
     def least_opacity(self, opacity: Tensor | None = None) -> float:
         """The lower of `THRESHOLD` and the mean opacity of all cells."""
-        return min(float((self.opacity if opacity is None else opacity).mean()), THRESHOLD)
+        return min(float((self.opacity() if opacity is None else opacity).mean()), THRESHOLD)
 
     def march(
         self, origins: Float[Tensor, "n 3"], directions: Float[Tensor, "n 3"], jitter: Float[Tensor, " n"]

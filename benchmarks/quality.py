@@ -262,7 +262,7 @@ def judge(folder: Path, config: Path, place: Path, settings: Quality) -> dict[st
     LPIPS and FV4D are given where their networks are on this machine; D-SSIM in the object's box and RFD-4D (random
     features, sv4d_ns/evaluation/backbones.py) always are, and stand in for them.
     """
-    from sv4d_ns.evaluation.candidates import render_views, similarity_to
+    from sv4d_ns.evaluation.candidates import alignment_to, render_views
     from sv4d_ns.evaluation.cases import INPUT_ROLE, Case
     from sv4d_ns.evaluation.geometry import evaluate_geometry
     from sv4d_ns.evaluation.protocols import PROTOCOLS
@@ -272,7 +272,7 @@ def judge(folder: Path, config: Path, place: Path, settings: Quality) -> dict[st
 
     started = time.monotonic()
     case, run = Case.load(folder), load_run(config)
-    to_source = similarity_to(run.views, case)
+    to_source = alignment_to(run.views, case)
     used = {settings.fit_role} if settings.views == "truth" else set()
     views = [view for view in case.views if INPUT_ROLE in view.roles or not view.roles & used]
     with bar(f"Judging {case.name}") as progress:

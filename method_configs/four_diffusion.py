@@ -1,10 +1,12 @@
 """`ns-train 4diffusion`: one video to a 4D field by score distillation. Imports configuration classes only."""
 
-from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, ViewerConfig
+from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
+from sv4d_ns.plugin.bar_writer import BarWriterConfig
 from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.plugin.distillation_trainer import FourDiffusionTrainerConfig
+from sv4d_ns.plugin.help import described
 from sv4d_ns.plugin.optimizers import FusedAdamWConfig
 
 method = MethodSpecification(
@@ -25,8 +27,12 @@ method = MethodSpecification(
             "motion": {"optimizer": FusedAdamWConfig(lr=2e-3), "scheduler": None},
         },
         viewer=ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=True),
-        logging=LoggingConfig(profiler="none", local_writer=LocalWriterConfig(enable=False)),
+        logging=LoggingConfig(profiler="none", local_writer=BarWriterConfig(enable=False)),
         vis="viewer",
     ),
-    description="4Diffusion: a 4D field by 4D-aware score distillation and an anchor view.",
+    description=described(
+        "4diffusion",
+        "4Diffusion: a 4D field by 4D-aware score distillation and an anchor view.",
+        ("encoding", "heads", "motion"),
+    ),
 )

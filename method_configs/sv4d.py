@@ -1,8 +1,10 @@
 """`ns-train sv4d`: one video to a 4D asset (SV4D 2.0). Imports configuration classes only: every ns-* command pays."""
 
-from nerfstudio.configs.base_config import LocalWriterConfig, LoggingConfig, ViewerConfig
+from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
+from sv4d_ns.plugin.bar_writer import BarWriterConfig
+from sv4d_ns.plugin.help import described
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, FusedAdamConfig
 from sv4d_ns.plugin.pipeline import SV4DPipelineConfig
 from sv4d_ns.plugin.trainer import SV4DTrainerConfig
@@ -26,8 +28,10 @@ method = MethodSpecification(
         # the viewer is up during training, on this machine only, and does not keep a finished run alive
         viewer=ViewerConfig(websocket_host="127.0.0.1", quit_on_train_completion=True),
         # the trainer shows a bar instead
-        logging=LoggingConfig(profiler="none", local_writer=LocalWriterConfig(enable=False)),
+        logging=LoggingConfig(profiler="none", local_writer=BarWriterConfig(enable=False)),
         vis="viewer",
     ),
-    description="SV4D 2.0: one video of an object becomes an animated, textured 3D model.",
+    description=described(
+        "sv4d", "SV4D 2.0: one video of an object becomes an animated, textured 3D model.", tuple(LEARNING_RATES)
+    ),
 )

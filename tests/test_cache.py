@@ -1,24 +1,36 @@
 """`sv4d cache`: what is there, what is whole, what may go."""
 
+import json
+import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sv4d_ns.cli.main import main
 from sv4d_ns.diffusion.window_store import WindowStore
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.runs.cache import WINDOWS, entries, flaws, leftovers
-from sv4d_ns.runs.layout import SUMMARY_FILE, record_run, release_run
+from sv4d_ns.runs.layout import STAGES, SUMMARY_FILE, record_run, release_run
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import TEMPORARY
 from sv4d_ns.views.grid import ViewGrid
+
+KEY = "0123456789abcdef" * 2
 
 
 @pytest.fixture
 def outputs(tmp_path: Path) -> Path:
+    return make_outputs(tmp_path / "outputs")
+
+
+def make_outputs(folder: Path) -> Path:
     """A finished run, an unfinished one, and the windows both share."""
-    runs = tmp_path / "outputs" / "video" / "sv4d"
+    runs = folder / "video" / "sv4d"
     for name in ("first", "second"):
         record_run(runs / name, name)
         release_run(runs / name)
@@ -27,13 +39,13 @@ def outputs(tmp_path: Path) -> Path:
     (runs / "first" / "nerfstudio_models").mkdir()
     torch.save({"step": 3, "x": torch.rand(9999)}, runs / "first" / "nerfstudio_models" / "step-000000003.ckpt")
     (runs / "first" / SUMMARY_FILE).write_text("{}")
-    WindowStore(runs / WINDOWS / "abc").save("window000", "key", torch.rand(2, 3))
-    return tmp_path / "outputs"
+    WindowStore(runs / WINDOWS / KEY).save("window000", "key", torch.rand(2, 3))
+    return folder
 
 
 def test_list_names_every_run_and_window(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [(entry.path.name, entry.state) for entry in entries(outputs)] == [
-        ("abc", "windows"),
+        (KEY, "windows"),
         ("first", "finished"),
         ("second", "unfinished"),
     ]
@@ -59,7 +71,7 @@ def test_verify_names_every_damaged_file(outputs: Path, capsys: pytest.CaptureFi
 
 def test_prune_keeps_finished_runs_and_asks_first(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (outputs / "video" / "sv4d" / "second" / "checkpoint.partial").write_bytes(b"half")
-    (outputs / "video" / "sv4d" / ".views-partial").mkdir()
+    (outputs / "video" / "sv4d" / f"{TEMPORARY}views").mkdir()
     assert len(leftovers(outputs)) == 2
     before = sorted(outputs.rglob("*"))
     main(["cache", "prune", str(outputs)])
@@ -73,3 +85,74 @@ def test_prune_keeps_finished_runs_and_asks_first(outputs: Path, capsys: pytest.
     main(["cache", "prune", str(outputs), "--unfinished", "--yes"])
     assert [entry.path.name for entry in entries(outputs)] == ["first"]
     assert (outputs / "video" / "sv4d" / "first" / "views" / "grid.json").is_file()
+
+
+FOREIGN_NAMES = [
+    ".DS_Store", ".git", ".generated", ".env", ".ssh", ".venv", ".writable", "._config.yml", ".windows", ".stages",
+    ".Trash-1000", ".views-a1b2c3d4", "notes.txt", "run.json", "checkpoint.partial", "model.ckpt", "window.safetensors",
+    "my movie.mp4", "images", "data",
+]  # fmt: skip
+PLACES = ["", "video", "video/sv4d", "video/sv4d/first", "video/sv4d/second", "video/sv4d/second/views",
+          "video/sv4d/second/nerfstudio_models", f"video/sv4d/.windows/{KEY}", "video/sv4d/.windows", "mine/.git",
+          "mine"]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    files=st.lists(
+        st.tuples(
+            st.sampled_from(PLACES),
+            st.lists(
+                st.one_of(st.sampled_from(FOREIGN_NAMES), st.from_regex(r"\.?[a-z0-9_-]{1,12}", fullmatch=True)),
+                min_size=1,
+                max_size=3,
+            ),
+        ),
+        max_size=8,
+    ),
+    unfinished=st.booleans(),
+)
+def test_prune_deletes_no_file_of_others(files: list[tuple[str, list[str]]], unfinished: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = make_outputs(Path(folder) / "outputs")
+        own = {path for path in outputs.rglob("*") if path.is_file()}
+        foreign = set()
+        for place, names in files:
+            path = outputs.joinpath(place, *names)
+            if path in own or path.is_dir() or any(parent.is_file() for parent in path.parents):
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("mine")
+            foreign.add(path)
+        # the one name that is ours wherever a run is: what a killed process left of a checkpoint
+        foreign.discard(outputs / "video/sv4d/first/checkpoint.partial")
+        foreign.discard(outputs / "video/sv4d/second/checkpoint.partial")
+        main(["cache", "prune", str(outputs), "--yes", *(["--unfinished"] if unfinished else [])])
+        assert all(path.read_text() == "mine" for path in foreign)
+        assert not (outputs / "video" / "sv4d" / WINDOWS / KEY / "window000.safetensors").exists()
+        kept = outputs / "video" / "sv4d" / "first"
+        assert (kept / "views" / "grid.json").is_file() and list((kept / "nerfstudio_models").iterdir())
+
+
+def test_prune_leaves_repositories_trainings_and_links_alone(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["git", "init", "--quiet", str(outputs)], check=True)
+    (outputs / ".generated").mkdir()
+    (outputs / ".generated" / "fox.png").write_bytes(b"kept")
+    training = outputs / "training"  # `sv4d train` has a run.json, too
+    training.mkdir()
+    (training / "run.json").write_text(json.dumps({"settings": {}, "changes": []}))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "window000.safetensors").write_bytes(b"somebody's")
+    runs = outputs / "video" / "sv4d"
+    (runs / STAGES).mkdir()
+    (runs / STAGES / KEY).symlink_to(elsewhere)
+    (runs / "second" / "thoughts.txt").write_text("of mine")
+    before = {path for path in outputs.rglob("*") if path.is_file()}
+    main(["cache", "prune", str(outputs), "--yes", "--unfinished"])
+    gone = {path.relative_to(runs).as_posix() for path in before if not path.exists()}
+    assert gone == {f"{WINDOWS}/{KEY}/window000.safetensors", "second/run.json", "second/run.lock"}
+    assert (elsewhere / "window000.safetensors").exists() and (training / "run.json").exists()
+    assert f"{runs / 'second'} stays, because it holds files that no run has written." in capsys.readouterr().out

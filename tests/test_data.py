@@ -253,7 +253,9 @@ def test_bad_assets_are_skipped_counted_and_listed(tmp_path, fake):
     (assets / "empty.glb").write_bytes(b"")
     (assets / "fine.json").write_text('{"license": "CC-BY-4.0"}')
     out = tmp_path / "out"
-    settings = config(out, source=str(assets), blender_python=fake, timeout_s=8.0, licence="own", workers=2)
+    settings = config(
+        out, source=str(assets), renderer="blender", blender_python=fake, timeout_s=8.0, licence="own", workers=2
+    )
     summary = render_dataset(settings)
     assert sorted(summary.rendered) == ["fine", "sub-fine"]
     reasons = {line["name"]: line["reason"] for line in map(json.loads, (out / "skipped.jsonl").open())}
@@ -272,7 +274,9 @@ def test_nothing_usable_is_an_error(tmp_path, fake):
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "crashes.glb").write_bytes(b"asset")
     with pytest.raises(InputError, match=r"None of the 1 assets.*crashes: Blender ended"):
-        render_dataset(config(tmp_path / "out", source=str(tmp_path / "assets"), blender_python=fake))
+        render_dataset(
+            config(tmp_path / "out", source=str(tmp_path / "assets"), renderer="blender", blender_python=fake)
+        )
 
 
 def test_without_blender_the_remedy_is_named(tmp_path, monkeypatch):

@@ -370,3 +370,19 @@ def test_a_fingerprint_sees_every_weight_wherever_it_is():
     offloaded = tiny_unet()
     cpu_offload(offloaded, execution_device=torch.device("cpu"))
     assert next(offloaded.parameters()).is_meta and weights_fingerprint(offloaded) == before
+
+
+def test_the_code_of_windows_is_all_of_the_room_without_its_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pathlib import Path
+
+    from sv4d_ns.diffusion import window_store
+
+    plain = "def double(x):\n    return 2 * x\n"
+    same = 'def double(x):\n    """Twice."""\n    # why\n    return 2  *  x\n'
+    assert window_store.statements(plain) == window_store.statements(same)
+    assert window_store.statements(plain) != window_store.statements(plain.replace("2", "3"))
+    read, rooms = Path.read_text, set()
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: rooms.add(self.parent.name) or read(self, *a, **k))
+    window_store.code_fingerprint.cache_clear()
+    window_store.code_fingerprint()
+    assert {"diffusion", "fourdm", "sv4d", "bundled"} <= rooms

@@ -16,13 +16,14 @@ from test_evaluation_metrics import random_lpips, saved_i3d, tiny_clip
 
 from sv4d_ns.cli.main import main
 from sv4d_ns.evaluation import backbones, candidates, command, geometry, protocols, scores
-from sv4d_ns.evaluation.alignment import Similarity, run_to_source, whole_picture
+from sv4d_ns.evaluation.alignment import Alignment, Similarity, run_to_source, whole_picture
 from sv4d_ns.evaluation.cases import Case, find_cases
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.metrics import lpips
 from sv4d_ns.metrics.images import silhouette_iou
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video.crop import Framing, fixed_framing
+from sv4d_ns.video.stabilised import StabilisedFraming
 from sv4d_ns.views.grid import ViewGrid
 
 
@@ -173,6 +174,8 @@ def test_views_of_a_framed_grid_are_brought_back_to_the_uncropped_cameras(case: 
     )
     truth = np.stack([case.frames(view, SIZE) for view in case.with_role("nv8")], 1)
     back = candidates.uncropped(grid, case, SIZE)
+    following = replace(grid, framing=StabilisedFraming((framing,) * FRAMES).to_dict())
+    assert (candidates.uncropped(following, case, SIZE) == back).all()
     before = silhouette_iou(grid.novel_views[..., 3].reshape(-1, SIZE, SIZE), truth[..., 3].reshape(-1, SIZE, SIZE))
     after = silhouette_iou(back[..., 3].reshape(-1, SIZE, SIZE), truth[..., 3].reshape(-1, SIZE, SIZE))
     assert before.mean() < 0.8 < 0.95 < after.mean()
@@ -252,23 +255,35 @@ def test_without_networks_and_truth_the_remaining_metrics_are_given(
     assert (tmp_path / "report.html").is_file()
 
 
-def test_a_run_is_judged_in_pictures_surface_and_tracks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose field is the true ball, in a world that its framing says is scaled and shifted."""
+@pytest.mark.parametrize("travel", [0.0, 2.0], ids=["fixed crop", "crop that follows"])
+def test_a_run_is_judged_in_pictures_surface_and_tracks(
+    case: Case, monkeypatch: pytest.MonkeyPatch, travel: float
+) -> None:
+    """A run whose field is the true ball, in a world that its framing says is scaled and shifted, evenly or not."""
     plan = case.plan(case.with_role("nv8"))
-    framing = Framing(center_x=22.0, center_y=20.0, side=34.0, source_width=SIZE, source_height=SIZE, size=SIZE)
-    to_source = run_to_source(framing, plan, case.input_view.c2w, case.focal_px, case.radius)
+    squares = [
+        Framing(center_x=22.0 + travel * t, center_y=20.0, side=34.0, source_width=SIZE, source_height=SIZE, size=SIZE)
+        for t in case.times
+    ]
+    framing = StabilisedFraming(tuple(squares)) if travel else squares[0]
+    first, last = (
+        run_to_source(square, plan, case.input_view.c2w, case.focal_px, case.radius)
+        for square in (squares[0], squares[-1])
+    )
+    to_source = Alignment((first, last))
+    origin, way = (torch.from_numpy(x).float() for x in (first.translation, last.translation - first.translation))
 
     class TrueBall:
         aabb = torch.tensor([[-0.57] * 3, [0.57] * 3])
 
         def in_ball(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             """Source coordinates in the ball at time 0."""
-            source = to_source.scale * x + torch.from_numpy(to_source.translation).float()
+            source = first.scale * x + origin + t * way
             middle = t * torch.from_numpy(centre(1.0)).float()
             return (source - middle) * (ball_radius(0.0) / (0.3 + 0.06 * t))
 
         def deformation(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return (self.in_ball(x, t) - torch.from_numpy(to_source.translation).float()) / to_source.scale - x
+            return (self.in_ball(x, t) - origin) / first.scale - x
 
         def density(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return 150 * torch.sigmoid((ball_radius(0.0) - self.in_ball(x, t).norm(dim=-1)) / 0.001)
@@ -277,7 +292,7 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(case: Case, monkeypatch:
         def is_occupied(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return torch.ones(len(x), dtype=torch.bool)
 
-    assert to_source.rotation == pytest.approx(np.eye(3))
+    assert first.rotation == pytest.approx(np.eye(3)) and last.scale == pytest.approx(first.scale)
     grid = SimpleNamespace(
         plan=plan, framing=framing.to_dict(), times=case.times, content_id="0", provenance={}, num_frames=FRAMES
     )
@@ -287,7 +302,7 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(case: Case, monkeypatch:
 
     def exact(field, occupancy, c2w, focal, size, time):  # type: ignore[no-untyped-def]
         assert focal == pytest.approx(case.focal_px)
-        return picture(to_source.camera(c2w), time, size)
+        return picture(to_source.at(time).camera(c2w), time, size)
 
     monkeypatch.setattr("sv4d_ns.field.images.render_rgba", exact)
     opened = candidates.open_candidate(candidates.Candidate(Path("x"), "run"), case, None, lambda done, total: None)

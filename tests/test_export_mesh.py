@@ -21,7 +21,7 @@ from sv4d_ns.export.surface.extraction import (
     vertex_graph,
     vertex_normals,
 )
-from sv4d_ns.export.surface.registration import RESIDUAL_BOUND, refitted, registered, without_strays
+from sv4d_ns.export.surface.registration import RESIDUAL_BOUND, refitted, registered
 from sv4d_ns.utils.errors import InputError
 
 DIAGONAL = 1.14 * np.sqrt(3)
@@ -252,26 +252,6 @@ def test_a_frame_without_an_inverse_is_fitted_to_its_own_surface(mesh):
     assert np.abs((better.positions[-1] - expected).mean(axis=0)).max() < 0.012
     samples = trimesh.sample.sample_surface(trimesh.Trimesh(*surface(3), process=False), 20_000, seed=0)[0]
     assert cKDTree(samples).query(better.positions[-1])[0].mean() < 5e-3 * DIAGONAL
-
-
-def test_matter_the_field_does_not_show_is_put_out_of_sight(limb, mesh):
-    times = np.linspace(0, 0.2, 3)
-    tracks = follow_vertices(limb, mesh, times)
-
-    def surface(frame):
-        """At the last frame the renderer skips everything beyond 0.3 from the axis: the limb's end is not shown."""
-        near = (lambda x: x[:, 0].abs() < 0.3) if frame == 2 else None
-        cut = canonical_mesh(opacity_grid(frozen(limb, float(times[frame])), 64, near))
-        return cut.vertices, cut.faces
-
-    better, changed = without_strays(tracks, mesh, surface, DIAGONAL)
-    np.testing.assert_array_equal(better.positions[:2], tracks.positions[:2])
-    away = tracks.positions[2][:, 0] > 0.33
-    assert away.any() and changed == pytest.approx((better.guessed & ~tracks.guessed).mean(), abs=1e-6)
-    assert better.guessed[2][away].all() and better.positions[2][:, 0].max() < 0.33
-    assert len(np.unique(better.positions[2], axis=0)) == len(mesh.vertices)  # or a program that welds would tear it
-    samples = trimesh.sample.sample_surface(trimesh.Trimesh(*surface(2), process=False), 20_000, seed=0)[0]
-    assert cKDTree(samples).query(better.positions[2])[0].max() < 1.2e-2 * DIAGONAL
 
 
 def test_a_field_without_a_deformation_is_followed_by_its_surfaces(limb, mesh):

@@ -152,10 +152,11 @@ def test_seams_are_padded():
 def test_the_baked_texture_shows_the_object(field, mesh, atlas, shown):
     colors = filled(*seen(mesh, shown), mesh.faces)
 
-    def gathered(points):
-        return gather(shown, points, mesh.positions, mesh.normals, mesh.faces)
+    def shade(points):
+        color, weight = gather(shown, points, mesh.positions, mesh.normals, mesh.faces)
+        return np.where(weight[:, None] > 0.05, color, points.at(colors, mesh.faces))
 
-    image = bake(atlas, gathered, colors, 0.05)
+    image = bake(atlas, shade)
     covered, points = texels(atlas)
     rest = points.at(mesh.positions[0], mesh.faces)
     # at time 0 the limb is turned: ask the field for the colour where the point is in the canonical shape

@@ -21,7 +21,7 @@ from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField, SpaceTimeFieldConfig
 from sv4d_ns.geometry.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
 from sv4d_ns.metrics.images import padded_ssim
-from sv4d_ns.metrics.lpips import reference_lpips
+from sv4d_ns.metrics.lpips import anchor_lpips
 from sv4d_ns.synthesis.fourdm import KNOWN_POSE, nearest_view
 from sv4d_ns.training_data.procedural import creature
 from sv4d_ns.training_data.procedural import render as render_creature
@@ -250,7 +250,7 @@ def test_ssim_of_equal_pictures_is_one_and_falls():
 
 def test_lpips_without_weights_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    network, sentence = reference_lpips("cpu")
+    network, sentence = anchor_lpips("cpu")
     assert network is None and "needs vgg16-397923af.pth" in sentence
 
 

@@ -53,9 +53,9 @@ def test_encoding_in_parts_has_the_gradient_of_the_whole(pipeline, monkeypatch):
 
 
 def test_the_prior_pulls_renders(pipeline):
-    """Last: it lets the encoders go."""
     prior = FourDMPrior(pipeline, frames(6), "a fox", front_deg=90.0)
-    assert pipeline.image_encoder is None and prior.condition.num_frames == 6
+    assert prior.pipeline.image_encoder is None and prior.condition.num_frames == 6
+    assert pipeline.image_encoder is not None and pipeline.text_encoder is not None, "others' pipeline stays whole"
     renders = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
     latents = prior.encode(renders, torch.Generator().manual_seed(3))
     views = DrawnViews((-90.0, 0.0, 90.0, 180.0), 2.0)

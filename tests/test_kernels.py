@@ -190,3 +190,25 @@ def test_nerfacc_finds_the_samples_of_the_torch_march() -> None:
     assert equal.float().mean() > 0.9
     kept = [equal[s.ray_indices] for s in (made, twin)]
     torch.testing.assert_close(made.distances[kept[0]], twin.distances[kept[1]], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("more", [(), (torch.zeros(1),)], ids=["0.5.2 returns two values", "0.5.3 three"])
+def test_every_release_of_nerfacc_is_understood(
+    more: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from nerfacc import grid
+
+    def traverse(origins, directions, cells, box, near, far, step, cone):  # type: ignore[no-untyped-def]
+        count = len(origins)
+        return None, SimpleNamespace(ray_indices=torch.arange(count), vals=near + step), *more
+
+    monkeypatch.setattr(grid, "traverse_grids", traverse)
+    occupancy = OccupancyGrid(1, resolution=4)
+    origins, directions = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[-1.0, 0.0, 0.0]])
+    one = torch.zeros(1, dtype=torch.long)
+    samples = rendering._march_nerfacc(
+        occupancy, origins, directions, torch.tensor([1.4]), torch.tensor([2.6]), one, one, 0.1, torch.tensor([0.5]), 3
+    )
+    assert samples.distances.tolist() == pytest.approx([1.5])

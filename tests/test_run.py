@@ -143,13 +143,15 @@ def test_time_moves_in_paths_without_times(finished: Path, monkeypatch: pytest.M
     asked: list[float] = []
     draw = channels.render_rays_chunked
 
-    def drawn(field, occupancy, origins, directions, times, samples):  # type: ignore[no-untyped-def]
+    def drawn(field, occupancy, origins, directions, times, samples, **options):  # type: ignore[no-untyped-def]
         asked.append(float(times.mean()))
-        return draw(field, occupancy, origins, directions, times, samples)
+        return draw(field, occupancy, origins, directions, times, samples, **options)
 
     monkeypatch.setattr(channels, "render_rays_chunked", drawn)
     for index in range(3):
-        pipeline.model.get_outputs_for_camera(path[index : index + 1])
+        camera = path[index : index + 1]
+        pipeline.model.get_outputs_for_camera(camera)
+        assert camera.times is None, "the caller's camera stays as it is"
     duration = FRAMES / 10
     assert asked == pytest.approx([0.0, 1 / 24 / duration, 2 / 24 / duration])
 

@@ -138,6 +138,7 @@ def test_stage_2_starts_at_its_noise_level_and_leaves_the_schedule_as_it_was(
     scheduler, asked = synthesizer.pipeline.scheduler, []
 
     def made(self, frames, plan, steps, *, seed, store, progress, initial_views):  # type: ignore[no-untyped-def]
+        assert synthesizer.pipeline.scheduler is scheduler, "meanwhile, too: others may use the pipeline"
         asked.append((seed, store, self.pipeline.scheduler.config.sigma_max))
         return GeneratedGrid(torch.full((1, 1, 4, 8, 8), 0.9))
 

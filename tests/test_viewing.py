@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.configs.base_config import ViewerConfig
 
+from sv4d_ns.field import volume_rendering as rendering
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.geometry.cameras import ViewPlan
@@ -144,7 +146,7 @@ def model_with_a_ball() -> SimpleNamespace:
     field._canonical = lambda x: (100 * (0.3 - x.norm(dim=-1)), x.new_zeros(len(x), features))  # type: ignore[method-assign]
     occupancy = OccupancyGrid(FRAMES, resolution=16)
     grid = view_grid()
-    config = SimpleNamespace(render_samples=64)
+    config = SimpleNamespace(render_samples=64, eval_num_rays_per_chunk=100)
     return SimpleNamespace(field=field, occupancy=occupancy, config=config, views=GridWitnesses(lambda: grid))
 
 
@@ -223,3 +225,49 @@ def test_ns_viewers_settings_in_a_runs_config_become_local(monkeypatch: pytest.M
     monkeypatch.setattr("sys.argv", ["ns-viewer", "--viewer.websocket-host", "0.0.0.0"])
     config.viewer = ViewerConfig()
     assert config.viewer.websocket_host == "0.0.0.0"
+
+
+def ball_picture(obb: object = None, background: torch.Tensor | None = None) -> tuple[Any, list[int]]:
+    """What `get_outputs_for_camera` shows of the ball from the input camera, and how many rays it rendered at once."""
+    from nerfstudio.cameras.cameras import Cameras
+    from nerfstudio.model_components.renderers import background_color_override_context
+
+    from sv4d_ns.plugin import render_outputs as channels
+    from sv4d_ns.plugin.model import SV4DModel
+
+    ball = model_with_a_ball()
+    ball.config.eval_num_rays_per_chunk = 50
+    ball.shown_channels, ball.device = None, "cpu"
+    plan, size = ViewPlan.OFFICIAL_4, 24
+    camera = Cameras(
+        torch.from_numpy(plan.c2w()[:1, :3]).float(), plan.focal_px(size), plan.focal_px(size), 12.0, 12.0, size, size,
+        times=torch.full((1, 1), 0.5),
+    )  # fmt: skip
+    counts: list[int] = []
+    render = rendering.render_rays
+
+    def counted(field, occupancy, origins, *arguments, **options):  # type: ignore[no-untyped-def]
+        counts.append(len(origins))
+        return render(field, occupancy, origins, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendering, "render_rays", counted)
+        with background_color_override_context(background):  # type: ignore[arg-type]
+            outputs = SV4DModel.get_outputs_for_camera(ball, camera, obb)  # type: ignore[arg-type]
+    assert isinstance(outputs, channels.Channels)
+    return outputs, counts
+
+
+def test_crop_box_and_background_of_viewer_and_render_are_used() -> None:
+    from nerfstudio.data.scene_box import OrientedBox
+
+    whole, counts = ball_picture()
+    assert max(counts) == 50, "--eval-num-rays-per-chunk"
+    left_half = OrientedBox.from_params(
+        (0.0, -1.0, 0.0), (0.0, 0.0, 0.0), (2.0, 2.0, 2.0)
+    )  # y below 0: left in the picture
+    red = torch.tensor([1.0, 0.0, 0.0])
+    cut, _ = ball_picture(left_half, red)
+    assert whole["accumulation"][12, 6:18].min() > 0.8
+    assert cut["accumulation"][12, 6:11].min() > 0.8 and cut["accumulation"][12, 13:].max() == 0
+    assert (cut["rgb"][12, 14] == red).all() and (whole["rgb"][0, 0] == 1).all()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -12,22 +12,27 @@ from jaxtyping import UInt8
 from sv4d_ns.utils.files import atomic_path
 
 
+def _as_in_training(name: str) -> Any:
+    """A setting under the flag it has in ns-train, too: what the findings advise can be tried here."""
+    return tyro.conf.arg(aliases=[f"--pipeline.datamanager.{name.replace('_', '-')}"])
+
+
 @dataclass
 class Doctor:
     """Read a video, cut the object out and frame it as ns-train sv4d does, and say what was chosen and what to mend."""
 
     video: Annotated[Path, tyro.conf.Positional]
     """A video, an animated picture, a folder of pictures or a pattern."""
-    max_frames: int | None = None
-    """As --pipeline.datamanager.max-frames of ns-train sv4d; 21 where no rate is given."""
-    fps: float | None = None
-    """As --pipeline.datamanager.fps."""
-    masks: Path | None = None
-    """As --pipeline.datamanager.masks."""
-    matting: str | None = None
-    """As --pipeline.datamanager.matting."""
-    crop: Literal["fixed", "stabilised", "released"] = "fixed"
-    """As --pipeline.datamanager.crop."""
+    max_frames: Annotated[int | None, _as_in_training("max_frames")] = None
+    """Frames taken from the video, evenly in time; 21 where no rate is given."""
+    fps: Annotated[float | None, _as_in_training("fps")] = None
+    """Take so many frames a second instead."""
+    masks: Annotated[Path | None, _as_in_training("masks")] = None
+    """A folder, pattern or video of masks, one for each frame."""
+    matting: Annotated[str | None, _as_in_training("matting")] = None
+    """Model of rembg that finds the object."""
+    crop: Annotated[Literal["fixed", "stabilised", "released"], _as_in_training("crop")] = "fixed"
+    """The square shown to the model."""
     picture: Path | None = None
     """Write the cut-out frames side by side as one picture (png)."""
 
@@ -43,19 +48,29 @@ def command(arguments: Sequence[str]) -> None:
 
 def report(settings: Doctor) -> None:
     """Print what was read and chosen, and a line for each finding."""
-    from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig, read_video
+    from sv4d_ns.diffusion.bundled import REACH
+    from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
+    from sv4d_ns.utils.progress import say
+    from sv4d_ns.video import CropRule, load_object_video
 
-    shared = {name: getattr(settings, name) for name in ("max_frames", "fps", "masks", "matting", "crop")}
-    config = SV4DDataManagerConfig(data=settings.video, **shared)
-    video = read_video(config)
-    print(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
+    video = load_object_video(
+        settings.video,
+        INPUT_SIZE,
+        frames_taken(settings.max_frames, settings.fps),
+        fps=settings.fps,
+        masks=settings.masks,
+        matting=settings.matting,
+        crop=CropRule(settings.crop),
+    )
+    say(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
     for message in (*video.messages, *(finding.sentence for finding in video.findings)):
-        print(f"- {message}")
+        say(f"- {message}")
     if not video.findings:
-        print("Nothing was found that would spoil the result.")
+        say("Nothing was found that would spoil the result.")
+    say(f"How far the bundled model reaches, which a run on a CPU takes: {REACH}")
     if settings.picture is not None:
         write_sheet(video.frames, settings.picture)
-        print(f"The cut-out frames: {settings.picture}")
+        say(f"The cut-out frames: {settings.picture}")
 
 
 def write_sheet(frames: UInt8[np.ndarray, "t h w 4"], path: Path) -> None:

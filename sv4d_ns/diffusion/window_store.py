@@ -1,5 +1,6 @@
 """Finished windows on disk, and the key that says what a window was made from."""
 
+import ast
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -96,10 +97,23 @@ def flaw_of(path: Path) -> str | None:
 
 @lru_cache(maxsize=1)
 def code_fingerprint() -> str:
-    """Hash of the sources that make a window, and of the versions of the libraries they call."""
-    folder = Path(__file__).parent
-    sources = sorted(folder.rglob("*.py"))
-    return content_hash([version(name) for name in LIBRARIES], *(source.read_text() for source in sources))
+    """Hash of the statements that make a window, and of the versions of the libraries they call.
+
+    Those of the whole package `diffusion`; comments and docstrings do not count.
+    """
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return content_hash([version(name) for name in LIBRARIES], *(statements(source.read_text()) for source in sources))
+
+
+def statements(source: str) -> str:
+    """Python source without comments, layout and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def weights_fingerprint(*models: nn.Module) -> str:

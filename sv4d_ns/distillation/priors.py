@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -79,7 +80,7 @@ def unit_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 class FourDMPrior:
     """4DM. Its views are placed around the object's own front, `front_deg` from the input camera.
 
-    The conditions of all frames are encoded once; the text and the image encoder are let go after that.
+    The conditions of all frames are encoded once; the text and the image encoder are not kept.
 
     Args:
         pipeline: the model.
@@ -96,7 +97,7 @@ class FourDMPrior:
     def __init__(
         self, pipeline: "FourDMPipeline", frames: UInt8[np.ndarray, "t s s 4"], prompt: str, front_deg: float
     ) -> None:
-        self.pipeline, self.front_deg = pipeline, front_deg
+        self.front_deg = front_deg
         self.num_frames, self.image_size = pipeline.config.num_frames, pipeline.config.image_size
         parts = [
             pipeline.encode_frames(frames[start : start + CONDITION_CHUNK])
@@ -109,8 +110,9 @@ class FourDMPrior:
             no_image_tokens=parts[0][1],
             image_latents=torch.cat([latents for _, _, latents in parts]),
         )
-        # constant from here on, and as large as the network in half precision
-        pipeline.image_encoder = pipeline.text_encoder = None
+        # constant from here on, and as large as the network in half precision: whoever made the pipeline may drop it
+        self.pipeline = copy(pipeline)
+        self.pipeline.image_encoder = self.pipeline.text_encoder = None
         self.alphas = guidance.alphas_cumprod()
 
     def encode(self, images: Float[Tensor, "n c s s"], generator: torch.Generator) -> Float[Tensor, "n d i j"]:

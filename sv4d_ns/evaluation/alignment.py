@@ -50,6 +50,24 @@ class Similarity:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The similarity of each moment: one for each frame where the crop followed the object, else one for all."""
+
+    frames: tuple[Similarity, ...]
+
+    def at(self, time: float) -> Similarity:
+        """That of a time in [0, 1]; between two frames what lies between theirs (a shift and a scale apart)."""
+        place = time * (len(self.frames) - 1)
+        first = self.frames[int(place)]
+        second, share = self.frames[min(int(place) + 1, len(self.frames) - 1)], place - int(place)
+        return Similarity(
+            (1 - share) * first.scale + share * second.scale,
+            first.rotation,
+            (1 - share) * first.translation + share * second.translation,
+        )
+
+
 def whole_picture(size: int) -> Framing:
     """The framing of a run whose input frames are the source pictures themselves."""
     return Framing(size / 2, size / 2, float(size), size, size, size)

@@ -73,7 +73,7 @@ def load_clip(variant: ClipVariant, fetch: bool = False) -> Clip:
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=not fetch)
     except OSError as error:
-        how = "go online" if fetch else "give --fetch to download it"
+        how = "go online" if fetch else "'sv4d evaluate --fetch' downloads it"
         raise BackboneMissing(
             f"CLIP ({variant}) needs {repository} at {revision[:7]} in the Hugging Face cache: {how}."
         ) from error
@@ -162,7 +162,7 @@ def _cached_i3d(fetch: bool) -> Path:
     try:
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=not fetch))
     except OSError as error:
-        how = "go online" if fetch else "give --fetch to download it"
+        how = "go online" if fetch else "'sv4d evaluate --fetch' downloads it"
         raise BackboneMissing(
             f"FVD needs the I3D network (51 MB): {how}, or download {I3D_URL} yourself and give it as --i3d."
         ) from error

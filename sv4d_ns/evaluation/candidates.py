@@ -3,23 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sv4d_ns.evaluation.alignment import Similarity, check_source_size, run_to_source, whole_picture
+from sv4d_ns.evaluation.alignment import Alignment, Similarity, check_source_size, run_to_source, whole_picture
 from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView
 from sv4d_ns.evaluation.protocols import CONSISTENT4D_AZIMUTHS, eval_files
 from sv4d_ns.evaluation.scores import Pictures
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.metrics.lpips import sha256
 from sv4d_ns.runs.layout import checkpoint_steps
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import content_hash
 from sv4d_ns.utils.images import resize_rgba
-from sv4d_ns.utils.progress import Progress
 from sv4d_ns.views.grid import GRID_FILE, ViewGrid
+
+if TYPE_CHECKING:
+    from sv4d_ns.video.crop import Framing
 
 CONFIG_FILE = "config.yml"
 ANGLE_TOLERANCE_DEG = 0.5
@@ -75,7 +78,7 @@ class Opened:
     """Views of the truth the candidate does not have."""
     run: Any = None
     """The opened run (`export.cli.FinishedRun`), for geometry; None for pictures."""
-    to_source: Similarity | None = None
+    to_source: Alignment | None = None
     """From the run's world to the truth's."""
 
 
@@ -110,7 +113,7 @@ def _open_run(folder: Path, case: Case | None, size: int | None, progress: Progr
     facts = {"kind": "run", "path": str(folder), **_run_facts(folder), "grid": grid.content_id}
     facts["provenance"] = grid.provenance
     if case is not None:
-        to_source = similarity_to(grid, case)
+        to_source = alignment_to(grid, case)
         pictures = render_views(run, case, novel_views(case), to_source, size or case.size, progress)
         return Opened(pictures, facts, (), run, to_source)
     size = size or grid.novel_views.shape[2]
@@ -120,15 +123,16 @@ def _open_run(folder: Path, case: Case | None, size: int | None, progress: Progr
 
 
 def render_views(
-    run: Any, case: Case, views: Sequence[CaseView], to_source: Similarity, size: int, progress: Progress
+    run: Any, case: Case, views: Sequence[CaseView], to_source: Alignment, size: int, progress: Progress
 ) -> Pictures:
     """A run's field seen by cameras of its case, beside the truth.
 
     Args:
         run: an `export.cli.FinishedRun`.
-        to_source: from the run's world to the case's (`similarity_to`).
+        to_source: from the run's world to the case's (`alignment_to`).
     """
-    cameras = np.stack([to_source.inverse().camera(view.c2w) for view in views])
+    moments = [to_source.at(float(time)).inverse() for time in case.times]
+    cameras = np.stack([[moment.camera(view.c2w) for view in views] for moment in moments])
     focal = case.focal_px * size / case.size
     made = _rendered(run, cameras, focal, size, case.times, progress)
     truth = np.stack([case.frames(view, size) for view in views], axis=1)
@@ -137,7 +141,7 @@ def render_views(
 
 def _rendered(
     run: Any,
-    cameras: Float[np.ndarray, "v 4 4"],
+    cameras: Float[np.ndarray, "*t v 4 4"],
     focal: float,
     size: int,
     times: Float[np.ndarray, " t"],
@@ -145,29 +149,43 @@ def _rendered(
 ) -> UInt8[np.ndarray, "t v size size 4"]:
     from sv4d_ns.field.images import render_rgba
 
-    made = np.empty((len(times), len(cameras), size, size, 4), np.uint8)
+    count = cameras.shape[-3]
+    made = np.empty((len(times), count, size, size, 4), np.uint8)
+    moving = np.broadcast_to(cameras, (len(times), count, 4, 4))
     for frame, time in enumerate(times):
-        for view, camera in enumerate(cameras):
+        for view, camera in enumerate(moving[frame]):
             made[frame, view] = render_rgba(run.field, run.occupancy, camera, focal, size, float(time))
-            progress(frame * len(cameras) + view + 1, made.shape[0] * made.shape[1])
+            progress(frame * count + view + 1, made.shape[0] * made.shape[1])
     return made
 
 
-def similarity_to(grid: ViewGrid, case: Case) -> Similarity:
-    """From the world of a grid (and of the field fitted to it) to that of its case; see `alignment`."""
-    from sv4d_ns.video.crop import Framing
+def alignment_to(grid: ViewGrid, case: Case) -> Alignment:
+    """From the world of a grid (and of the field fitted to it) to that of its case; see `alignment`.
 
-    source = case.input_view
+    Raises:
+        InputError: the grid was made from another video.
+    """
+    squares = _squares(grid, case)
+    if case.input_view.files:  # Consistent4D's truth has no input video to compare with
+        check_source_size(squares[0], case.size, str(case.folder))
+    elif squares[0].source_width != squares[0].source_height:
+        raise InputError(f"The run for {case.name} was made from a video that is not square: no truth fits it.")
+    focal = case.focal_px * squares[0].source_width / case.size
+    return Alignment(
+        tuple(run_to_source(square, grid.plan, case.input_view.c2w, focal, case.radius) for square in squares)
+    )
+
+
+def _squares(grid: ViewGrid, case: Case) -> "tuple[Framing, ...]":
+    """The crop of each frame, or one for all."""
+    from sv4d_ns.video.crop import Framing
+    from sv4d_ns.video.stabilised import StabilisedFraming
+
     if grid.framing is None:
-        framing = whole_picture(case.size)
-    else:
-        framing = Framing.from_dict(grid.framing)
-        if source.files:  # Consistent4D's truth has no input video to compare with
-            check_source_size(framing, case.size, str(case.folder))
-        elif framing.source_width != framing.source_height:
-            raise InputError(f"The run for {case.name} was made from a video that is not square: no truth fits it.")
-    focal = case.focal_px * framing.source_width / case.size
-    return run_to_source(framing, grid.plan, source.c2w, focal, case.radius)
+        return (whole_picture(case.size),)
+    if isinstance(grid.framing["center_x"], list):
+        return StabilisedFraming.from_dict(grid.framing).squares
+    return (Framing.from_dict(grid.framing),)
 
 
 def _run_facts(folder: Path) -> dict[str, Any]:
@@ -217,7 +235,7 @@ def _open_grid(folder: Path, case: Case | None, size: int | None) -> Opened:
 
 
 def _is_whole(framing: dict[str, Any]) -> bool:
-    return (
+    return not isinstance(framing["center_x"], list) and (
         framing["side"] == framing["source_width"] == framing["source_height"]
         and 2 * framing["center_x"] == framing["source_width"]
         and 2 * framing["center_y"] == framing["source_height"]
@@ -230,29 +248,35 @@ def uncropped(grid: ViewGrid, case: Case, size: int) -> np.ndarray:
     The picture of a scaled and shifted object is the picture scaled about the image of the crop's origin: exact on the
     plane through the object that faces the camera, as in `alignment.run_to_source`.
     """
-    from sv4d_ns.video.crop import Framing
-
-    to_source = similarity_to(grid, case)
-    origin = to_source.points(np.zeros((1, 3)))[0]
-    frames = []
+    to_source = alignment_to(grid, case)
+    columns = []
     for view, relative in enumerate(zip(grid.plan.azimuths_deg, grid.plan.elevations_deg, strict=True)):
         same = [v for v in novel_views(case) if _same_view(_relative(case, v), relative)]
         source = grid.novel_views[:, view]
         if same:
-            centre, magnified = _seen_at(origin, same[0].c2w, case, to_source.scale, grid)
-            # the part of the grid's picture, in its own pixels, that the case's picture shows
-            part = source.shape[1] / magnified
-            framing = Framing(
-                center_x=source.shape[1] / 2 + (0.5 - centre[0]) * part,
-                center_y=source.shape[1] / 2 + (0.5 - centre[1]) * part,
-                side=part,
-                source_width=source.shape[2],
-                source_height=source.shape[1],
-                size=size,
-            )
-            source = framing.apply(source)
-        frames.append(resize_rgba(source, size))
-    return np.stack(frames, axis=1)
+            framings = [
+                _shown_part(to_source.at(float(t)), same[0], case, grid, source.shape[1], size) for t in grid.times
+            ]
+            source = np.concatenate([f.apply(picture[None]) for f, picture in zip(framings, source, strict=True)])
+        columns.append(resize_rgba(source, size))
+    return np.stack(columns, axis=1)
+
+
+def _shown_part(moment: Similarity, view: CaseView, case: Case, grid: ViewGrid, pixels: int, size: int) -> "Framing":
+    """The part of the grid's picture (of `pixels` along its side, in its own pixels) that the case's picture shows."""
+    from sv4d_ns.video.crop import Framing
+
+    origin = moment.points(np.zeros((1, 3)))[0]
+    centre, magnified = _seen_at(origin, view.c2w, case, moment.scale, grid)
+    part = pixels / magnified
+    return Framing(
+        center_x=pixels / 2 + (0.5 - centre[0]) * part,
+        center_y=pixels / 2 + (0.5 - centre[1]) * part,
+        side=part,
+        source_width=pixels,
+        source_height=pixels,
+        size=size,
+    )
 
 
 def _seen_at(

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
-from sv4d_ns.evaluation.alignment import Similarity
+from sv4d_ns.evaluation.alignment import Alignment, Similarity
 from sv4d_ns.evaluation.cases import Geometry
 from sv4d_ns.export.surface.extraction import (
     AnimatedField,
@@ -192,7 +192,7 @@ def evaluate_geometry(
     occupancy: Any,
     truth: Geometry,
     frame_times: Float[np.ndarray, " t"],
-    to_source: Similarity,
+    to_source: Alignment,
     resolution: int | None = None,
     align: bool = False,
 ) -> dict[str, Any]:
@@ -207,7 +207,8 @@ def evaluate_geometry(
     made = []
     for time in truth.times:
         surface = surface_at(field, occupancy, float(time), resolution or SURFACE_RESOLUTION)
-        made.append(Surface(to_source.points(surface.points), to_source.directions(surface.normals)))
+        moment = to_source.at(float(time))
+        made.append(Surface(moment.points(surface.points), moment.directions(surface.normals)))
     true = [Surface(points, normals) for points, normals in zip(truth.points, truth.normals, strict=True)]
     dense = np.union1d(np.round(frame_times, 9), np.round(truth.times, 9))
     at = [int(np.abs(dense - time).argmin()) for time in truth.times]
@@ -216,10 +217,11 @@ def evaluate_geometry(
         moved = [Surface(extra.points(one.points), extra.directions(one.normals)) for one in made]
         per_frame = [chamfer_and_friends(a, b) for a, b in zip(moved, true, strict=True)]
         mean = {name: float(np.mean([frame[name] for frame in per_frame])) for name in per_frame[0]}
-        whole = extra.after(to_source)
-        start = whole.inverse().points(truth.tracks[0])
+        moments = [extra.after(to_source.at(float(time))) for time in truth.times]
+        start = moments[0].inverse().points(truth.tracks[0])
         carried = carried_tracks(field, start, float(truth.times[0]), dense)[at]
-        return {**mean, **track_error(whole.points(carried), truth.tracks), "per_frame": per_frame}
+        moved_tracks = np.stack([moment.points(x) for moment, x in zip(moments, carried, strict=True)])
+        return {**mean, **track_error(moved_tracks, truth.tracks), "per_frame": per_frame}
 
     result = {**figures(Similarity(1.0, np.eye(3), np.zeros(3))), "frame_indices": list(truth.frame_indices)}
     if align and all(len(surface.points) for surface in made):

@@ -36,8 +36,8 @@ class Pictures:
     elevations_deg: Float[np.ndarray, " v"]
     """Relative to the input view."""
     times: Float[np.ndarray, " t"]
-    c2w: Float[np.ndarray, "v 4 4"]
-    """Cameras that see the made views, in the world whose box is [-0.57, 0.57]^3."""
+    c2w: Float[np.ndarray, "*t v 4 4"]
+    """Cameras that see the made views, in the world whose box is [-0.57, 0.57]^3; of each frame where they move."""
     focal_px: float
     """At this size."""
 
@@ -51,7 +51,7 @@ class Pictures:
             view_names=tuple(self.view_names[view] for view in chosen),
             azimuths_deg=self.azimuths_deg[chosen],
             elevations_deg=self.elevations_deg[chosen],
-            c2w=self.c2w[chosen],
+            c2w=self.c2w[..., chosen, :, :],
         )
 
     @property
@@ -175,7 +175,9 @@ def pair_figures(
 
 
 def _hull(pictures: Pictures, rgba: UInt8[np.ndarray, "t v s s 4"]) -> Float[np.ndarray, "t v"]:
-    return np.stack([hull_agreement(frame[..., 3], pictures.c2w, pictures.focal_px) for frame in rgba])
+    cameras = np.broadcast_to(pictures.c2w, (*rgba.shape[:2], 4, 4))
+    moments = zip(rgba, cameras, strict=True)
+    return np.stack([hull_agreement(frame[..., 3], c2w, pictures.focal_px) for frame, c2w in moments])
 
 
 def _embed(clip: Clip, rgba: UInt8[np.ndarray, "t v s s 4"]) -> Float[np.ndarray, "t v d"]:

@@ -35,11 +35,12 @@ class _Export:
     """Nodes of the marching-cubes grid along each side of the object's box."""
     max_faces: Annotated[Optional[int], tyro.conf.arg(aliases=["--faces"])] = 20_000  # noqa: UP045 - as in nerfstudio
     """Face budget: the mesh is simplified to it. None keeps every face of the marching cubes."""
-    texture: Literal["field", "views", "none"] = "field"
-    """Where colours come from: the fitted field (consistent), or the input and generated views that see a place best
-    (sharp). none: from the field, kept at the vertices, without a texture."""
-    texture_size: int = 1024
-    """Texels along the side of the texture."""
+    texture: Literal["film", "field", "views", "none"] = "film"
+    """Where colours come from: the input video where it saw a place and the fitted field elsewhere (film); the field
+    alone; or the input and generated views that see a place best (views). none: as film, kept at the vertices, without
+    a texture."""
+    texture_size: Optional[int] = None  # noqa: UP045
+    """Texels along the side of the texture. None: 1024, or 2048 for a video of 384 pixels or more."""
     fps: Optional[float] = None  # noqa: UP045
     """Frames per second of the animation. None keeps the input clip's."""
     root_motion: Literal["in-place", "restore"] = "in-place"
@@ -57,8 +58,8 @@ class _Export:
             from sv4d_ns.export.terminal import Terminal
 
             run = load_run(self.load_config)
-            with Terminal() as terminal:
-                files, advice = self.write(run, folder, terminal)
+            terminal = Terminal()
+            files, advice = self.write(run, folder, terminal)
             for line in [*(_described(file) for file in files), advice]:
                 terminal.say(line)
 
@@ -68,7 +69,8 @@ class _Export:
 
         check_resolution(self.resolution)
         check_face_budget(self.max_faces)
-        check_texture_size(self.texture_size)
+        if self.texture_size is not None:
+            check_texture_size(self.texture_size)
         if self.fps is not None and not self.fps > 0:
             raise InputError(f"--fps {self.fps:g} is not a speed: give a number above 0, or leave it out.")
 
@@ -104,6 +106,11 @@ class ExportMesh(_Export):
     """Bones the skeleton may have; they are added until the error is below 0.5 % of the box's diagonal."""
     watertight: bool = False
     """Close the mesh: every edge belongs to exactly two faces."""
+    ground: bool = True
+    """Put the lowest point of the whole clip at height 0; --no-ground keeps the middle of the object's box there."""
+    height: Optional[float] = None  # noqa: UP045
+    """Metres the object is to be tall, from its lowest to its highest point where it stands tallest (1.8 for a person).
+    None keeps the run's scale, in which the object's box is about 1 m wide."""
     usd: Literal["none", "usdc", "usdz"] = "none"
     """Also write the animation as USD (needs the extra 'usd': pip install 'sv4d-ns[usd]')."""
     sequence: Literal["none", "obj", "ply"] = "none"
@@ -113,6 +120,8 @@ class ExportMesh(_Export):
         super().check()
         if not 1 <= self.max_bones <= 255:
             raise InputError(f"--max-bones {self.max_bones} cannot be: give 1 to 255.")
+        if self.height is not None and not self.height > 0:
+            raise InputError(f"--height {self.height:g} is no size: give metres above 0, or leave it out.")
         if self.usd != "none":
             from sv4d_ns.export.formats.usd import require_usd
 
@@ -128,7 +137,16 @@ class ExportMesh(_Export):
             file_format = "ply" if self.sequence == "none" else self.sequence
             return files.write_frames(run, self.options(), folder, file_format, self.usd, terminal)
         return files.write_mesh(
-            run, self.options(), folder, self.animation, self.max_bones, self.usd, self.sequence, terminal
+            run,
+            self.options(),
+            folder,
+            self.animation,
+            self.max_bones,
+            self.usd,
+            self.sequence,
+            terminal,
+            self.ground,
+            self.height,
         )
 
 
@@ -254,6 +272,7 @@ def run(arguments: Sequence[str], program: str = "sv4d export") -> None:
     else:
         # nerfstudio marks its union the same way: booleans take a value
         command = tyro.cli(commands(), prog=program, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
+        check_config_path(command.load_config)  # nerfstudio's do not look
     command.main()
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sv4d_ns.export.formats.asset import AnimatedMesh
+from sv4d_ns.export.formats.asset import AnimatedMesh, Placement, grounded, moved_to
 from sv4d_ns.export.formats.gltf import write_animated_glb
 from sv4d_ns.export.formats.points import sample_points
 from sv4d_ns.export.formats.sequence import SequenceFormat, stills, write_sequence
@@ -37,9 +37,21 @@ def write_mesh(
     usd: Literal["none", "usdc", "usdz"],
     sequence: Literal["none", "obj", "ply"],
     terminal: "Terminal",
+    ground: bool = True,
+    height: float | None = None,
 ) -> Written:
-    """The animated mesh as GLB and, on request, as USD and as a file per frame."""
+    """The animated mesh as GLB and, on request, as USD and as a file per frame.
+
+    Args:
+        ground: put the lowest point of the clip at 0.
+        height: metres the object is to be tall; None keeps the run's scale.
+    """
     mesh = make_asset(run, options, terminal)
+    placement = grounded(mesh, height)
+    if not ground:
+        placement = replace(placement, lift=0.0)
+    mesh = moved_to(mesh, placement)
+    extras = _with_clip(run.extras, mesh, placement)
     files = [folder / GLB_NAME]
     if sequence != "none":
         files.append(folder / f"frames_{sequence}")
@@ -48,20 +60,34 @@ def write_mesh(
     if usd != "none":
         frames = list(stills(replace(mesh, root=None)))
         root = None if mesh.root is None else mesh.root.translation
-        files += write_usd(frames, folder / f"mesh.{usd}", run.name, mesh.fps, run.extras, root)
-    skin = _skin(run, mesh, max_bones, terminal) if animation == "skin" else None
-    write_animated_glb(mesh, files[0], run.name, run.extras, skin)
+        files += write_usd(frames, folder / f"mesh.{usd}", run.name, mesh.fps, extras, root)
+    skin = _skin(run, mesh, max_bones, terminal, placement.scale) if animation == "skin" else None
+    write_animated_glb(mesh, files[0], run.name, extras, skin)
     seconds = (mesh.num_frames - 1) / mesh.fps
     return files, (
-        f"{mesh.num_frames} frames, {seconds:.2f} s. Open {GLB_NAME} in Blender (File > Import > glTF 2.0; set the "
-        f"scene to {mesh.fps:g} fps first) or drop it on https://gltf-viewer.donmccurdy.com; press play."
+        f"{mesh.num_frames} frames, {seconds:.2f} s. Open {GLB_NAME} in Blender (File > Import > glTF 2.0: it plays at "
+        f"the film's speed at any frame rate; set the scene to {mesh.fps:g} fps first if each frame is to be one key) "
+        "or drop it on https://gltf-viewer.donmccurdy.com; press play."
     )
 
 
-def _skin(run: FinishedRun, mesh: AnimatedMesh, max_bones: int, terminal: "Terminal") -> Skin:
+def _with_clip(extras: dict[str, Any], mesh: AnimatedMesh, placement: Placement) -> dict[str, Any]:
+    """The extras with what a program needs to know about the clip and the coordinates."""
+    clip = {
+        "frames": mesh.num_frames,
+        "fps": mesh.fps,
+        "seconds": (mesh.num_frames - 1) / mesh.fps,
+        "note": f"frame i of the film is the key at i / {mesh.fps:g} s; keys are in seconds, so it plays at the film's "
+        "speed whatever the scene's frame rate is",
+    }
+    ours = {**extras.get("sv4d", {}), "clip": clip, "placement": placement.described()}
+    return {**extras, "sv4d": ours}
+
+
+def _skin(run: FinishedRun, mesh: AnimatedMesh, max_bones: int, terminal: "Terminal", scale: float) -> Skin:
     """Bones for the mesh; found on unique places, because vertices along texture seams are doubled."""
     low, high = (np.asarray(corner, dtype=float) for corner in run.field.aabb.cpu())
-    diagonal = float(np.linalg.norm(high - low))
+    diagonal = scale * float(np.linalg.norm(high - low))
     everywhere = mesh.positions.swapaxes(0, 1).reshape(mesh.positions.shape[1], -1)
     _, first, copy = np.unique(everywhere, axis=0, return_index=True, return_inverse=True)
     with terminal.bar("finding bones", max_bones) as advance:

@@ -8,20 +8,27 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sv4d_ns.export.colour.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
+from sv4d_ns.export.colour.film import FilmColors, film_colors, levelled, mirrored
 from sv4d_ns.export.colour.texture import bake, unwrap
 from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.root_motion import root_motion
+from sv4d_ns.export.surface.carving import carved, completed, silhouettes
 from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
+    OpacityGrid,
     Tracks,
     canonical_mesh,
     follow_vertices,
     frozen,
     opacity_grid,
+    solid_and_level,
+    surface_of,
     vertex_normals,
 )
-from sv4d_ns.export.surface.registration import refitted, registered, without_strays
+from sv4d_ns.export.surface.mending import mended
+from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
+from sv4d_ns.export.surface.registration import refitted, registered
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.runs.open import FinishedRun
 from sv4d_ns.views.grid import ViewGrid
@@ -33,6 +40,10 @@ INPUT_TRUST = 3.0
 """Weight of the input camera against each generated view's when colours are gathered: its pixels are real."""
 FIELD_PICTURE_SIZE = 320
 """Pixels along the side of the pictures of the field that its colours are taken from (about one voxel each)."""
+UNDER_PICTURE_SIZE = 208
+"""The same where the film shows the rest: the field's far sides are no sharper than this, at two fifths of the time."""
+CONFIDENCE_EVERY = 2
+"""Frames from one to the next whose generated views tell what they saw: what one frame sees, its neighbour does too."""
 FIELD_ELEVATIONS_DEG = (-50.0, 0.0, 50.0)
 """Rings of cameras, relative to the input view's elevation, of the pictures of the field."""
 FIELD_AZIMUTHS = 6
@@ -40,7 +51,13 @@ FIELD_AZIMUTHS = 6
 FULL_WEIGHT = 0.05
 """Weight from which a texel is what its pictures show: one picture that sees it at 60 degrees."""
 
-TextureSource = Literal["views", "field", "none"]
+FILM_FULL = 0.03
+"""Weight from which a place shows the film alone: the sharpest frame sees it at 72 degrees."""
+FINE_VIDEO = 384
+"""Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
+for each pixel of an object that fills the picture, on either side of it."""
+
+TextureSource = Literal["film", "views", "field", "none"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +67,9 @@ class Options:
     resolution: int = 128
     max_faces: int | None = 20_000
     watertight: bool = False
-    texture: TextureSource = "field"
-    texture_size: int = 1024
+    texture: TextureSource = "film"
+    texture_size: int | None = None
+    """None: by the video's resolution."""
     fps: float | None = None
     restore_root_motion: bool = False
 
@@ -76,43 +94,98 @@ def _restored_motion(run: FinishedRun, options: Options, terminal: "Terminal") -
 
 def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> tuple[CanonicalMesh, Tracks]:
     """The canonical mesh and where its vertices are at every frame."""
-    first, frames = run.canonical_frame, run.views.num_frames
+    frames, film = run.views.num_frames, input_pictures(run.views)
+    grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
+    surface, tracks = _surface_and_motion(run, grid, solid, level, options, terminal)
+    if run.deforms:
+        solid, cut = carved(grid, solid, level, surface.vertices, tracks.positions, film)
+        if cut:
+            terminal.say(f"{cut:.2%} of the matter would stand outside the film's silhouettes; it was cut away")
+            surface, tracks = _surface_and_motion(run, grid, solid, level, options, terminal)
+    positions = tracks.positions
+    with terminal.bar("fitting the outlines", frames) as advance:
+        positions = fitted_to_outlines(positions, surface.faces, film, advance=advance)
+    with terminal.bar("fitting what is on them", frames) as advance:
+        colors = _film_at_vertices(film, positions, surface.faces)
+        positions = fitted_to_film(positions, surface.faces, film, colors, advance)
+    return surface, replace(tracks, positions=positions.astype(np.float32))
+
+
+def _solid(
+    run: FinishedRun, resolution: int, film: Picture, terminal: "Terminal"
+) -> tuple[OpacityGrid, Float[np.ndarray, "r r r"], float]:
+    """The canonical opacity, the same smoothed and completed by the film's picture, and the level of its surface."""
+    time = run.time(run.canonical_frame)
     # the canonical shape has a time of its own, which need not be a frame's to the last digit
-    still = run.field if run.deforms else frozen(run.field, run.time(first))
-    with terminal.bar("sampling the field", options.resolution) as advance:
-        grid = opacity_grid(still, options.resolution, run.possible(run.time(first)), advance)
-    surface = canonical_mesh(grid, options.max_faces, options.watertight)
+    still = run.field if run.deforms else frozen(run.field, time)
+    with terminal.bar("sampling the field", resolution) as advance:
+        grid = opacity_grid(still, resolution, run.possible(time), advance)
+    solid, level = solid_and_level(grid)
+    return grid, completed(grid, solid, level, film), level
+
+
+def _surface_and_motion(
+    run: FinishedRun,
+    grid: OpacityGrid,
+    solid: Float[np.ndarray, "r r r"],
+    level: float,
+    options: Options,
+    terminal: "Terminal",
+) -> tuple[CanonicalMesh, Tracks]:
+    """The surface at rest and where the field's motion takes it, drawn-out skin mended."""
+    surface = surface_of(solid, level, grid, options.max_faces, options.watertight)
     terminal.say(
-        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {frames} frames; "
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
         f"{surface.dropped_parts} floating parts dropped"
     )
     diagonal = float(np.linalg.norm(grid.high - grid.low))
+    tracks = _followed(run, surface, diagonal, options.resolution, terminal)
+    if not run.deforms:
+        return surface, tracks
+    shapes = silhouettes(input_pictures(run.views))
+    positions, changed = mended(tracks.positions, surface.vertices, surface.faces, shapes, run.canonical_frame)
+    if changed.any():
+        terminal.say(
+            f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended"
+        )
+    return surface, Tracks(positions.astype(np.float32), tracks.residuals, tracks.guessed | changed)
+
+
+def _film_at_vertices(
+    film: Sequence[Picture], positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3"]
+) -> Float[np.ndarray, "n 3"]:
+    """The vertices' colours as the film shows them, continued where it does not."""
+    normals, corners = (
+        np.stack([vertex_normals(x, faces) for x in positions]),
+        vertices_as_points(faces, positions.shape[1]),
+    )
+    return filled(*film_colors(film, positions, normals, faces, corners).at(corners), faces)
+
+
+def _followed(
+    run: FinishedRun, surface: CanonicalMesh, diagonal: float, resolution: int, terminal: "Terminal"
+) -> Tracks:
+    """Where the field's motion, or the fit to its surfaces, puts the vertices."""
+    frames = run.views.num_frames
 
     def own_surface(frame: int) -> tuple[np.ndarray, np.ndarray]:
-        return surface_at(run, frame, options.resolution)
+        return surface_at(run, frame, resolution)
 
     if not run.deforms:
         with terminal.bar("fitting the frames", frames) as advance:
-            tracks = registered(surface, first, frames, own_surface, diagonal, advance)
+            tracks = registered(surface, run.canonical_frame, frames, own_surface, diagonal, advance)
         terminal.say(
             "this run's field has no deformation: its mesh is fitted to each frame's own surface, to "
             f"{tracks.residuals.mean():.3%} of the box's diagonal on average; --mode sequence writes those surfaces"
         )
-        return surface, tracks
+        return tracks
     with terminal.bar("following the vertices", frames) as advance:
         tracks = follow_vertices(run.field, surface, run.views.times, advance)
     terminal.say(tracks.summary())
     tracks, lines = refitted(tracks, surface, own_surface, diagonal)
     for line in lines:
         terminal.say(line)
-    with terminal.bar("comparing with the field", frames) as advance:
-        tracks, strays = without_strays(tracks, surface, own_surface, diagonal, advance)
-    if strays:
-        terminal.say(
-            f"{strays:.2%} of the vertex positions would stand where the field shows nothing at their frame; "
-            "they were drawn below its surface"
-        )
-    return surface, tracks
+    return tracks
 
 
 def surface_at(
@@ -127,6 +200,36 @@ def surface_at(
 # ------------------------------------------------------------------------------------------------------- colours
 
 
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """The surface's colours from pictures of it: the film where it saw a place, other pictures elsewhere."""
+
+    under: Callable[[SurfacePoints], tuple[np.ndarray, np.ndarray]]
+    """Colours and weights of the other pictures (`baking.gather`)."""
+    under_colors: Float[np.ndarray, "n 3"]
+    """Of the vertices, everywhere defined."""
+    faces: Int[np.ndarray, "f 3"]
+    film: FilmColors | None = None
+    correction: Float[np.ndarray, "n 3"] | None = None
+    """What brings the other layer to the film's level, at the vertices."""
+
+    def at(self, points: SurfacePoints) -> Float[np.ndarray, "k 3"]:
+        """sRGB in [0, 1]."""
+        color, weight = self.under(points)
+        color = _mixed(color, weight / FULL_WEIGHT, points.at(self.under_colors, self.faces))
+        if self.film is None or self.correction is None:
+            return color
+        seen, weight = self.film.at(points)
+        return _mixed(seen, weight / FILM_FULL, color + points.at(self.correction, self.faces)).clip(0, 1)
+
+
+def _mixed(over: np.ndarray, share: np.ndarray, under: np.ndarray) -> np.ndarray:
+    """`over` where its share is 1, `under` where it is 0, smoothly between."""
+    share = np.clip(share, 0, 1)[:, None]
+    share = share * share * (3 - 2 * share)
+    return share * over + (1 - share) * under
+
+
 def colored(
     run: FinishedRun, surface: CanonicalMesh, tracks: Tracks, options: Options, terminal: "Terminal"
 ) -> AnimatedMesh:
@@ -135,34 +238,66 @@ def colored(
     plain = animated_mesh(
         tracks.positions, faces, np.zeros((count, 3), np.uint8), np.zeros(count), options.fps or run.views.fps
     )
-    observed, generated = input_pictures(run.views), generated_pictures(run.views)
-    pictures = [*observed, *generated]
-    if options.texture != "views":
-        with terminal.bar("drawing the field", len(field_cameras(run.views.plan))) as advance:
-            pictures = field_pictures(run, run.canonical_frame, advance)
-
-    def gathered(
-        pictures: Sequence[Picture], points: SurfacePoints, advance: Callable[[], None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return gather(pictures, points, plain.positions, plain.normals, faces, advance)
-
     corners = vertices_as_points(faces, count)
-    with terminal.bar("colouring the vertices", len(observed) + len(generated) + len(pictures)) as advance:
-        sure = confidence(gathered(observed, corners, advance)[1], gathered(generated, corners, advance)[1])
-        color = filled(*gathered(pictures, corners, advance), faces)
+    sure = _confidence(run.views, plain, corners, terminal)
+    layers = _layers(run, surface, plain, corners, options.texture, terminal)
+    color = layers.at(corners)
+    mesh = replace(plain, colors=np.round(color * 255).astype(np.uint8), confidence=sure)
+    if options.texture == "none":
+        return mesh
+    size = options.texture_size or (2048 if run.views.input_frames.shape[1] >= FINE_VIDEO else 1024)
+    with terminal.bar("unwrapping", 1) as advance:
+        atlas = unwrap(surface.vertices, faces, size)
+        advance()
+    with terminal.bar("baking the texture", 1) as advance:
+        image = bake(atlas, layers.at)
+        advance()
+    return with_texture(mesh, atlas, image)
+
+
+def _confidence(
+    views: ViewGrid, mesh: AnimatedMesh, corners: SurfacePoints, terminal: "Terminal"
+) -> Float[np.ndarray, " n"]:
+    """Which cameras saw each vertex."""
+    generated = [picture for picture in generated_pictures(views) if picture.frame % CONFIDENCE_EVERY == 0]
+    kinds = input_pictures(views), generated
+    with terminal.bar("who saw what", sum(map(len, kinds))) as advance:
+        seen = [gather(kind, corners, mesh.positions, mesh.normals, mesh.faces, advance)[1] for kind in kinds]
+    sure = confidence(*seen)
     shares = ", ".join(
         f"{(sure == value).mean():.0%} {name}" for value, name in ((1, "observed"), (0.5, "generated"), (0, "unseen"))
     )
     terminal.say(f"surface seen by the input camera, by generated views only, by none: {shares}")
-    mesh = replace(plain, colors=np.round(color * 255).astype(np.uint8), confidence=sure)
-    if options.texture == "none":
-        return mesh
-    with terminal.bar("unwrapping", 1) as advance:
-        atlas = unwrap(surface.vertices, faces, options.texture_size)
-        advance()
-    with terminal.bar("baking the texture", len(pictures)) as advance:
-        image = bake(atlas, lambda points: gathered(pictures, points, advance), color, FULL_WEIGHT)
-    return with_texture(mesh, atlas, image)
+    return sure
+
+
+def _layers(
+    run: FinishedRun,
+    surface: CanonicalMesh,
+    mesh: AnimatedMesh,
+    corners: SurfacePoints,
+    texture: TextureSource,
+    terminal: "Terminal",
+) -> Layers:
+    """What colours come from."""
+    if texture == "views":
+        pictures = [*input_pictures(run.views), *generated_pictures(run.views)]
+    else:
+        with terminal.bar("drawing the field", len(field_cameras(run.views.plan))) as advance:
+            size = UNDER_PICTURE_SIZE if texture in ("film", "none") else FIELD_PICTURE_SIZE
+            pictures = field_pictures(run, run.canonical_frame, size, advance)
+
+    def under(points: SurfacePoints) -> tuple[np.ndarray, np.ndarray]:
+        return gather(pictures, points, mesh.positions, mesh.normals, mesh.faces)
+
+    color, weight = under(corners)
+    color, known = mirrored(surface.vertices, color, weight > 0)
+    color = filled(color, np.where(known, np.maximum(weight, 1e-6), 0), mesh.faces)
+    if texture in ("field", "views"):
+        return Layers(under, color, mesh.faces)
+    film = film_colors(input_pictures(run.views), mesh.positions, mesh.normals, mesh.faces, corners)
+    seen, weight = film.at(corners)
+    return Layers(under, color, mesh.faces, film, levelled(seen, weight, color, mesh.faces))
 
 
 def input_pictures(views: ViewGrid) -> list[Picture]:
@@ -194,15 +329,17 @@ def field_cameras(plan: ViewPlan) -> Float[np.ndarray, "v 4 4"]:
     return look_at_cameras(np.tile(azimuths, len(elevations)), np.repeat(elevations, FIELD_AZIMUTHS), plan.radius)
 
 
-def field_pictures(run: FinishedRun, frame: int, advance: Callable[[], None] | None = None) -> list[Picture]:
-    """Renderings of the field at a frame from all sides.
+def field_pictures(
+    run: FinishedRun, frame: int, size: int = FIELD_PICTURE_SIZE, advance: Callable[[], None] | None = None
+) -> list[Picture]:
+    """Renderings of the field at a frame from all sides, `size` pixels along their sides.
 
     The views constrained the colours of whole rays, not of points: the field's colour at the surface itself is the
     outermost, least supervised layer's, and 2 to 3 dB worse than what a rendering shows there.
     """
     from sv4d_ns.field.images import render_rgba
 
-    plan, size, time = run.views.plan, FIELD_PICTURE_SIZE, run.time(frame)
+    plan, time = run.views.plan, run.time(frame)
     pictures = []
     for camera in field_cameras(plan):
         rgba = render_rgba(run.field, run.occupancy, camera, plan.focal_px(size), size, time)

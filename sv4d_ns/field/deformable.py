@@ -137,6 +137,9 @@ class DeformableField(nn.Module):
                 nn.init.zeros_(layer.bias)
         e = config.half_extent
         self.register_buffer("residual_open", torch.tensor(False))
+        self._residual_is_open = False
+        """The same where it is read in every step: looking at the buffer would wait for the device."""
+        self.register_load_state_dict_post_hook(lambda field, _: field._read_residual())
         self.register_buffer("admitted", torch.arange(config.keyframes) == round(position))
         self.register_buffer("aabb", torch.tensor([[-e, -e, -e], [e, e, e]]))
         self.register_buffer("bounds", torch.ones((config.bounds_resolution,) * 3, dtype=torch.bool))
@@ -230,13 +233,18 @@ class DeformableField(nn.Module):
 
     def residual(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"] | None:
         """What the moment adds to the density's logit at observed points; None while it is closed."""
-        if self.density_residual is None or not self.residual_open or not len(x):
+        if self.density_residual is None or not self._residual_is_open or not len(x):
             return None
         return self.density_residual(self._unit(x), t)[:, 0]
 
     def open_residual(self) -> None:
         """From now on, density may differ from moment to moment by more than motion."""
-        self.residual_open.fill_(True)
+        if not self._residual_is_open:
+            self.residual_open.fill_(True)
+            self._read_residual()
+
+    def _read_residual(self) -> None:
+        self._residual_is_open = bool(self.residual_open)
 
     def color_from_geometry(self, geometry: Float[Tensor, "n g"]) -> Float[Tensor, "n 3"]:
         """sRGB colour in [0, 1] (diffuse: no view direction) from a sample's geometry."""

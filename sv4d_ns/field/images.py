@@ -1,18 +1,19 @@
 """Pictures of a fitted field: at the cameras of a view grid, and the contact sheet at the end of a run."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
 from sv4d_ns.field.volume_rendering import render_rays_chunked
 from sv4d_ns.geometry.rays import picture_rays
 from sv4d_ns.metrics.images import pooled_iou, pooled_psnr
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.images import over_white, resize_rgba, tiled
-from sv4d_ns.utils.progress import Progress
 from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
@@ -79,9 +80,24 @@ def render_grid(
     return renders
 
 
+@dataclass(frozen=True, eq=False)
+class ResultSheet:
+    """What came out of a run."""
+
+    picture: Image.Image
+    figures: dict[str, Any]
+    """Of the field at the input camera, against the input video."""
+    frames: Int[np.ndarray, " n"]
+    """The moments shown."""
+    views: tuple[int, ...]
+    """Numbers of the novel views shown, from 1 as in the grid's file names."""
+    novel_alpha: UInt8[np.ndarray, "n v s s"]
+    """Alpha of the field at these moments and views."""
+
+
 def result_sheet(
     field: "DeformableField", occupancy: "OccupancyGrid", grid: ViewGrid, progress: Progress
-) -> tuple[Image.Image, dict[str, Any]]:
+) -> ResultSheet:
     """What came out, as a picture and as figures.
 
     The picture's columns are moments; its rows are the input video, the field at the input camera, and the field at
@@ -106,4 +122,4 @@ def result_sheet(
         "frames_compared": frames.tolist(),
         "novel_views_shown": [grid.plan.azimuths_deg[view - 1] for view in shown[1:]],
     }
-    return Image.fromarray(sheet), summary
+    return ResultSheet(Image.fromarray(sheet), summary, frames, tuple(shown[1:]), renders[:, 1:, ..., 3])

@@ -74,7 +74,9 @@ def unoccluded(
 
 
 @dataclass(frozen=True)
-class _SurfaceMap:
+class SurfaceMap:
+    """The first surface a camera sees, a value for each of its pixels (rows first)."""
+
     alpha: Tensor
     depth: Tensor
     points: Tensor
@@ -82,9 +84,10 @@ class _SurfaceMap:
 
 
 @torch.no_grad()
-def _surface(
+def surface_map(
     field: DeformableField, occupancy: OccupancyGrid, camera_to_world: Tensor, focal: float, size: int, time: float
-) -> _SurfaceMap:
+) -> SurfaceMap:
+    """What a camera sees of the field at a time in [0, 1], in a square picture; size and focal length in pixels."""
     origins, directions = picture_rays(camera_to_world, focal, size)
     times = torch.full_like(origins[:, :1], time)
     out = render_rays_chunked(field, occupancy, origins, directions, times, n_samples=96)
@@ -93,7 +96,7 @@ def _surface(
     normals = torch.zeros_like(points)
     if len(hit):
         normals[hit] = field.normals(points[hit], times[hit], epsilon=0.015)
-    return _SurfaceMap(out["alpha"].reshape(size, size), out["depth"].reshape(size, size), points, normals)
+    return SurfaceMap(out["alpha"].reshape(size, size), out["depth"].reshape(size, size), points, normals)
 
 
 @torch.no_grad()
@@ -116,10 +119,10 @@ def view_weights(
     config = config or VisibilityConfig()
     side = max(round(config.scale * size), 8)
     focal = side / 2 / fov_tan
-    seen = _surface(field, occupancy, input_camera, focal, side, time)
+    seen = surface_map(field, occupancy, input_camera, focal, side, time)
     maps = []
     for camera in cameras:
-        surface = _surface(field, occupancy, camera, focal, side, time)
+        surface = surface_map(field, occupancy, camera, focal, side, time)
         facing = soft_visibility(surface.points, surface.normals, camera[:3, 3], config.facing_edges)
         by_input = soft_visibility(surface.points, surface.normals, input_camera[:3, 3], config.facing_edges)
         by_input = by_input * unoccluded(surface.points, seen.depth, input_camera, focal, config.occlusion_tolerance)

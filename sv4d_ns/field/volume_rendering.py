@@ -25,6 +25,8 @@ FAR_DEPTH = 1e3
 """Depth of rays that meet nothing. Large, because viewers composite by depth and a small value would hide the rest."""
 OPAQUE_OPTICAL_DEPTH = 7.0
 """A ray whose cached optical depth has passed this value (transmittance 1e-3) is followed three more cells only."""
+Bounds = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
+"""Distances along rays, world units, before and beyond which nothing is rendered (a crop box, for example)."""
 COLOR_WEIGHT = 1e-4
 """Samples that contribute less than this to their pixel are not coloured."""
 
@@ -123,12 +125,15 @@ def march(
     times: Float[Tensor, "n 1"],
     step: float,
     jitter: Float[Tensor, " n"],
+    bounds: Bounds | None = None,
 ) -> RaySamples:
     """Samples every `step` from where each ray enters the box, shifted by jitter * step, in occupied cells only.
 
     A ray stops three cells after the cached density has made it opaque. `marcher` says which of three equal ways.
     """
     near, far = intersect_box(origins, directions, occupancy.half_extent)
+    if bounds is not None:
+        near, far = torch.maximum(near, bounds[0]), torch.minimum(far, bounds[1])
     low, high = occupancy.bins_around(times[:, 0])
     extra = math.ceil(3 * occupancy.cell_size / step)
     ways = {"numba": _march_fused, "nerfacc": _march_nerfacc, "torch": _march_torch}
@@ -177,7 +182,8 @@ def _march_fused(occupancy, origins, directions, near, far, low, high, step, jit
 
 
 def _march_torch(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
-    n_steps = max(int(((far - near).amax() / step).ceil()), 1) if len(near) else 1
+    # as many as the box's diagonal takes: to ask the rays for their longest would wait for the device
+    n_steps = math.ceil(2 * occupancy.half_extent * math.sqrt(3) / step) + 1
     k = torch.arange(n_steps, device=origins.device)
     distance = near[:, None] + (k + jitter[:, None]) * step
     position = origins[:, None] + distance[..., None] * directions[:, None]
@@ -204,7 +210,8 @@ def _march_nerfacc(occupancy, origins, directions, near, far, low, high, step, j
         cells = (occupancy.occupied[before] | occupancy.occupied[after])[None]
         # its samples lie half a step into their intervals
         start = near[group] + (jitter[group] - 0.5) * step
-        _, samples = traverse_grids(origins[group], directions[group], cells, box, start, far[group], step, 0.0)
+        # 0.5.2 returns (intervals, samples), later ones a third value
+        _, samples, *_ = traverse_grids(origins[group], directions[group], cells, box, start, far[group], step, 0.0)
         rays.append(group[samples.ray_indices])
         distances.append(samples.vals)
     ray, distance = torch.cat(rays), torch.cat(distances)
@@ -230,10 +237,11 @@ def sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Te
     """Of packed values, the sum of those before each on its own ray: one running sum, minus its value at the ray's
     start (in float64, because it grows with the batch)."""
     before = values.cumsum(0) - values
-    first = torch.ones_like(rays, dtype=torch.bool)
-    first[1:] = rays[1:] != rays[:-1]
-    starts, segment = first.nonzero()[:, 0], first.long().cumsum(0) - 1
-    return before - before[starts][segment]
+    place = torch.arange(len(rays), device=rays.device)
+    new = torch.ones_like(rays, dtype=torch.bool)
+    new[1:] = rays[1:] != rays[:-1]
+    start = torch.where(new, place, 0).cummax(0).values if len(rays) else place
+    return before - before[start]
 
 
 def transmittance(optical: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
@@ -262,17 +270,19 @@ def render_rays(
     n_samples: int = 128,
     background: Float[Tensor, " 3"] | None = None,
     jitter: Float[Tensor, " n"] | None = None,
+    bounds: Bounds | None = None,
 ) -> RenderOutput:
     """Render rays (unit directions, times in [0, 1]).
 
     `n_samples` divides the box diagonal; only samples in occupied cells are evaluated, so the real count is far
     lower. `background` (default white) fills what alpha leaves; an [n, 3] tensor gives each ray its own. `jitter` in
-    [0, 1) shifts each ray's samples (training: uniform random); None centres them (deterministic rendering).
+    [0, 1) shifts each ray's samples (training: uniform random); None centres them (deterministic rendering). Nothing
+    outside `bounds` is rendered.
     """
     if jitter is None:
         jitter = origins.new_full((origins.shape[0],), 0.5)
     step = box_step(occupancy.half_extent, n_samples)
-    samples = march(occupancy, origins, directions, times, step, jitter)
+    samples = march(occupancy, origins, directions, times, step, jitter, bounds)
     rays, distances = samples.ray_indices, samples.distances
     positions = origins[rays] + distances[:, None] * directions[rays]
     queried = field.sample(positions, times[rays])
@@ -307,13 +317,17 @@ def render_rays_chunked(
     n_samples: int = 192,
     background: Float[Tensor, " 3"] | None = None,
     chunk: int = 8192,
+    bounds: Bounds | None = None,
 ) -> dict[str, Tensor]:
     """Whole images without gradients: "rgb" [n, 3], "alpha" [n], "depth" [n], and the size of the visible
     deformation, "motion" [n] (world units)."""
     parts: dict[str, list[Tensor]] = {"rgb": [], "alpha": [], "depth": [], "motion": []}
     for start in range(0, origins.shape[0], chunk):
         piece = slice(start, start + chunk)
-        out = render_rays(field, occupancy, origins[piece], directions[piece], times[piece], n_samples, background)
+        within = None if bounds is None else (bounds[0][piece], bounds[1][piece])
+        out = render_rays(
+            field, occupancy, origins[piece], directions[piece], times[piece], n_samples, background, bounds=within
+        )
         motion = accumulate(out.weights, out.deformation.norm(dim=-1, keepdim=True), out.samples)[:, 0]
         for name, value in (("rgb", out.rgb), ("alpha", out.alpha), ("depth", out.depth), ("motion", motion)):
             parts[name].append(value)

@@ -8,6 +8,7 @@ decisions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,6 +160,12 @@ class BatchSampler:
         self.pixels = [PixelSampler(view.alpha) for view in views]
         self.visibility: dict[int, Tensor] = {}
         """What `update_visibility` found last for each frame, [v, s, s]; what a resumed run has to be given."""
+
+    def with_seed(self, seed: int) -> BatchSampler:
+        """The same views and weights, of which other rays are drawn."""
+        other = copy(self)
+        other.seed = seed
+        return other
 
     def draw(self, step: int, window: Window, canonical: int) -> Batch:
         """The batch of a step whose frames lie in `window`; orthogonal views, most pixels near the object."""

@@ -7,7 +7,7 @@ structural loss on patches, needs none. The printout of a run says which it has.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -141,7 +141,7 @@ def sparsity(
     density: Float[Tensor, " m"],
     transmittance: Float[Tensor, " m"],
     step: float,
-    n_rays: int,
+    n_rays: int | Int[Tensor, ""],
     max_density: float,
 ) -> Tensor:
     """Mean length of matter that lies open to a ray, world units (at the largest density): matter no view asks for goes

@@ -75,12 +75,11 @@ def _sparsity(field: DeformableField, rendered: RenderOutput, batch: Batch) -> T
     Only what a view sees is asked to go, so that something can object: from sides that no view sees (between the legs,
     under the belly) a body would be eaten up to its shell.
     """
-    n_rays = int((batch.alpha > 0.5).sum())
-    if not n_rays:
-        return rendered.density.new_zeros(())
+    n_rays = (batch.alpha > 0.5).sum()  # stays on the device: reading it would wait for all work before it
     step = rendered.samples.step
     opened = transmittance(rendered.density.detach() * step, rendered.samples)
-    return losses.sparsity(rendered.density, opened, step, n_rays, field.config.max_density)
+    owed = losses.sparsity(rendered.density, opened, step, n_rays.clamp(min=1), field.config.max_density)
+    return owed * (n_rays > 0)
 
 
 def _patch_terms(
@@ -104,15 +103,18 @@ def _patch_terms(
         terms["perceptual"] = losses.perceptual(perceptual, made, target, per_patch)
     seen = (patches(rendered.alpha.detach()) > 0.5) & (patches(batch.alpha) > 0.5)
     has_estimate = bool(weights.normal) and batch.normals is not None
-    if not (has_estimate or weights.bilateral_normal) or not bool(seen.any()):
+    if not (has_estimate or weights.bilateral_normal):
         return terms
-    surface = batch.origins + rendered.depth.detach()[:, None] * batch.directions
-    normals = torch.zeros_like(made)
-    normals[seen] = field.normals(patches(surface)[seen], patches(batch.times)[seen])
+    rows = seen.flatten().nonzero()[:, 0]  # once: each look for them waits for the device
+    if not len(rows):
+        return terms
+    rays = batch.rays + rows
+    surface = batch.origins[rays] + rendered.depth.detach()[rays, None] * batch.directions[rays]
+    found = field.normals(surface, batch.times[rays])
+    normals = torch.zeros_like(made).view(-1, 3).index_copy(0, rows, found).view_as(made)
     if has_estimate:
         assert batch.normals is not None
-        estimated = patches(batch.normals)[seen]
-        terms["normal"] = losses.normal(normals[seen], estimated, patches(batch.weight)[seen])
+        terms["normal"] = losses.normal(found, batch.normals[rays], batch.weight[rays])
     if weights.bilateral_normal:
         terms["bilateral_normal"] = losses.bilateral_normal(normals, target, seen)
     return terms
@@ -138,7 +140,8 @@ def _surface_terms(
     if weights.deformation:
         terms["deformation"] = losses.deformation_magnitude(rendered.deformation, rendered.weights)
     if weights.deformation_rigidity:
-        beside = torch.cat([t.unique() - BESIDE, t.unique() + BESIDE])[:, None]
+        last = max(batch.n_frames - 1, 1)
+        beside = t.new_tensor([[frame / last + shift] for frame in batch.frames for shift in (-BESIDE, BESIDE)])
         places = torch.cat([x + 2 * offset, x.new_zeros(len(beside), 3)])
         neighbour = field.deformation(places, torch.cat([t, beside]))[: len(x)]
         terms["deformation_rigidity"] = losses.deformation_rigidity(moved, neighbour, 2 * offset)

@@ -2,6 +2,16 @@
 
 from dataclasses import dataclass
 
+DEFAULT_FRAMES = 21
+"""Frames taken where the user names neither a number nor a rate (as in the SV4D papers)."""
+INPUT_SIZE = 256
+"""Pixels along the side of the cropped frames of a run, where the user names no other."""
+
+
+def frames_taken(max_frames: int | None, fps: float | None) -> int | None:
+    """The number of frames a run takes at most, from what the user says of number and rate; None for no limit."""
+    return DEFAULT_FRAMES if max_frames is None and fps is None else max_frames
+
 
 @dataclass(frozen=True)
 class LossWeights:

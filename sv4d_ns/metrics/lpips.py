@@ -76,7 +76,8 @@ def load_lpips(net: LpipsNet, fetch: bool = False) -> Lpips:
     if not path.is_file():
         if not fetch:
             raise BackboneMissing(
-                f"LPIPS ({net}) needs {path.name}: give --fetch to download it, or put {url} into {path.parent}."
+                f"LPIPS ({net}) needs {path.name}: 'sv4d evaluate --fetch' downloads it, or put {url} into "
+                f"{path.parent}."
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,17 +114,15 @@ def perceptual_network(device: torch.device | str) -> tuple[Perceptual | None, s
     try:
         network = load_lpips("vgg").net.to(device).requires_grad_(False)
     except BackboneMissing as missing:
-        return None, (
-            f"Perceptual loss: LPIPS is not at hand, D-SSIM on patches takes its place. {missing} "
-            "(--fetch is a flag of sv4d evaluate; --pipeline.model.losses.perceptual 0 does without it.)"
-        )
+        return None, f"Perceptual loss: left out, D-SSIM on patches takes its place. {missing}"
     return lambda a, b: network(a, b, normalize=True).reshape(-1), "Perceptual loss: LPIPS (VGG16) on patches."
 
 
-def reference_lpips(device: torch.device | str) -> tuple[MeanPerceptual | None, str]:
-    """LPIPS (VGG16) as 4Diffusion's reference takes it, and what to say without VGG16's weights.
+def anchor_lpips(device: torch.device | str) -> tuple[MeanPerceptual | None, str]:
+    """LPIPS (VGG16) of the anchor's pictures, and what to say without VGG16's weights.
 
-    The pictures are handed on as they are, not mapped to [-1, 1]: so does the reference.
+    The pictures are mapped to the [-1, 1] the network was made for, as where LPIPS measures (4Diffusion's reference
+    hands them on as they are).
 
     Raises:
         InputError: the weights are damaged.
@@ -131,8 +130,5 @@ def reference_lpips(device: torch.device | str) -> tuple[MeanPerceptual | None, 
     try:
         network = load_lpips("vgg").net.to(device).requires_grad_(False)
     except BackboneMissing as missing:
-        return None, (
-            "LPIPS is left out of the anchor loss, the squared error of pixels takes its place. "
-            f"{missing} (--fetch is a flag of sv4d evaluate.)"
-        )
-    return lambda a, b: network(a, b, normalize=False).mean(), "Anchor loss: LPIPS (VGG16)."
+        return None, f"Anchor loss: LPIPS is left out, the squared error of pixels takes its place. {missing}"
+    return lambda a, b: network(a, b, normalize=True).mean(), "Anchor loss: LPIPS (VGG16)."

@@ -16,10 +16,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sv4d_ns.geometry.cameras import look_at_cameras
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import content_hash
 from sv4d_ns.utils.images import over_white
-from sv4d_ns.utils.progress import Progress
 from sv4d_ns.video.writer import write_h264
 from sv4d_ns.views.grid import ViewGrid
 
@@ -38,7 +38,6 @@ ORBIT_FPS = 12.0
 """Rate of a movie in which time stands still; movies in which it passes have the clip's own."""
 LONGEST_SIDE = 640
 """Pixels along the longer side of the overlay of a run: larger sources are scaled down."""
-MOVIE_FOLDER = "movies"
 
 
 @dataclass(frozen=True)

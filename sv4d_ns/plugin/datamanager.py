@@ -7,7 +7,6 @@ keeps on disk, so they never need the diffusion model.
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,10 +21,12 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
-from nerfstudio.utils.rich_utils import CONSOLE
 
+from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.runs.layout import newest_views, windows_folder
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
     from sv4d_ns.fitting.batch_sampler import Batch, BatchSampler
@@ -37,10 +38,19 @@ if TYPE_CHECKING:
     from sv4d_ns.views.grid import ViewGrid
 
 
-DEFAULT_FRAMES = 21
-"""Frames taken where the user names neither a number nor a rate (as in the SV4D papers)."""
+EVAL_SEED = 2**32
+"""Between the seed of the rays trained on and that of the rays a fit is measured on: no --seed is as large."""
 
 
+@dataclass
+class GridParserConfig:
+    """What `ns-render dataset` sets of a data parser."""
+
+    downscale_factor: float = 1.0
+    """How many times smaller the pictures are to be than the input view."""
+
+
+@first_in_help("max_frames", "fps", "masks", "matting", "crop", "synthesis", "seed")
 @dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Where the views come from and how their pixels are drawn."""
@@ -49,11 +59,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     data: Path | None = None
     """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
     dataparser: tyro.conf.Suppress[Any] = None
-    """Unused: cameras and images come from the view grid."""
+    """Cameras and images come from the view grid; nerfstudio's commands set a `GridParserConfig`."""
     run_dir: tyro.conf.Suppress[Path | None] = None
     """The run's own folder, where its view grids are; filled in when the run is created."""
-    expected_steps: tyro.conf.Suppress[int] = 0
-    """Training steps of the run, for the estimate of its time; filled in like `run_dir`."""
     max_frames: int | None = None
     """Frames taken from the video, evenly in time; shorter videos keep all of theirs. The default is 21, as in the SV4D
     papers (with --pipeline.datamanager.fps: all at that rate). 1 makes a model of the first frame that stands still."""
@@ -70,7 +78,7 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """The square shown to the model: fixed is centred on the object over all frames; stabilised follows an object that
     travels (ns-export's --root-motion gives the travel back); released is the released script's, around the middle of
     the picture."""
-    input_size: int = 256
+    input_size: int = INPUT_SIZE
     """Pixels along the side of the cropped input view the field is fitted to; generated views have the model's size."""
     synthesis: Annotated[
         Literal["auto", "bundled", "official", "fourdm"], tyro.conf.arg(aliases=["--pipeline.synthesis"])
@@ -114,8 +122,11 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     patches: int = 4
     """Patches of 16x16 rays in a training step, for the structural loss."""
 
-    def check_data(self) -> None:
+    def check_data(self) -> "ObjectVideo | None":
         """Read what the user gave as the run will, so that a bad video stops before anything is written.
+
+        Returns:
+            The object of the video; None where views were given, which are then looked through as well.
 
         Raises:
             InputError: naming the file and the remedy.
@@ -127,8 +138,22 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
             from sv4d_ns.views.grid import ViewGrid
 
             ViewGrid.load(self.data)
-        else:
-            read_video(self)
+            return None
+        return read_video(self)
+
+    def model_sentences(self, device: str) -> str:
+        """Which model will make the views, why, and how far it reaches.
+
+        Raises:
+            InputError: the model cannot run on the device.
+        """
+        from sv4d_ns.synthesis.choice import MODELS, choose_model
+
+        if self.synthesis == "fourdm":
+            return "4DM, because --pipeline.datamanager.synthesis fourdm."
+        name, reason = choose_model(self.synthesis, device)
+        facts = MODELS[name]
+        return f"{facts.name} at {facts.size}x{facts.size} pixels, because {reason}. {facts.reach}"
 
 
 def is_grid(data: Path) -> bool:
@@ -141,11 +166,10 @@ def read_video(config: SV4DDataManagerConfig) -> "ObjectVideo":
     from sv4d_ns.video import CropRule, load_object_video
 
     assert config.data is not None
-    max_frames = DEFAULT_FRAMES if config.max_frames is None and config.fps is None else config.max_frames
     return load_object_video(
         config.data,
         config.input_size,
-        max_frames,
+        frames_taken(config.max_frames, config.fps),
         config.frame_ratio,
         config.fps,
         config.masks,
@@ -170,11 +194,14 @@ def view_plan(config: SV4DDataManagerConfig) -> "ViewPlan | None":
     return ViewPlan(config.view_azimuths, elevations)
 
 
-def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]]) -> InputDataset:
+def grid_dataset(
+    grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[int, int]], downscale_factor: float = 1.0
+) -> InputDataset:
     """Some images of a saved grid as a nerfstudio dataset on white, in the given order.
 
     Args:
         views_and_frames: (view, frame) pairs; view 0 is the input.
+        downscale_factor: how many times smaller than the input view the pictures are.
     """
     from sv4d_ns.fitting.train_views import largest_silhouette
     from sv4d_ns.views.grid import image_name
@@ -182,7 +209,7 @@ def grid_dataset(grid: "ViewGrid", folder: Path, views_and_frames: list[tuple[in
     c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
     views = torch.tensor([view for view, _ in views_and_frames])
     frames = torch.tensor([frame for _, frame in views_and_frames])
-    size = grid.input_frames.shape[1]
+    size = max(round(grid.input_frames.shape[1] / downscale_factor), 1)
     cameras = Cameras(
         camera_to_worlds=c2w[views],
         fx=grid.plan.focal_px(size),
@@ -264,30 +291,41 @@ class SV4DDataManager(VanillaDataManager):
         self.includes_time = True
         self.frame_window: Callable[[int], Window]  # the pipeline sets both from the model's schedule
         self.canonical_frame: int
+        self.retries = 0
+        """How often the run went back to a checkpoint after a loss that was not finite: it then draws other pixels."""
+        self._synthesizer: ViewSynthesizer | None = None
+        self._batch_sampler: BatchSampler | None = None
         self._export_sampler: BatchSampler | None = None
         self.grid, folder = self._open_grid()
         self.use_grid(self.grid, folder)
         # skips VanillaDataManager.__init__, which would ask a data parser for what the grid already holds
         DataManager.__init__(self)
 
-    @cached_property
+    # Methods, not properties: nerfstudio's viewers read every attribute of pipeline, model and data manager.
+
     def synthesizer(self) -> "ViewSynthesizer":
         """The diffusion model; loaded when it is first needed, which is never outside training."""
         assert self.test_mode == "val", "views are generated in training only"
-        synthesizer, sentence = self._load_synthesizer()
-        CONSOLE.print(sentence)
-        return synthesizer
+        if self._synthesizer is None:
+            self._synthesizer = self._load_synthesizer()
+        return self._synthesizer
 
-    def _load_synthesizer(self) -> tuple["ViewSynthesizer", str]:
+    def release_synthesizer(self) -> None:
+        """Let go of the diffusion model; it is loaded again if it is asked for."""
+        self._synthesizer = None
+
+    def _load_synthesizer(self) -> "ViewSynthesizer":
         from sv4d_ns.synthesis.choice import load_synthesizer
 
         if self.config.synthesis == "fourdm":
             from sv4d_ns.synthesis.fourdm import load_fourdm_synthesizer
 
             c = self.config
-            return load_fourdm_synthesizer(
+            synthesizer, sentence = load_fourdm_synthesizer(
                 c.fourdm_checkpoint, c.imagedream, c.prompt, str(self.device), c.synthesis_steps
             )
+            say(sentence)
+            return synthesizer
         return load_synthesizer(
             self.config.synthesis,
             str(self.device),
@@ -299,7 +337,7 @@ class SV4DDataManager(VanillaDataManager):
                 "guidance_scale": self.config.guidance_scale,
                 "camera_attention": self.config.camera_attention,
             },
-        )
+        )[0]
 
     def _open_grid(self) -> tuple["ViewGrid", Path]:
         from sv4d_ns.views.grid import ViewGrid
@@ -309,12 +347,12 @@ class SV4DDataManager(VanillaDataManager):
         folder = newest_views(run_dir)
         if folder is not None:
             if self.test_mode == "val":
-                CONSOLE.print(f"Views: using those in {folder}.")
+                say(f"Views: using those in {folder}.")
             return ViewGrid.load(folder), folder
         if self.test_mode != "val":
             raise InputError(
-                f"{run_dir} holds no views: the run was stopped before they were made, or its folder was moved "
-                "(run commands from the folder the training was started in); start the training again."
+                f"{run_dir} holds no views: bring the folder views/ of the run to it; if the run was stopped before "
+                "they were made, give its ns-train command again."
             )
         folder = run_dir / "views"
         assert self.config.data is not None
@@ -328,23 +366,20 @@ class SV4DDataManager(VanillaDataManager):
         from sv4d_ns.diffusion.seams import drift_line
         from sv4d_ns.utils.files import content_hash
         from sv4d_ns.utils.images import resize_rgba
-        from sv4d_ns.utils.progress import bar, say_expected_time
+        from sv4d_ns.utils.progress import bar
         from sv4d_ns.views.grid import ViewGrid
 
         video = read_video(self.config)
-        for message in (*video.messages, *(finding.sentence for finding in video.findings)):
-            CONSOLE.print(message)
-        plan = view_plan(self.config) or self.synthesizer.default_plan()
-        say_expected_time(len(video.frames), plan.num_views, self.config.expected_steps, str(self.device))
-        frames = resize_rgba(video.frames, self.synthesizer.image_size)
-        description = self.synthesizer.describe()
+        plan = view_plan(self.config) or self.synthesizer().default_plan()
+        frames = resize_rgba(video.frames, self.synthesizer().image_size)
+        description = self.synthesizer().describe()
         key = content_hash(frames, plan.to_dict(), description, self.config.seed)
         with bar("Stage 1: making novel views") as progress:
-            views = self.synthesizer.generate(
+            views = self.synthesizer().generate(
                 frames, plan, seed=self.config.seed, store=windows_folder(run_dir, key), progress=progress
             )
         if views.drift:
-            CONSOLE.print(drift_line(views.drift))
+            say(drift_line(views.drift))
         return ViewGrid(
             input_frames=video.frames,
             novel_views=views.images,
@@ -363,12 +398,15 @@ class SV4DDataManager(VanillaDataManager):
     def use_grid(self, grid: "ViewGrid", folder: Path) -> None:
         """Serve another grid from now on (stage 2 calls this with its refined views)."""
         self.grid = grid
-        self.__dict__.pop("batch_sampler", None)  # it belongs to the old grid
-        self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid))
+        self._batch_sampler = None  # it belongs to the old grid
+        parser: GridParserConfig = self.config.dataparser or GridParserConfig()
+        self.train_dataset = grid_dataset(grid, folder, every_view_at_first_frame(grid), parser.downscale_factor)
         self.train_dataset.metadata["leave_out"] = self.config.leave_out
         if self.test_mode == "val":
             self._say_what_is_left_out()
-        self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid))
+        self.eval_dataset = grid_dataset(grid, folder, once_around_while_time_passes(grid), parser.downscale_factor)
+        if hasattr(self, "eval_dataloader"):
+            self.setup_eval()  # the loaders hold the dataset
         self.train_dataparser_outputs = self.train_dataset._dataparser_outputs
         self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
 
@@ -379,14 +417,15 @@ class SV4DDataManager(VanillaDataManager):
         kept = views_to_fit(self.grid, self.config.leave_out)
         left_out = [f"{azimuth:g}" for view, azimuth in enumerate(azimuths) if view not in kept]
         if left_out:
-            CONSOLE.print(
+            say(
                 f"The novel views at {', '.join(left_out)} degrees show nothing, or an object that contradicts all "
                 "other views: they are left out (--pipeline.datamanager.leave-out False keeps all but empty ones)."
             )
 
     def get_datapath(self) -> Path:
-        """The folder of the user's data (nerfstudio's viewer puts camera paths there)."""
-        return self.config.data if self.config.data is not None else Path.cwd()
+        """The user's data (nerfstudio's viewer puts camera paths beside it), or the run's folder where that is gone."""
+        data = self.config.data
+        return data if data is not None and data.exists() else self.config.run_dir or Path.cwd()
 
     def setup_train(self) -> None:
         """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `sampling`."""
@@ -407,18 +446,24 @@ class SV4DDataManager(VanillaDataManager):
         self.train_count += 1
         if self.test_mode != "val":
             return self._first_frame_rays(), {}
-        batch = self.batch_sampler.draw(step, self.frame_window(step), self.canonical_frame)
-        bundle = _ray_bundle(batch)
-        bundle.metadata = {
-            "jitter": batch.jitter[:, None],
-            "background": batch.background.expand(len(bundle), 3),
-        }
-        return bundle, {"batch": batch}
+        return _with_targets(self.training_sampler().draw(step, self.frame_window(step), self.canonical_frame))
 
-    @cached_property
+    def next_eval(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
+        """Rays like those of training, but others, for --steps-per-eval-batch; they disturb no training step."""
+        self.eval_count += 1
+        sampler = self.batch_sampler().with_seed(self.config.seed + EVAL_SEED)
+        return _with_targets(sampler.draw(step, self.frame_window(step), self.canonical_frame))
+
+    def training_sampler(self) -> "BatchSampler":
+        """`batch_sampler` with the seed of this attempt."""
+        return self.batch_sampler().with_seed(self.config.seed + self.retries)
+
     def batch_sampler(self) -> "BatchSampler":
-        """Draws the training rays of the grid in use."""
-        return self._make_sampler(rays=self.config.train_num_rays_per_batch, patches=self.config.patches)
+        """Draws rays of the grid in use."""
+        if self._batch_sampler is None:
+            config = self.config
+            self._batch_sampler = self._make_sampler(rays=config.train_num_rays_per_batch, patches=config.patches)
+        return self._batch_sampler
 
     def _make_sampler(self, rays: int, patches: int) -> "BatchSampler":
         from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
@@ -450,6 +495,17 @@ class SV4DDataManager(VanillaDataManager):
         if self._export_sampler is None or self._export_sampler.config.rays != rays:
             self._export_sampler = self._make_sampler(rays=rays, patches=0)
         return _ray_bundle(self._export_sampler.draw(self.train_count, Window(0, 0), 0))
+
+
+def _with_targets(batch: "Batch") -> tuple[RayBundle, dict[str, Any]]:
+    """A batch's rays with all that rendering them takes, and the batch."""
+    bundle = _ray_bundle(batch)
+    bundle.metadata = {
+        "jitter": batch.jitter[:, None],
+        "background": batch.background.expand(len(bundle), 3),
+        "view": batch.view[:, None],
+    }
+    return bundle, {"batch": batch}
 
 
 def _ray_bundle(batch: "Batch") -> RayBundle:

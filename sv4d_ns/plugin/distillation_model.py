@@ -43,6 +43,8 @@ class FourDiffusionModelConfig(SV4DModelConfig):
     16,384 for the reference field and 131,072 for the small one."""
     orientation_samples: int = 4096
     """Samples of a chunk at which normals are taken for the orientation loss."""
+    encoding: tyro.conf.Suppress[Literal["numba", "tinycudann"]] = "numba"
+    """Unused: the space-time field has a hash grid of its own."""
     losses: tyro.conf.Suppress[LossWeights] = field(default_factory=LossWeights)
     """Unused: the losses are the pipeline's."""
 
@@ -105,7 +107,7 @@ class FourDiffusionModel(SV4DModel):
 
         if not self.config.carve:
             return
-        views = train_views(grid, self.device)
+        views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
         self.occupancy.carve(hull_views(views if grid.provenance.get(KNOWN_POSE, True) else views[1:]))
 
     def get_outputs(self, ray_bundle: RayBundle | Cameras) -> dict[str, Any]:

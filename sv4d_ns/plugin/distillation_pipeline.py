@@ -1,19 +1,21 @@
 """The nerfstudio pipeline of 4Diffusion: it makes the prior and the anchor of a run and asks the objective."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import tyro
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.distillation_model import FourDiffusionModel, FourDiffusionModelConfig
-from sv4d_ns.plugin.pipeline import SV4DPipeline, SV4DPipelineConfig
+from sv4d_ns.plugin.help import first_in_help
+from sv4d_ns.plugin.pipeline import SV4DPipeline, SV4DPipelineConfig, read_step
 from sv4d_ns.utils.errors import one_sentence_errors
+from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from sv4d_ns.distillation.priors import ViewPrior
 
 
+@first_in_help("datamanager", "movies", "warm_up")
 @dataclass
 class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """What the field is optimised for."""
@@ -34,10 +37,12 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """The video and the model behind distillation."""
     model: ModelConfig = field(default_factory=FourDiffusionModelConfig)
     """The space-time field."""
-    refine_steps: tuple[int, ...] | None = ()
-    """Score distillation looks at the views anew in every step, so there is no second stage."""
-    visibility_every: int = 0
-    """Not used: the anchor is one view."""
+    refine_steps: tyro.conf.Suppress[tuple[int, ...] | None] = ()
+    """Unused: score distillation looks at the views anew in every step, so there is no second stage."""
+    refine_strength: tyro.conf.Suppress[float | None] = None
+    """Unused, like `refine_steps`."""
+    visibility_every: tyro.conf.Suppress[int] = 0
+    """Unused: the anchor is one view."""
     anchor_view: int | None = None
     """View of the grid that the field is to match (0 the input, then the novel views in order); None takes the input
     itself where its camera is known, else the sampled view that looks most like it."""
@@ -49,6 +54,14 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """Share of the steps in which the field is first fitted to the grid's views pixel by pixel; distillation then
     starts where the reference is after its first tenth. None takes 0 with 4DM, as the reference, and half with an SV4D
     model."""
+
+    def warm_up_steps(self, total: int) -> int:
+        """Of `total` steps, those of the warm-up."""
+        assert isinstance(self.datamanager, SV4DDataManagerConfig)
+        share = self.warm_up
+        if share is None:
+            share = 0.0 if self.datamanager.synthesis == "fourdm" else 0.5
+        return int(share * total)
 
 
 class FourDiffusionPipeline(SV4DPipeline):
@@ -71,6 +84,7 @@ class FourDiffusionPipeline(SV4DPipeline):
             config.datamanager.prompt = config.model.prompt
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
         self._objective: Objective | None = None
+        self._total_steps = 0  # and so no warm-up, until the trainer says how long the run is
 
     @property
     def space_model(self) -> FourDiffusionModel:
@@ -95,14 +109,34 @@ class FourDiffusionPipeline(SV4DPipeline):
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """The terms of a step; raises `NotFiniteError` before one of them can spoil the field."""
-        from sv4d_ns.utils.errors import NotFiniteError
-
         assert self._objective is not None
         terms = self._terms(step)
-        for name, value in terms.items():
-            if not value.isfinite().all():
-                raise NotFiniteError(name, step)
+        self.psnr = read_step(terms, self._objective_psnr, step)
         return {}, terms, {"psnr": self._objective_psnr}
+
+    def get_eval_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """How well the field fits other rays of the grid's views; distillation has no such measure."""
+        import torch
+
+        from sv4d_ns.distillation.warm_start import view_terms
+
+        _, batch = self.datamanager.next_eval(step)
+        with torch.no_grad():
+            terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch["batch"])
+        return {}, terms, {"psnr": torch.tensor(psnr)}
+
+    def go_back(self, step: int) -> None:
+        """As the other method's, and with other views and noise in distillation, too."""
+        super().go_back(step)
+        if self._objective is not None:
+            self._objective.config = replace(self._objective.config, seed=self._seed())
+
+    def _seed(self) -> int:
+        """Of this attempt."""
+        return self.datamanager.config.seed + self.datamanager.retries
+
+    def _refinements_before(self, step: int) -> int:
+        return 0  # whatever a config.yml says: this method has no second stage
 
     def _terms(self, step: int) -> dict[str, Tensor]:
         import torch
@@ -112,28 +146,23 @@ class FourDiffusionPipeline(SV4DPipeline):
         assert self._objective is not None
         terms: dict[str, Tensor] = {}
         psnr = 0.0
-        if step < self._warm_up_steps:
+        warm_up_steps = self._warm_up_steps()
+        if step < warm_up_steps:
             from sv4d_ns.distillation.warm_start import view_terms
 
-            batch = self.datamanager.batch_sampler.draw(step, self.space_model.frame_window(step), 0)
+            batch = self.datamanager.training_sampler().draw(step, self.space_model.frame_window(step), 0)
             terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
-        if step >= self._warm_up_steps:
-            terms |= self._objective.terms(step - self._warm_up_steps)
+        if step >= warm_up_steps:
+            terms |= self._objective.terms(step - warm_up_steps)
             psnr = self._objective.anchor_psnr
             field, occupancy = self.space_model.field, self.space_model.occupancy
-            seed = self.datamanager.config.seed
-            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, seed, step)
+            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, self._seed(), step)
         self._objective_psnr = torch.tensor(psnr)
         return terms
 
-    @property
     def _warm_up_steps(self) -> int:
-        share = self.config.warm_up
-        if share is None:
-            share = 0.0 if self._is_fourdm else 0.5
-        return int(share * self._total_steps)
+        return self.config.warm_up_steps(self._total_steps)
 
-    @property
     def _is_fourdm(self) -> bool:
         return self.datamanager.config.synthesis == "fourdm"
 
@@ -141,17 +170,17 @@ class FourDiffusionPipeline(SV4DPipeline):
         from sv4d_ns.distillation.anchor import choose_anchor
         from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anchor
         from sv4d_ns.distillation.schedules import own_weights
-        from sv4d_ns.metrics.lpips import reference_lpips
+        from sv4d_ns.metrics.lpips import anchor_lpips
 
         grid, model = self.datamanager.grid, self.space_model
         prior = self._make_prior()
         view = choose_anchor(grid, self.config.anchor_view)
         azimuth = (0.0, *grid.plan.azimuths_deg)[view]
         named = "the input video itself" if view == 0 else f"view {view} of the grid, at azimuth {azimuth:g} degrees"
-        CONSOLE.print(f"Anchor: {named} (--pipeline.anchor-view chooses another).")
-        lpips, sentence = reference_lpips(self.device)
+        say(f"Anchor: {named} (--pipeline.anchor-view chooses another).")
+        lpips, sentence = anchor_lpips(self.device)
         if lpips is None:
-            CONSOLE.print(sentence)
+            say(sentence)
         size = self.config.anchor_size or min(2 * prior.image_size, 256)
         frames = self.config.frames_per_step
         if frames is None and str(self.device) == "cpu":
@@ -163,11 +192,11 @@ class FourDiffusionPipeline(SV4DPipeline):
             make_anchor(grid, view, size, self.device),
             grid.num_frames,
             ObjectiveConfig(
-                total_steps=self._total_steps - self._warm_up_steps,
-                first_step=WARM_START if self._warm_up_steps else 0,
+                total_steps=self._total_steps - self._warm_up_steps(),
+                first_step=WARM_START if self._warm_up_steps() else 0,
                 frames_per_step=frames,
-                seed=self.datamanager.config.seed,
-                weights=own_weights(short_run=not self._is_fourdm, perceptual=lpips is not None),
+                seed=self._seed(),
+                weights=own_weights(short_run=not self._is_fourdm(), perceptual=lpips is not None),
                 noise=prior.noise,
                 render=model.render_settings(),
             ),
@@ -179,10 +208,11 @@ class FourDiffusionPipeline(SV4DPipeline):
         from sv4d_ns.synthesis.bundled import BundledSynthesizer
         from sv4d_ns.synthesis.fourdm import FourDMSynthesizer
 
-        grid, synthesizer = self.datamanager.grid, self.datamanager.synthesizer
+        grid, synthesizer = self.datamanager.grid, self.datamanager.synthesizer()
         if isinstance(synthesizer, FourDMSynthesizer):
             # a grid of another model has no 4DM front: its input view is taken for it
             front = grid.plan.azimuths_deg[0] if grid.provenance.get("model") == synthesizer.name else 0.0
+            self.datamanager.release_synthesizer()  # its encoders, half of its memory, are not needed any more
             return FourDMPrior(synthesizer.pipeline, grid.input_frames, synthesizer.prompt, front)
         loaded: Any = synthesizer
         plan = grid.plan

@@ -3,19 +3,22 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nerfstudio.utils.rich_utils import CONSOLE
-
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.distillation_model import FourDiffusionModelConfig
+from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipelineConfig
+from sv4d_ns.plugin.estimate import Work, distillation_work
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
-from sv4d_ns.plugin.trainer import SV4DTrainer, SV4DTrainerConfig
+from sv4d_ns.plugin.trainer import FIRST_IN_HELP, SV4DTrainer, SV4DTrainerConfig
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
+from sv4d_ns.utils.progress import say
 
 CPU_STEPS = 500
 """Steps of a run with an SV4D model behind distillation: within 15 minutes on two CPU cores, by a step's CPU time."""
 FOURDM_STEPS = 35_000
 
 
+@first_in_help(*FIRST_IN_HELP, "prompt", "image", "image_to_video_model", "text_to_image_model")
 @dataclass
 class FourDiffusionTrainerConfig(SV4DTrainerConfig):
     """`SV4DTrainerConfig` that also starts from a picture or a sentence."""
@@ -56,6 +59,13 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
                 datamanager.data = self._make_video()
         super().set_timestamp()
 
+    def work(self, frames: int, views: int) -> Work:
+        """Steps of warm-up, then of distillation."""
+        pipeline = self.pipeline
+        assert isinstance(pipeline, FourDiffusionPipelineConfig)
+        steps = self.max_num_iterations
+        return distillation_work(steps, frames, views, pipeline.warm_up_steps(steps))
+
     def _make_video(self) -> Path | None:
         """The video of a picture, or of a picture of a sentence; None where neither was given (an error later).
 
@@ -79,7 +89,7 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         self._check_video_model("--image")
         assert self.image_to_video_model is not None
         video = image_to_video(image, self.image_to_video_model, folder, device, size=self.generated_size)
-        CONSOLE.print(f"Video: {video}.")
+        say(f"Video: {video}.")
         return video
 
     def _check_video_model(self, flag: str) -> None:
@@ -92,7 +102,7 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
     def _device(self) -> str:
         from sv4d_ns.utils.devices import choose_device
 
-        return choose_device(self.device)[0]
+        return choose_device(self.chosen_device())[0]
 
 
 class FourDiffusionTrainer(SV4DTrainer):

@@ -4,8 +4,8 @@ Only configuration is imported at the top; nerfstudio imports this file for ever
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,11 +15,11 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import Model, ModelConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import Parameter
 
 from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
@@ -91,6 +91,7 @@ class SV4DModel(Model):
         self.occupancy = OccupancyGrid(self.num_frames)
         self.schedule = ScheduleConfig()
         self._flow: SceneFlow | None = None
+        self._perceptual: tuple[Perceptual | None, str] | None = None
         self.step = 0
         self._pictures_without_time = 0
 
@@ -138,16 +139,15 @@ class SV4DModel(Model):
         Rays without a time are rendered at the first frame.
         """
         from sv4d_ns.field.images import surface_normals
-        from sv4d_ns.field.volume_rendering import render_rays_chunked
+        from sv4d_ns.plugin.render_outputs import flat_rays, render_flat
 
         assert isinstance(ray_bundle, RayBundle)
         if "jitter" in ray_bundle.metadata:
             return {"rendered": self._render_training_rays(ray_bundle)}
         shape = ray_bundle.origins.shape[:-1]
-        origins, directions = ray_bundle.origins.reshape(-1, 3), ray_bundle.directions.reshape(-1, 3)
-        times = torch.zeros_like(origins[:, :1]) if ray_bundle.times is None else ray_bundle.times.reshape(-1, 1)
-        out = render_rays_chunked(self.field, self.occupancy, origins, directions, times, self.config.render_samples)
-        normals = surface_normals(self.field, origins, directions, times, out)
+        rays = flat_rays(ray_bundle)
+        out = render_flat(self, rays)
+        normals = surface_normals(self.field, rays.origins, rays.directions, rays.times, out)
         outputs = {
             "rgb": out["rgb"],
             "accumulation": out["alpha"][:, None],
@@ -176,7 +176,8 @@ class SV4DModel(Model):
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> Any:
         """One picture, its channels by name (`render_outputs.camera_channels`).
 
-        Cameras without a time are played: each is one 24th of a second after the last, in a loop. nerfstudio's
+        Only what lies in `obb_box` is shown. Cameras without a time are played: each is one 24th of a second after the
+        last, in a loop. nerfstudio's
         `ns-render interpolate` and camera paths saved without `render_time` make such cameras.
         """
         from sv4d_ns.plugin.render_outputs import camera_channels
@@ -185,6 +186,7 @@ class SV4DModel(Model):
             elapsed = self._pictures_without_time / DYNAMIC_VIDEO_FPS
             self._pictures_without_time += 1
             time = elapsed % self.clip_duration / self.clip_duration
+            camera = copy(camera)  # the caller's keeps to be one without a time
             camera.times = torch.full_like(camera.fx[..., :1], time)
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
         outputs = camera_channels(self, rays.to(self.device))
@@ -195,8 +197,12 @@ class SV4DModel(Model):
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
         """Straight-alpha RGBA of a rendered picture (nerfstudio's own assumes a black background)."""
+        from nerfstudio.model_components import renderers
+
         alpha = outputs["accumulation"].clamp(0, 1)
-        colour = (outputs[output_name] - (1 - alpha)) / alpha.clamp(min=1e-3)
+        behind = renderers.BACKGROUND_COLOR_OVERRIDE
+        background = alpha.new_ones(3) if behind is None else behind.to(alpha)
+        colour = (outputs[output_name] - (1 - alpha) * background) / alpha.clamp(min=1e-3)
         return torch.cat([torch.where(alpha > 2e-3, colour.clamp(0, 1), torch.ones_like(colour)), alpha], -1)
 
     def get_loss_dict(
@@ -214,19 +220,19 @@ class SV4DModel(Model):
             self.config.losses,
             self.config.seed,
             self.step,
-            self._perceptual,
+            self._perceptual_loss(),
         )
 
-    @cached_property
-    def _perceptual(self) -> "Perceptual | None":
+    def _perceptual_loss(self) -> "Perceptual | None":
         """LPIPS, if its network is at hand; looked for at the first training step, and said aloud."""
         from sv4d_ns.metrics.lpips import perceptual_network
 
         if not self.config.losses.perceptual:
             return None
-        network, sentence = perceptual_network(self.device)
-        CONSOLE.print(sentence)
-        return network
+        if self._perceptual is None:
+            self._perceptual = perceptual_network(self.device)
+            say(self._perceptual[1])
+        return self._perceptual[0]
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of a training step's rays."""

@@ -7,7 +7,9 @@ other in 3D, so the refined views do so more than the generated ones.
 """
 
 import json
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,23 +18,36 @@ from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.utils.rich_utils import CONSOLE
 
 from sv4d_ns.plugin.datamanager import SV4DDataManager, SV4DDataManagerConfig
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModel, SV4DModelConfig
+from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.viewer import Playback, StartCamera
-from sv4d_ns.runs.layout import SUMMARY_FILE, VIEW_FOLDERS, checkpoint_steps, read_checkpoint, windows_folder
+from sv4d_ns.runs.layout import (
+    MOVIE_FOLDER,
+    SUMMARY_FILE,
+    VIEW_FOLDERS,
+    checkpoint_steps,
+    read_checkpoint,
+    windows_folder,
+)
 from sv4d_ns.utils.devices import ensure_ffmpeg_on_path
 from sv4d_ns.utils.errors import InputError, NotFiniteError, one_sentence_errors
+from sv4d_ns.utils.progress import say, say_whole
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.cuda.amp.grad_scaler import GradScaler
 
+    from sv4d_ns.field.images import ResultSheet
     from sv4d_ns.movies.movies import Subject
+    from sv4d_ns.plugin.honesty import Unseen
     from sv4d_ns.plugin.trainer import SV4DTrainer
     from sv4d_ns.views.grid import ViewGrid
 
 
+@first_in_help("datamanager", "refine_steps", "movies")
 @dataclass
 class SV4DPipelineConfig(VanillaPipelineConfig):
     """The two stages of the 4D optimisation."""
@@ -63,6 +78,24 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     """Pixels along the side of their rendered pictures, even."""
 
 
+def read_step(losses: "Mapping[str, Tensor]", psnr: "Tensor", step: int) -> float:
+    """The PSNR of a step as a number, once all its losses are known to be finite.
+
+    All is read in one go: a GPU's work goes on while nobody asks for results.
+
+    Raises:
+        NotFiniteError: naming the first loss that is not finite.
+    """
+    import torch
+
+    finite = [loss.detach().isfinite().all() for loss in losses.values()]
+    *flags, value = torch.stack([*finite, psnr.detach().to(finite[0].device)]).tolist()
+    for term, flag in zip(losses, flags, strict=True):
+        if not flag:
+            raise NotFiniteError(term, step)
+    return float(value)
+
+
 class SV4DPipeline(VanillaPipeline):
     """Wires the view grid, the field and stage 2 together."""
 
@@ -78,6 +111,7 @@ class SV4DPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: "GradScaler | None" = None,
     ):
+        silence_nerfstudio()
         if test_mode != "val":
             ensure_ffmpeg_on_path()
         with one_sentence_errors():
@@ -88,6 +122,8 @@ class SV4DPipeline(VanillaPipeline):
 
         self.resumed_visibility: dict[int, Any] = {}
         """The sampler's visibility of views as it was when the checkpoint was saved that the run goes on from."""
+        self.psnr = math.nan
+        """Of the last training step's rays, dB."""
         self.start_camera = StartCamera()
         self.playback = Playback(self.sv4d_model, lambda: self.datamanager.grid)
         self.sv4d_model.views = GridWitnesses(lambda: self.datamanager.grid)
@@ -126,7 +162,7 @@ class SV4DPipeline(VanillaPipeline):
         trainer: Any = training_callback_attributes.trainer
         self._use_views_of_step(trainer._start_step)
         canonical, frames = self.sv4d_model.canonical_frame, self.sv4d_model.num_frames
-        CONSOLE.print(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
+        say(f"Canonical frame: {canonical + 1} of {frames}, where the object shows most of itself.")
         callbacks = super().get_training_callbacks(training_callback_attributes)
         saves: list[TrainingCallback] = []
         for number, step in enumerate(self.config.refine_steps or (), start=1):
@@ -159,14 +195,12 @@ class SV4DPipeline(VanillaPipeline):
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """nerfstudio's; raises `NotFiniteError` before the loss can spoil the field."""
         outputs, loss_dict, metrics_dict = super().get_train_loss_dict(step)
-        for term, loss in loss_dict.items():
-            if not loss.isfinite().all():
-                raise NotFiniteError(term, step)
+        self.psnr = read_step(loss_dict, metrics_dict["psnr"], step)
         return outputs, loss_dict, metrics_dict
 
     def go_back(self, step: int) -> None:
         """Be as before `step`: its views, and other pixels than those that led to a loss that is not finite."""
-        self.datamanager.config.seed += 1
+        self.datamanager.retries += 1
         self._use_views_of_step(step)
 
     def _update_visibility(self, step: int) -> None:
@@ -174,17 +208,19 @@ class SV4DPipeline(VanillaPipeline):
         if len(window) == 1:
             return  # the static phase: the surface is still being found
         frame = window.first + step // self.config.visibility_every % len(window)
-        self.datamanager.batch_sampler.update_visibility(self.sv4d_model.field, self.sv4d_model.occupancy, frame)
+        self.datamanager.batch_sampler().update_visibility(self.sv4d_model.field, self.sv4d_model.occupancy, frame)
 
     def _use_views_of_step(self, step: int) -> None:
         """After a resume: the grid the field was being fitted to at that step."""
-        rounds = sum(step > refine_step for refine_step in self.config.refine_steps or ())
         occupied = self.sv4d_model.occupancy.occupied.clone()
-        self._use_saved_views(rounds)
+        self._use_saved_views(self._refinements_before(step))
         if step > 0:  # carving opens the whole hull; where the field was found empty is in the checkpoint
             self.sv4d_model.occupancy.occupied.copy_(occupied)
         for frame, maps in self.resumed_visibility.items():
-            self.datamanager.batch_sampler.use_visibility(frame, maps.to(self.device))
+            self.datamanager.batch_sampler().use_visibility(frame, maps.to(self.device))
+
+    def _refinements_before(self, step: int) -> int:
+        return sum(step > refine_step for refine_step in self.config.refine_steps or ())
 
     def _use_saved_views(self, number: int) -> None:
         from sv4d_ns.views.grid import ViewGrid
@@ -219,16 +255,16 @@ class SV4DPipeline(VanillaPipeline):
         from sv4d_ns.views.grid import ViewGrid
 
         grid, config = self.datamanager.grid, self.datamanager.config
-        size = self.datamanager.synthesizer.image_size
+        size = self.datamanager.synthesizer().image_size
         with bar(f"Stage 2, round {number}: rendering the field") as progress:
             renders = render_grid(self.sv4d_model.field, self.sv4d_model.occupancy, grid, size, progress)
         frames = resize_rgba(grid.input_frames, size)
         seed = config.seed + number
-        strength = self.config.refine_strength or self.datamanager.synthesizer.refine_strength
+        strength = self.config.refine_strength or self.datamanager.synthesizer().refine_strength
         settings = {"strength": strength, "seed": seed}
-        key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer.describe(), settings)
+        key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer().describe(), settings)
         with bar(f"Stage 2, round {number}: noising and denoising the renders") as progress:
-            refined = self.datamanager.synthesizer.refine(
+            refined = self.datamanager.synthesizer().refine(
                 frames,
                 renders,
                 grid.plan,
@@ -238,7 +274,7 @@ class SV4DPipeline(VanillaPipeline):
                 progress=progress,
             )
         if refined.drift:
-            CONSOLE.print(drift_line(refined.drift))
+            say(drift_line(refined.drift))
         drift = [asdict(boundary) for boundary in refined.drift]
         return ViewGrid(
             input_frames=grid.input_frames,
@@ -256,6 +292,7 @@ class SV4DPipeline(VanillaPipeline):
     def finish(self, trainer: "SV4DTrainer") -> None:
         """Write what of contact sheet, movies and summary is not there yet, and print what to do next."""
         from sv4d_ns.export.command import installed_command
+        from sv4d_ns.plugin.honesty import Unseen
         from sv4d_ns.utils.files import atomic_path
 
         self.eval()
@@ -271,21 +308,26 @@ class SV4DPipeline(VanillaPipeline):
         else:
             self._make_movies()
         config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
-        CONSOLE.print(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
-        print(
-            f"Input view: PSNR {summary['input_view_psnr']:.1f} dB, silhouette IoU {summary['input_view_iou']:.3f}.\n"
-            "Next:\n"
-            f"  ns-viewer --load-config {config_file}\n"
-            f"  ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4\n"
-            f"  {installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
-            flush=True,
+        say(
+            f"What the camera saw is repeated with PSNR {summary['input_view_psnr']:.1f} dB and silhouette IoU "
+            f"{summary['input_view_iou']:.3f}."
         )
+        for sentence in Unseen(**summary["unseen"]).sentences(on_cuda=self.device.type == "cuda"):
+            say(sentence)
+        say(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
+        say("Finished. Next:")
+        for command in (
+            f"ns-viewer --load-config {config_file}",
+            f"ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4",
+            f"{installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
+        ):
+            say_whole(f"  {command}")
 
     def _finished_summary(self, identity: str) -> dict[str, Any] | None:
         """The figures of this very field, if they and the contact sheet were made before."""
         try:
             summary = json.loads((self._run_dir / SUMMARY_FILE).read_text())
-            same = summary["field"] == identity and {"input_view_psnr", "input_view_iou"} <= set(summary)
+            same = summary["field"] == identity and {"input_view_psnr", "input_view_iou", "unseen"} <= set(summary)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return summary if same and (self._run_dir / "contact_sheet.png").is_file() else None
@@ -297,12 +339,22 @@ class SV4DPipeline(VanillaPipeline):
         from sv4d_ns.utils.progress import bar
 
         with bar("Rendering the contact sheet") as progress:
-            sheet, figures = result_sheet(
-                self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress
-            )
+            sheet = result_sheet(self.sv4d_model.field, self.sv4d_model.occupancy, self.datamanager.grid, progress)
         with atomic_path(self._run_dir / "contact_sheet.png") as path:
-            sheet.save(path, format="PNG")
-        return figures
+            sheet.picture.save(path, format="PNG")
+        return sheet.figures | {"unseen": asdict(self._what_is_unseen(sheet))}
+
+    def _what_is_unseen(self, sheet: "ResultSheet") -> "Unseen":
+        from sv4d_ns.plugin.honesty import unseen
+        from sv4d_ns.utils.images import resize_rgba
+        from sv4d_ns.views.grid import ViewGrid
+
+        # those of stage 1: stage 2's were made from renders of the field and agree with it by their making
+        first = ViewGrid.load(self._run_dir / VIEW_FOLDERS[0])
+        generated = first.novel_views[sheet.frames][:, [view - 1 for view in sheet.views]]
+        generated = resize_rgba(generated, sheet.novel_alpha.shape[-1])[..., 3]
+        model = self.sv4d_model
+        return unseen(model.field, model.occupancy, first, sheet.novel_alpha, generated)
 
     def _subject(self) -> "Subject":
         from sv4d_ns.movies.movies import Subject
@@ -315,7 +367,7 @@ class SV4DPipeline(VanillaPipeline):
         """Write the movies of the run that are not there yet, and say where they are."""
         if not self.config.movies:
             return
-        from sv4d_ns.movies.movies import MOVIE_FOLDER, MovieOptions, write_run_movies
+        from sv4d_ns.movies.movies import MovieOptions, write_run_movies
         from sv4d_ns.utils.progress import bar
 
         folder, subject = self._run_dir / MOVIE_FOLDER, self._subject()
@@ -323,5 +375,5 @@ class SV4DPipeline(VanillaPipeline):
         with one_sentence_errors(), bar("Rendering the movies") as progress:
             files, sentences = write_run_movies(folder, subject, self.config.movies, options, progress)
         for sentence in sentences:
-            CONSOLE.print(sentence)
-        CONSOLE.print(f"Movies: {folder} ({', '.join(file.name for file in files)})")
+            say(sentence)
+        say(f"Movies: {folder} ({', '.join(file.name for file in files)})")

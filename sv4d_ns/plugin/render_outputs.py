@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sv4d_ns.field.images import render_rgba, surface_normals
 from sv4d_ns.field.visibility import VisibilityConfig, soft_visibility, unoccluded
-from sv4d_ns.field.volume_rendering import render_rays_chunked
+from sv4d_ns.field.volume_rendering import Bounds, render_rays_chunked
 from sv4d_ns.geometry.rays import picture_rays, project, sample_picture
 from sv4d_ns.utils.images import over_white
 from sv4d_ns.views.grid import ViewGrid
@@ -87,6 +87,60 @@ class Channels(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len({**self._ready, **self._makers})
 
+    def __repr__(self) -> str:
+        """The names: nerfstudio prints `keys()` where one is asked for that does not exist."""
+        return ", ".join(self)
+
+
+def channel_names(deforms: bool) -> tuple[str, ...]:
+    """All that a picture of a run can show.
+
+    Args:
+        deforms: whether the field says where matter moves.
+    """
+    return tuple(name for name in LEGENDS if deforms or name not in ("motion", "deformation"))
+
+
+@dataclass(frozen=True)
+class FlatRays:
+    """n rays of nerfstudio's, for the renderer."""
+
+    origins: Float[Tensor, "n 3"]
+    directions: Float[Tensor, "n 3"]
+    times: Float[Tensor, "n 1"]
+    """In [0, 1]; that of the first frame where the rays have none."""
+    bounds: Bounds | None
+    """Of the rays that have near and far planes: those are where a box cuts them."""
+
+
+def flat_rays(bundle: "RayBundle") -> FlatRays:
+    """The rays of a bundle of any shape."""
+    origins = bundle.origins.reshape(-1, 3)
+    return FlatRays(
+        origins,
+        bundle.directions.reshape(-1, 3),
+        torch.zeros_like(origins[:, :1]) if bundle.times is None else bundle.times.reshape(-1, 1),
+        None if bundle.nears is None or bundle.fars is None else (bundle.nears.reshape(-1), bundle.fars.reshape(-1)),
+    )
+
+
+def render_flat(model: "SV4DModel", rays: FlatRays) -> dict[str, Tensor]:
+    """`render_rays_chunked` with a model's settings, on white or the background nerfstudio has set (for a crop)."""
+    from nerfstudio.model_components import renderers
+
+    background = renderers.BACKGROUND_COLOR_OVERRIDE
+    return render_rays_chunked(
+        model.field,
+        model.occupancy,
+        rays.origins,
+        rays.directions,
+        rays.times,
+        model.config.render_samples,
+        background=None if background is None else background.to(rays.origins),
+        chunk=model.config.eval_num_rays_per_chunk,
+        bounds=rays.bounds,
+    )
+
 
 def camera_channels(model: "SV4DModel", rays: "RayBundle") -> Channels:
     """All that a picture of the model can show.
@@ -101,11 +155,9 @@ def camera_channels(model: "SV4DModel", rays: "RayBundle") -> Channels:
     """
     from sv4d_ns.field.deformable import DeformableField
 
-    shape = rays.origins.shape[:-1]
-    origins, directions = rays.origins.reshape(-1, 3), rays.directions.reshape(-1, 3)
-    times = torch.zeros_like(origins[:, :1]) if rays.times is None else rays.times.reshape(-1, 1)
-    out = render_rays_chunked(model.field, model.occupancy, origins, directions, times, model.config.render_samples)
-    picture = _Picture(model, origins, directions, times, out, (int(shape[0]), int(shape[1])))
+    shape, flat = rays.origins.shape[:-1], flat_rays(rays)
+    out = render_flat(model, flat)
+    picture = _Picture(model, flat.origins, flat.directions, flat.times, out, (int(shape[0]), int(shape[1])))
     ready = {"rgb": out["rgb"], "accumulation": out["alpha"][:, None], "depth": out["depth"][:, None]}
     makers = {"normals": picture.normals, "distance": picture.distance}
     if isinstance(model.field, DeformableField):
@@ -273,9 +325,9 @@ class GridWitnesses:
         grid = self._grid()
         frame = round(time * (grid.num_frames - 1))
         # the counters of in-place changes: a field in training gets new depth maps, a finished one keeps them
-        state = (id(grid), *(parameter._version for parameter in field.parameters()))
+        state = tuple(parameter._version for parameter in field.parameters())
         known = self._known.get(frame)
-        if known is None or known[0] != state:
+        if known is None or known[0] != state or known[1].grid is not grid:
             cameras = torch.from_numpy(grid.plan.c2w()).to(field.aabb)
             time = float(grid.times[frame])
             depth = torch.stack([_depth_map(field, occupancy, grid, camera, time) for camera in cameras])

@@ -2,24 +2,30 @@
 
 import shlex
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
+from nerfstudio.configs.base_config import MachineConfig
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
-from nerfstudio.utils.rich_utils import CONSOLE
 
+from sv4d_ns.fitting.settings import DEFAULT_FRAMES
+from sv4d_ns.plugin.bar_writer import show_behind
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
+from sv4d_ns.plugin.estimate import Remaining, Work, sv4d_work, time_sentence
+from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModelConfig
+from sv4d_ns.plugin.nerfstudio_commands import expect_missing_configs, opening, prepare
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
+from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.validation import check_settings
 from sv4d_ns.plugin.viewer import local_unless_asked
 from sv4d_ns.runs.layout import (
+    PARTIAL_CHECKPOINT,
     STAGE_2,
     SUMMARY_FILE,
     VIEW_FOLDERS,
@@ -34,13 +40,38 @@ from sv4d_ns.runs.layout import (
     recorded_rounds,
     stage_folder,
 )
+from sv4d_ns.runs.safe_config import open_paths_of_other_systems
 from sv4d_ns.utils.devices import DeviceChoice, choose_device
 from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
-from sv4d_ns.utils.files import check_zip
-from sv4d_ns.utils.progress import TrainingBar
+from sv4d_ns.utils.files import TEMPORARY, check_zip
+from sv4d_ns.utils.progress import TrainingBar, clock, say
 
+if TYPE_CHECKING:
+    from sv4d_ns.video import ObjectVideo
+
+# nerfstudio imports this file before it reads any config.yml
+open_paths_of_other_systems()
+expect_missing_configs()
+
+DEFAULT_VIEWS = 8
+"""Novel views of every model's own ring, for the estimate of a run's time."""
 REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
+
+
+FIRST_IN_HELP = (
+    *("data", "output_dir", "max_num_iterations", "device", "vis", "load_config", "timestamp", "show_config"),
+    "pipeline",
+)
+
+
+@first_in_help(*FIRST_IN_HELP)
+@dataclass
+class AutoMachineConfig(MachineConfig):
+    """nerfstudio's, whose device may be left to --device."""
+
+    device_type: Literal["auto", "cpu", "cuda"] = "auto"  # type: ignore[assignment]
+    """The same as --device."""
 
 
 @dataclass
@@ -48,14 +79,48 @@ class SV4DTrainerConfig(TrainerConfig):
     """`TrainerConfig` whose schedule has a fixed length and whose run knows its own folder."""
 
     _target: type = field(default_factory=lambda: SV4DTrainer)
+    data: Path | None = None
+    """The video (mp4, mov, webm, gif, ...), a folder of images, or a folder holding a view grid (grid.json)."""
     device: DeviceChoice = "auto"
     """Where to run: auto takes CUDA when there is one. The choice is printed."""
+    machine: MachineConfig = field(default_factory=AutoMachineConfig)
+    """Machine configuration."""
+    show_config: bool = False
+    """Print every setting before the run begins. They are in config.yml in the run's folder, too."""
+
+    def __post_init__(self) -> None:
+        """Take --data for what it stands for; nerfstudio would say so in a line of its own."""
+        if self.data is not None:
+            self.pipeline.datamanager.data, self.data = self.data, None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`ns-viewer` puts its own viewer settings in the place of the run's; it too is to be local unless asked."""
         if name == "viewer" and "viewer" in vars(self):
             value = local_unless_asked(value)
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read from a config.yml: the run may have been moved, and the command may ask what cannot be done."""
+        self.__dict__.update(state)
+        opened = opening()
+        if opened is not None:
+            with one_sentence_errors():
+                prepare(self, opened)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without where the run happens to lie on this machine."""
+        return {name: value for name, value in vars(self).items() if name != "_moved_to"}
+
+    def move_to(self, folder: Path) -> None:
+        """Say where the run lies, where that is not what output folder and names make of it."""
+        if folder != self.get_base_dir().absolute():
+            self.__dict__["_moved_to"] = folder
+        self.pipeline.datamanager.run_dir = folder  # type: ignore[attr-defined]
+
+    def get_base_dir(self) -> Path:
+        """The run's folder."""
+        moved_to: Path | None = vars(self).get("_moved_to")
+        return super().get_base_dir() if moved_to is None else moved_to
 
     def set_experiment_name(self) -> None:
         """Name the experiment after the video (nerfstudio would take the folder it lies in)."""
@@ -69,6 +134,7 @@ class SV4DTrainerConfig(TrainerConfig):
 
     def set_timestamp(self) -> None:
         """Find the run this command is about: one it made before, or a new one named after the time."""
+        silence_nerfstudio()
         new = self.timestamp == "{timestamp}"
         super().set_timestamp()
         if not new:
@@ -78,7 +144,26 @@ class SV4DTrainerConfig(TrainerConfig):
             name, sentence = claim_run(self.get_base_dir().parent, self.timestamp, self._fingerprint())
         self.timestamp = name
         if sentence:
-            CONSOLE.print(sentence)
+            say(sentence)
+
+    def print_to_terminal(self) -> None:
+        """Print every setting, if that was asked for."""
+        if self.show_config:
+            super().print_to_terminal()
+
+    def chosen_device(self) -> DeviceChoice:
+        """What was asked for by --device, or by nerfstudio's own flag for it.
+
+        Raises:
+            InputError: the two contradict each other.
+        """
+        machine = self.machine
+        asked = machine.device_type if isinstance(machine, AutoMachineConfig) else "auto"
+        if "auto" not in (asked, self.device) and asked != self.device:
+            raise InputError(
+                f"--device {self.device} contradicts --machine.device-type {asked}: leave out one of them."
+            )
+        return self.device if asked == "auto" else asked
 
     def _fingerprint(self, without: frozenset[str] = frozenset()) -> str | None:
         """What decides the result of the run; None where it continues another one or has no data (an error later)."""
@@ -87,7 +172,7 @@ class SV4DTrainerConfig(TrainerConfig):
         if self.source_run() is not None or datamanager.data is None:
             return None
         self._spread_schedules()  # a config that is read back has them spread already
-        device, _ = choose_device(self.device)
+        device, _ = choose_device(self.chosen_device())
         settings = [
             self.method_name,
             self.pipeline,
@@ -115,19 +200,41 @@ class SV4DTrainerConfig(TrainerConfig):
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
             check_settings(self)
-            self.machine.device_type, sentence = choose_device(self.device)
-            CONSOLE.print(sentence)
+            device, sentence = choose_device(self.chosen_device())
             identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()
             datamanager = self.pipeline.datamanager
             assert isinstance(datamanager, SV4DDataManagerConfig)
-            datamanager.expected_steps = self.max_num_iterations
             self._spread_schedules()  # also where a run is continued
-            if not self._has_views():
-                datamanager.check_data()
+            video = None if self._has_views() else datamanager.check_data()
             self._make_folder(identity)
             datamanager.run_dir = self.get_base_dir()
             super().save_config()
+            # not written down: another machine goes on with what it has
+            self.machine.device_type = device  # type: ignore[assignment]
+            self._announce(sentence, video)
+
+    def _announce(self, device: str, video: "ObjectVideo | None") -> None:
+        """What a user wants to know first: where it runs, with what, of what, for how long, and where to."""
+        datamanager = self.pipeline.datamanager
+        assert isinstance(datamanager, SV4DDataManagerConfig)
+        say(device)
+        if video is None:
+            say("Views: those made before are used." if self._has_views() else f"Views: those in {datamanager.data}.")
+        else:
+            say(f"Model: {datamanager.model_sentences(self.machine.device_type)}")
+            say(f"Object: {len(video.frames)} frames at {video.fps:g} per second. {' '.join(video.messages)}")
+        frames = DEFAULT_FRAMES if video is None else len(video.frames)
+        known = self.machine.device_type == "cpu" and datamanager.synthesis != "fourdm"
+        say(f"Time: {time_sentence(self.work(frames, DEFAULT_VIEWS) if known else None)}")
+        say(f"Run: {self.get_base_dir()} (every setting is in its config.yml)")
+        for finding in () if video is None else video.findings:
+            say(f"Note: {finding.sentence}")
+
+    def work(self, frames: int, views: int) -> Work:
+        """What the run consists of, for the estimate of its time."""
+        pipeline: Any = self.pipeline
+        return sv4d_work(self.max_num_iterations, frames, views, tuple(pipeline.refine_steps or ()))
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -138,10 +245,14 @@ class SV4DTrainerConfig(TrainerConfig):
         if pipeline.refine_steps is None:
             source = self.source_run()
             earlier = None if source is None else recorded_rounds(source)
-            pipeline.refine_steps = earlier or (max(1, round(REFINE_AT * self.max_num_iterations)),)
+            pipeline.refine_steps = earlier or self._default_rounds()
         for group in self.optimizers.values():
             if isinstance(group.get("scheduler"), DecaySchedulerConfig):
                 group["scheduler"].max_steps = self.max_num_iterations
+
+    def _default_rounds(self) -> tuple[int, ...]:
+        step = max(1, round(REFINE_AT * self.max_num_iterations))
+        return (step,) if step < self.max_num_iterations else ()
 
     def _check_resume(self) -> None:
         if self.load_dir is not None and not checkpoint_steps(self.load_dir):
@@ -197,6 +308,8 @@ class SV4DTrainer(Trainer):
     def __init__(self, config: SV4DTrainerConfig, local_rank: int = 0, world_size: int = 1) -> None:
         super().__init__(config, local_rank, world_size)
         self.bar = TrainingBar()
+        self.remaining: Remaining | None = None
+        """The time that is left; None until training begins."""
         self.total_steps = config.max_num_iterations
         self._last_step: int | None = None
         self._in_step = False
@@ -208,10 +321,17 @@ class SV4DTrainer(Trainer):
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
-        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._psnr:.1f} dB")
+        left = None if self.remaining is None else self.remaining.after(step + 1)
+        phase, run = (None, None) if left is None else left
+        note = f"{self._shown_psnr():.1f} dB" + ("" if run is None else f", run {clock(run)}")
+        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, note, phase)
         self._last_step, self._in_step = step, False
         if self._interrupted:
             raise KeyboardInterrupt
+
+    def _shown_psnr(self) -> float:
+        pipeline: Any = self.pipeline
+        return float(pipeline.psnr)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -227,25 +347,14 @@ class SV4DTrainer(Trainer):
         if not again and not self._in_step:
             raise KeyboardInterrupt
 
-    def train_iteration(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """nerfstudio's iteration; its PSNR is shown in the bar.
-
-        Raises:
-            NotFiniteError: by the pipeline, before anything is changed.
-        """
-        loss, loss_dict, metrics_dict = super().train_iteration(step)
-        self._psnr = float(metrics_dict["psnr"].detach())
-        return loss, loss_dict, metrics_dict
-
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
-        # the deformation takes no step in the static phase, but its schedule runs
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         with one_sentence_errors():
             self._stage_1 = self.config.stage_1()
             self._adopt_views()
             self._resume_in_place()
             super().setup(test_mode)
+            show_behind(self.bar)
 
     def _adopt_views(self) -> None:
         """Copy the view grids of the run we continue, so that every run folder is complete."""
@@ -254,7 +363,7 @@ class SV4DTrainer(Trainer):
             return
         for name in VIEW_FOLDERS:
             if (source / name).is_dir() and not (self.base_dir / name).exists():
-                partial = self.base_dir / f".{name}-partial"
+                partial = self.base_dir / f"{TEMPORARY}{name}"
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.copytree(source / name, partial)
                 partial.rename(self.base_dir / name)
@@ -274,10 +383,10 @@ class SV4DTrainer(Trainer):
         try:
             check_zip(shared / f"step-{usable[-1]:09d}.ckpt")
         except (ValueError, OSError) as error:
-            CONSOLE.print(f"The stage 1 kept in {shared} cannot be used ({error}); it is fitted again.")
+            say(f"The stage 1 kept in {shared} cannot be used ({error}); it is fitted again.")
             return
         self.config.load_dir, self.config.load_step = shared, usable[-1]
-        CONSOLE.print("Stage 1 is taken from a run that differs in stage 2 only.")
+        say("Stage 1 is taken from a run that differs in stage 2 only.")
 
     def keep_stage_1(self, step: int) -> None:
         """Before stage 2: let runs with another stage 2 begin where stage 1 ended, after this step."""
@@ -296,9 +405,12 @@ class SV4DTrainer(Trainer):
         pipeline: Any = self.pipeline
         if remaining <= 0:
             # super().train() would write a checkpoint of step 0 over the finished one
-            CONSOLE.print(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
+            say(f"Step {self._start_step} of {total}: nothing left; --max-num-iterations sets a longer run.")
             pipeline.finish(self)
             return
+        grid = pipeline.datamanager.grid
+        self.remaining = Remaining(self.config.work(grid.num_frames, grid.num_views))
+        self.remaining.begin(self._start_step)
         with interrupts_handled_by(self._interrupt):
             try:
                 self._train_with_one_way_back(total)
@@ -322,7 +434,7 @@ class SV4DTrainer(Trainer):
                         f"The loss term '{error.term}' is {again}not a finite number at step {error.step}: lower the "
                         "learning rates (--optimizers...lr), or report the video; what was fitted before is kept."
                     ) from error
-                CONSOLE.print(
+                say(
                     f"The loss term '{error.term}' is not a finite number at step {error.step}: going back to step "
                     f"{steps[-1]} and on with other pixels."
                 )
@@ -340,7 +452,7 @@ class SV4DTrainer(Trainer):
         if (self.base_dir / SUMMARY_FILE).is_file() and self.training_state == "completed":
             raise SystemExit(0)  # the viewer stays open after the end until Ctrl-C
         if self._last_step is not None and self._last_step not in checkpoint_steps(self.checkpoint_dir):
-            CONSOLE.print("Stopping; the state is being saved.")
+            say("Stopping; the state is being saved.")
             self.save_checkpoint(self._last_step)
         done = self._start_step if self._last_step is None else self._last_step + 1
         config_file = shlex.quote(str(self.base_dir / "config.yml"))
@@ -374,7 +486,7 @@ class SV4DTrainer(Trainer):
                 f"{path} belongs to other settings ({reason}): give the settings it was made with, or delete it and "
                 "start again (the views are kept)."
             ) from error
-        CONSOLE.print(f"Continuing from {path}.")
+        say(f"Continuing from {path}.")
 
     def _checkpoint_to_load(self) -> Path | None:
         folder, step = self.config.load_dir, self.config.load_step
@@ -390,7 +502,7 @@ class SV4DTrainer(Trainer):
         """
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         path = self.checkpoint_dir / f"step-{step:09d}.ckpt"
-        partial = self.base_dir / "checkpoint.partial"
+        partial = self.base_dir / PARTIAL_CHECKPOINT
         pipeline: Any = self.pipeline
         state = {
             "step": step,
@@ -398,7 +510,7 @@ class SV4DTrainer(Trainer):
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.optimizers.schedulers.items()},
             "scalers": self.grad_scaler.state_dict(),
-            "visibility": pipeline.datamanager.batch_sampler.visibility,
+            "visibility": pipeline.datamanager.batch_sampler().visibility,
         }
         try:
             torch.save(state, partial)

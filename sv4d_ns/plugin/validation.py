@@ -5,10 +5,15 @@ nerfstudio's command line checks types only: a size of 0 would end in a division
 
 import dataclasses
 import math
+import netrc
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import PurePath
+from importlib.util import find_spec
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 from sv4d_ns.runs.layout import MAX_REFINE_ROUNDS
 from sv4d_ns.utils.errors import InputError
@@ -84,8 +89,49 @@ def check_settings(config: Any) -> None:
         value = _value(config, limit.flag)
         if value is not None and not limit.allows(value):
             raise InputError(f"--{limit.flag} is {value!r}: give {limit.wanted}.")
+    check_service(str(_value(config, "vis")))
+    late = [step for step in _value(config, "pipeline.refine-steps") or () if step >= config.max_num_iterations]
+    if late:
+        raise InputError(
+            f"--pipeline.refine-steps {late[0]} is not within the run's {config.max_num_iterations} steps, so stage 2 "
+            "would never come: give an earlier step, more steps (--max-num-iterations), or none for stage 1 alone."
+        )
     for flag in _not_numbers(config, ""):
         raise InputError(f"--{flag} is not a number (nan): give one.")
+
+
+def check_service(vis: str) -> None:
+    """Whether a service that keeps the curves of runs (--vis) can be used: nerfstudio ends in a traceback otherwise.
+
+    Raises:
+        InputError: it is not installed, or has no key.
+    """
+    remedy = "or leave out --vis; tensorboard needs neither account nor key."
+    if "wandb" in vis and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        if find_spec("wandb") is None:
+            raise InputError(f"--vis {vis} needs wandb (pip install wandb), {remedy}")
+        if not _has_wandb_key():
+            raise InputError(
+                f"--vis {vis} needs a key of Weights & Biases: run 'wandb login' (or set WANDB_API_KEY), or set "
+                f"WANDB_MODE=offline, {remedy}"
+            )
+    if "comet" in vis:
+        if find_spec("comet_ml") is None:
+            raise InputError(f"--vis {vis} needs comet_ml (pip install comet_ml), {remedy}")
+        import comet_ml
+
+        if not comet_ml.get_config("comet.api_key"):
+            raise InputError(f"--vis {vis} needs a key of Comet: set COMET_API_KEY (or run 'comet login'), {remedy}")
+
+
+def _has_wandb_key() -> bool:
+    """In the environment, or where 'wandb login' puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc").authenticators(host) is not None
+    return False
 
 
 def _value(config: Any, flag: str) -> Any:

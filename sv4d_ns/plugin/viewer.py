@@ -130,8 +130,10 @@ class Playback(ViewerControl):
         self._clock: Clock | None = None
         self._lock = threading.Lock()
         self._drawing = threading.Lock()
-        self._drawn: tuple[int, int] | None = None
-        self._thumbnails: dict[tuple[int, int], dict[int, UInt8[np.ndarray, "s s 3"]]] = {}
+        self._drawn: int | None = None
+        self._thumbnails: dict[int, dict[int, UInt8[np.ndarray, "s s 3"]]] = {}
+        self._pictured: ViewGrid | None = None
+        """The grid both are of."""
         self._own_times: deque[float] = deque([0.0], maxlen=16)
 
     def _setup(self, viewer: "Viewer") -> None:
@@ -230,11 +232,14 @@ class Playback(ViewerControl):
         while self._drawing.acquire(blocking=False):
             try:
                 grid, frame = self.grid(), round(self._position())
-                if self._drawn == (id(grid), frame):
+                if grid is not self._pictured:
+                    self._pictured, self._drawn = grid, None
+                    self._thumbnails.clear()
+                if self._drawn == frame:
                     return
                 self._say_status(frame)
                 self._show_thumbnails(grid, frame)
-                self._drawn = (id(grid), frame)
+                self._drawn = frame
             finally:
                 self._drawing.release()
 
@@ -242,8 +247,8 @@ class Playback(ViewerControl):
         """Put the input frame and the generated views of a frame on their cameras."""
         # made by nerfstudio after the controls are set up
         cameras: dict[int, Any] = getattr(self.viewer, "camera_handles", {})
-        pictures = self._thumbnails.get((id(grid), frame)) or thumbnails(grid, frame, list(cameras))
-        self._thumbnails[id(grid), frame] = pictures
+        pictures = self._thumbnails.get(frame) or thumbnails(grid, frame, list(cameras))
+        self._thumbnails[frame] = pictures
         while len(self._thumbnails) > THUMBNAILS_KEPT:
             del self._thumbnails[next(iter(self._thumbnails))]
         with self.viewer.viser_server.atomic():

@@ -5,21 +5,52 @@ by the runs of a video), and of every run its view grids and checkpoints. A proc
 lock; such runs, and what they share, are never touched.
 """
 
-import shutil
+import os
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from sv4d_ns.runs.layout import RUN_FILE, STAGES, SUMMARY_FILE, VIEW_FOLDERS, WINDOWS, claim_lock, release_run
+from sv4d_ns.runs.layout import (
+    LOCK_FILE,
+    MOVIE_FOLDER,
+    PARTIAL_CHECKPOINT,
+    RUN_FILE,
+    STAGES,
+    SUMMARY_FILE,
+    VIEW_FOLDERS,
+    WINDOWS,
+    claim_lock,
+    is_run,
+    release_run,
+)
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import check_zip
+from sv4d_ns.utils.files import TEMPORARY, check_zip, is_temporary
 
 State = Literal["finished", "unfinished", "in use", "windows", "stage 1"]
 SHARED: dict[str, State] = {WINDOWS: "windows", STAGES: "stage 1"}
 """Folders that the runs of a video share, and what each of their entries is."""
+SHARED_NAME = re.compile(r"[0-9a-f]{32}|normals")
+"""What an entry of those is called: a content hash, or what it holds."""
+OWN_FILES: dict[State, re.Pattern[str]] = {
+    "windows": re.compile(rf"(.+/)?({re.escape(TEMPORARY)}.*|window\d+\w*\.safetensors|[0-9a-f]{{32}}\.npy)"),
+    "stage 1": re.compile(rf"{re.escape(TEMPORARY)}.*|step-\d+\.ckpt"),
+}
+"""Names of the files in each kind of entry, below its folder."""
+OWN_RUN_FILES = re.compile(
+    rf"(.+/)?{re.escape(TEMPORARY)}.*"
+    r"|config\.yml|dataparser_transforms\.json|viewer_log_filename\.txt|events\.out\.tfevents\..*"
+    r"|nerfstudio_models/step-\d+\.ckpt"
+    r"|views(_refined_\d)?/(grid\.json|transforms\.json|(images|confidence)/view\d+_frame\d+\.png)"
+    r"|movies/[a-z-]+\.mp4"
+    rf"|{re.escape(PARTIAL_CHECKPOINT)}|{SUMMARY_FILE}|{RUN_FILE}|{LOCK_FILE}|contact_sheet\.png"
+)
+"""The same of a run."""
+OWN_FOLDERS = frozenset({*VIEW_FOLDERS, "images", "confidence", "nerfstudio_models", MOVIE_FOLDER})
 
 
 @dataclass(frozen=True)
@@ -41,19 +72,21 @@ def entries(output_dir: Path) -> list[Entry]:
     """
     if not output_dir.is_dir():
         raise InputError(f"{output_dir} is not a folder: give the output folder of ns-train (outputs by default).")
-    runs = [Entry(record.parent, _state(record.parent), _size(record.parent)) for record in _records(output_dir)]
+    folders = list(_folders(output_dir))
+    runs = [Entry(folder, _state(folder), _size(folder)) for folder in folders if is_run(folder)]
     shared = [
-        Entry(folder, state, _size(folder))
-        for name, state in SHARED.items()
-        for place in output_dir.rglob(name)
-        for folder in place.iterdir()
-        if folder.is_dir()
+        Entry(folder, SHARED[folder.parent.name], _size(folder))
+        for folder in folders
+        if folder.parent.name in SHARED and SHARED_NAME.fullmatch(folder.name)
     ]
     return sorted([*runs, *shared], key=lambda entry: entry.path)
 
 
-def _records(output_dir: Path) -> Iterator[Path]:
-    return output_dir.rglob(RUN_FILE)
+def _folders(output_dir: Path) -> Iterator[Path]:
+    """All folders below one, and itself; not those behind links and not what hidden folders of others hold."""
+    for folder, names, _ in os.walk(output_dir):
+        names[:] = [name for name in names if not name.startswith(".") or name in SHARED]
+        yield Path(folder)
 
 
 def _state(run: Path) -> State:
@@ -99,9 +132,24 @@ def _checkpoint_flaw(path: Path) -> str | None:
 
 
 def leftovers(output_dir: Path) -> list[Path]:
-    """Half-written files of processes that were killed: nothing reads them."""
-    hidden = [path for path in output_dir.rglob(".*") if path.name not in (*SHARED, ".writable")]
-    return sorted({*hidden, *output_dir.rglob("checkpoint.partial")})
+    """Half-written files and folders of processes that were killed: nothing reads them."""
+    found: list[Path] = []
+    for folder in _folders(output_dir):
+        found += [path for path in folder.iterdir() if is_temporary(path) and not path.is_symlink()]
+        if is_run(folder) and (folder / PARTIAL_CHECKPOINT).is_file():
+            found.append(folder / PARTIAL_CHECKPOINT)
+    return sorted(found)
+
+
+def own_files(entry: Entry) -> list[Path]:
+    """The files of an entry that bear names this package and nerfstudio give; not what others have put beside them."""
+    own = OWN_FILES.get(entry.state, OWN_RUN_FILES)
+    found: list[Path] = []
+    for folder, names, files in os.walk(entry.path):
+        names[:] = [name for name in names if not (Path(folder) / name).is_symlink()]
+        paths = (Path(folder) / name for name in files)
+        found += [path for path in paths if own.fullmatch(path.relative_to(entry.path).as_posix())]
+    return sorted(found)
 
 
 @dataclass
@@ -154,31 +202,39 @@ class Prune:
         """Print, and with --yes delete, what is not needed any more."""
         found = entries(self.output_dir)
         busy = {entry.path.parent for entry in found if entry.state == "in use"}
-        shared = SHARED.values()
-        doomed = [entry.path for entry in found if entry.state in shared and entry.path.parent.parent not in busy]
-        doomed += [entry.path for entry in found if self.unfinished and entry.state == "unfinished"]
-        doomed += [path for path in leftovers(self.output_dir) if not any(parent in path.parents for parent in busy)]
-        size = sum(_size(path) if path.is_dir() else path.lstat().st_size for path in doomed)
-        for path in doomed:
+        free = [entry for entry in found if entry.state in SHARED.values() and entry.path.parent.parent not in busy]
+        free += [entry for entry in found if self.unfinished and entry.state == "unfinished"]
+        going = {entry.path: own_files(entry) for entry in free}
+        for path in leftovers(self.output_dir):
+            if not {*busy, *going}.intersection(path.parents):
+                going[path] = [path] if path.is_file() else [file for file in path.rglob("*") if not file.is_dir()]
+        sizes = {file: file.lstat().st_size for files in going.values() for file in files}
+        for path, files in going.items():
             print(path)
             if self.yes:
-                _delete(path)
+                _delete(path, files)
         done = "deleted" if self.yes else "would be deleted (--yes deletes them)"
-        print(f"{len(doomed)} files and folders, {size / 1e6:.1f} MB, {done}.")
+        print(f"{len(going)} files and folders, {sum(sizes.values()) / 1e6:.1f} MB, {done}.")
 
 
-def _delete(path: Path) -> None:
-    """Delete a file or folder; a run that somebody has begun to continue meanwhile is left alone."""
-    is_run = (path / RUN_FILE).is_file()
-    if is_run and not claim_lock(path):
+def _delete(path: Path, files: Sequence[Path]) -> None:
+    """Delete `files` at or below `path` and the folders this leaves empty; a run that is in use now is left alone."""
+    run = is_run(path)
+    if run and not claim_lock(path):
         print(f"{path} is in use now and stays.")
         return
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    if is_run:
+    for file in files:
+        file.unlink(missing_ok=True)
+    emptied = {path, *(parent for file in files for parent in file.parents)}
+    for name, _, _ in os.walk(path, topdown=False):
+        folder = Path(name)
+        if folder in emptied or folder.name in OWN_FOLDERS or is_temporary(path):
+            with suppress(OSError):  # it holds something else, which stays
+                folder.rmdir()
+    if run:
         release_run(path)
+    if path.is_dir():
+        print(f"{path} stays, because it holds files that no run has written.")
 
 
 def command(arguments: Sequence[str]) -> None:

@@ -38,6 +38,9 @@ STAGES = ".stages"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 SUMMARY_FILE = "summary.json"
+MOVIE_FOLDER = "movies"
+PARTIAL_CHECKPOINT = "checkpoint.partial"
+"""A checkpoint that is being written, beside the folder of the finished ones."""
 
 MAX_REFINE_ROUNDS = 8
 
@@ -152,6 +155,15 @@ def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, .
         path.write_text(json.dumps(record))
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run: it holds what `record_run` writes (a run.json have others, too)."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"fingerprint", "version", "refine_steps"} <= set(record)
+
+
 def recorded_rounds(folder: Path) -> tuple[int, ...] | None:
     """The training steps at which the views of a run are refined, if it has written them down."""
     with suppress(OSError, ValueError, AttributeError, TypeError):
@@ -191,7 +203,7 @@ def _same_runs(runs: Path, fingerprint: str) -> Iterator[Path]:
                 yield record.parent
 
 
-NO_INFLUENCE = frozenset({"data", "masks", "run_dir", "expected_steps", "movies", "movie_size"})
+NO_INFLUENCE = frozenset({"data", "masks", "run_dir", "movies", "movie_size"})
 """Fields that do not decide the field: paths (their content counts), what the run fills in itself, and what is made
 from the finished field (a run that is found again makes what is missing of it)."""
 STAGE_2 = frozenset({"refine_steps", "refine_strength"})

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sv4d_ns.runs.layout import checkpoint_steps, newest_views
 from sv4d_ns.runs.safe_config import check_config
 from sv4d_ns.utils.errors import InputError
 
@@ -89,29 +88,12 @@ def check_config_path(load_config: Path) -> None:
 
 
 def _checked(config: Any, load_config: Path) -> Any:
-    """Refuse what cannot be exported before anything heavy is built; find the run beside a moved config."""
+    """Refuse what cannot be exported before anything heavy is built."""
     target = config.pipeline.model._target
     if not any(base.__module__.partition(".")[0] == "sv4d_ns" for base in target.__mro__):
         raise InputError(
             f"{load_config} is a run of {config.method_name}, which has no deformable field to animate: "
             "this exports runs of sv4d; nerfstudio's own sub-commands export the others."
-        )
-    run_dir = load_config.absolute().parent
-    if not config.get_checkpoint_dir().is_dir():
-        # the run was moved, or its relative path is meant from another folder: everything lies beside config.yml
-        beside = run_dir / config.relative_model_dir
-        elsewhere = config.get_base_dir().absolute() != run_dir
-        if elsewhere and not beside.is_dir() and newest_views(run_dir) is None:
-            raise InputError(
-                f"{load_config} was moved without its run: the folder it names, {config.get_base_dir()}, is not on "
-                f"this machine; bring the whole folder, with {config.relative_model_dir}/ and views/ beside config.yml."
-            )
-        config.relative_model_dir = beside
-        config.pipeline.datamanager.run_dir = run_dir
-    if not checkpoint_steps(config.get_checkpoint_dir()):
-        raise InputError(
-            f"{load_config} belongs to an unfinished run, {config.get_checkpoint_dir()} holds no checkpoint: "
-            "let ns-train finish, or resume it."
         )
     return config
 

@@ -23,6 +23,20 @@ FUNCTIONS = frozenset({"nerfstudio.data.utils.nerfstudio_collate.nerfstudio_coll
 """Functions nerfstudio's configs name; nothing in a config can choose their arguments."""
 
 
+def _this_systems_path(loader: yaml.Loader, node: Any) -> Path:
+    return Path(*loader.construct_sequence(node))
+
+
+def open_paths_of_other_systems() -> None:
+    """Let configs written on Windows be read elsewhere and vice versa: pathlib cannot make the other system's paths.
+
+    A run lies beside its config.yml wherever that is, so it does not matter that such a path leads nowhere.
+    """
+    for name in ("pathlib.PosixPath", "pathlib.WindowsPath"):
+        for loader in (yaml.Loader, yaml.UnsafeLoader):
+            yaml.add_constructor(f"tag:yaml.org,2002:python/object/apply:{name}", _this_systems_path, Loader=loader)
+
+
 class _Refused(yaml.YAMLError):
     pass
 

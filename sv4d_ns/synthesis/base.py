@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sv4d_ns.diffusion.seams import WHITE_EDGES, BoundaryDrift
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.images import over_white, smoothstep
-from sv4d_ns.utils.progress import Progress
 
 
 class ViewSynthesizer(Protocol):
@@ -99,3 +99,9 @@ def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
     straight = torch.where(coverage > 0.03, (white - (1.0 - coverage)) / coverage.clamp(min=0.03), 1.0)
     rgba = torch.cat([straight.clamp(0, 1), alpha], dim=-1)
     return Views((rgba * 255).round().byte().numpy(), (confidence[..., 0] * 255).round().byte().numpy())
+
+
+BUNDLED = "sv4d_ns bundled"
+"""Name of the model of this package, in provenance and messages."""
+BUNDLED_SIZE = 128
+"""Pixels per side of its views: twice the network's, because the colours that the input shows are taken from it."""

@@ -10,17 +10,14 @@ import torch
 from jaxtyping import UInt8
 
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import Views, from_model_space
-from sv4d_ns.utils.progress import Progress
+from sv4d_ns.synthesis.base import BUNDLED, BUNDLED_SIZE, Views, from_model_space
+from sv4d_ns.utils.callbacks import Progress
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
 
-VIEW_SIZE = 128
-"""Pixels per side of its views: twice the network's, because the colours that the input shows are taken from it."""
 REFINE_STRENGTH = 0.5
 """Noise level of stage 2, as a share of the logarithmic range from sigma_min to sigma_max."""
-NAME = "sv4d_ns bundled"
 
 
 @dataclass
@@ -30,7 +27,7 @@ class BundledSynthesizer:
     pipeline: "BundledVideoPipeline"
     num_inference_steps: int | None = None
     """Denoising steps of `generate`; None takes the pipeline's own."""
-    image_size: int = VIEW_SIZE
+    image_size: int = BUNDLED_SIZE
     refine_strength: float = REFINE_STRENGTH
 
     @cached_property
@@ -49,7 +46,7 @@ class BundledSynthesizer:
         config = {key: value for key, value in self.pipeline.config.items() if not key.startswith("_")}
         scalars = {key: value for key, value in config.items() if isinstance(value, int | float | str | bool)}
         return {
-            "model": NAME,
+            "model": BUNDLED,
             "weights": self.weights,
             "code": __version__,
             "num_inference_steps": self.num_inference_steps,

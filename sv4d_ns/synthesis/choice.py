@@ -1,16 +1,56 @@
 """Which model makes the views of a run."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from sv4d_ns.diffusion.bundled import REACH
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import ViewSynthesizer
+from sv4d_ns.synthesis.base import BUNDLED, BUNDLED_SIZE, ViewSynthesizer
 from sv4d_ns.synthesis.sv4d import DiffusionSynthesizer, apply_offload, fitting_offload
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.progress import say
 
 SynthesisChoice = Literal["auto", "bundled", "official"]
 OFFICIAL_OPTIONS = ("references", "guidance_scale", "camera_attention")
 """Of these the bundled model has none."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before it is loaded."""
+
+    name: str
+    size: int
+    """Pixels along the side of its views."""
+    plan: ViewPlan
+    reach: str
+    """What to expect of the sides the camera does not see."""
+
+
+MODELS = {
+    "bundled": ModelFacts(BUNDLED, BUNDLED_SIZE, ViewPlan.BUNDLED, REACH),
+    # the 8-view model: its views close the ring around the object in one call, so they agree with each other
+    "official": ModelFacts(
+        "stabilityai/sv4d2.0 (8 views)", 576, ViewPlan.OFFICIAL_8, "The sides the camera does not see are its guess."
+    ),
+}
+
+
+def choose_model(choice: SynthesisChoice, device: str) -> tuple[Literal["bundled", "official"], str]:
+    """Which model makes the views on a device, and why.
+
+    Raises:
+        InputError: the model was asked for and the device cannot run it.
+    """
+    on_cuda = device.startswith("cuda")
+    if choice == "official" and not on_cuda:
+        raise InputError(
+            "--pipeline.datamanager.synthesis official needs a CUDA device (12 GB of weights, hours on a CPU): "
+            "use --pipeline.datamanager.synthesis bundled on this machine."
+        )
+    reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
+    return "official" if choice == "official" or (choice == "auto" and on_cuda) else "bundled", reason
 
 
 def load_synthesizer(
@@ -36,17 +76,12 @@ def load_synthesizer(
     from sv4d_ns.diffusion.sv4d.grid import GridOptions
     from sv4d_ns.diffusion.sv4d.windows import ViewReferences
 
-    on_cuda = device.startswith("cuda")
-    official = choice == "official" or (choice == "auto" and on_cuda)
-    if official and not on_cuda and choice == "official":
-        raise InputError(
-            "--pipeline.datamanager.synthesis official needs a CUDA device (12 GB of weights, hours on a CPU): "
-            "use --pipeline.datamanager.synthesis bundled on this machine."
-        )
-    reason = f"--pipeline.datamanager.synthesis {choice}" if choice != "auto" else f"the device is {device}"
+    chosen, reason = choose_model(choice, device)
+    facts = MODELS[chosen]
+    sentence = f"{facts.name} at {facts.size}x{facts.size} pixels, because {reason}."
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    if not official:
-        from sv4d_ns.synthesis.bundled import NAME, load_bundled_synthesizer
+    if chosen == "bundled":
+        from sv4d_ns.synthesis.bundled import load_bundled_synthesizer
 
         for option in OFFICIAL_OPTIONS:
             if option in given:
@@ -55,20 +90,18 @@ def load_synthesizer(
                     f"--pipeline.datamanager.{flag} is a setting of the official model, and the bundled one is used: "
                     "leave it out."
                 )
-        bundled = load_bundled_synthesizer(device, num_inference_steps)
-        size = bundled.image_size
-        return bundled, f"Views come from the {NAME} model at {size}x{size}, because {reason}."
+        return load_bundled_synthesizer(device, num_inference_steps), sentence
     from sv4d_ns.diffusion.planner.plan import Offload, plan_memory, this_device
     from sv4d_ns.diffusion.weights.official import load_official_pipeline
 
     _, card = this_device("cuda")
     offload, memory = fitting_offload(plan_memory("official8", card), card.memory)
-    print(memory)
-    # the 8-view model: its views close the ring around the object in one call, so they agree with each other
+    say(memory)
     place = device if offload is Offload.NONE else "cpu"
-    pipeline, name = load_official_pipeline(place, "sv4d2_8views.safetensors"), "stabilityai/sv4d2.0 (8 views)"
+    pipeline = load_official_pipeline(place, "sv4d2_8views.safetensors")
     apply_offload(pipeline, offload, device)
-    plan, size, references = ViewPlan.OFFICIAL_8, 576, ViewReferences.ANCHORED
-    grid_options = GridOptions.from_values({"references": references, **given})
-    synthesizer = DiffusionSynthesizer(pipeline, name, size, plan, num_inference_steps, options=grid_options)
-    return synthesizer, f"Views come from the {name} model at {size}x{size}, because {reason}."
+    grid_options = GridOptions.from_values({"references": ViewReferences.ANCHORED, **given})
+    synthesizer = DiffusionSynthesizer(
+        pipeline, facts.name, facts.size, facts.plan, num_inference_steps, options=grid_options
+    )
+    return synthesizer, sentence

@@ -18,13 +18,14 @@ from torch.nn import functional
 
 from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.diffusion.sv4d.windows import plan_windows
-from sv4d_ns.diffusion.window_store import WindowStore
+from sv4d_ns.diffusion.window_store import WindowStore, code_fingerprint
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.metrics.images import padded_ssim
 from sv4d_ns.synthesis.base import Views, from_model_space, to_model_space
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import content_hash
 from sv4d_ns.utils.images import resize_rgba
-from sv4d_ns.utils.progress import Progress
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
@@ -143,7 +144,9 @@ class FourDMSynthesizer:
             report(0)
             numbers = list(window.frames)
             known = None if window.anchor is None else _frame_of(latents, windows, window.anchor, window.start)
-            key = content_hash(self.describe(), frames[numbers], seed, strength, number, known is None)
+            key = content_hash(
+                self.describe(), code_fingerprint(), frames[numbers], seed, strength, number, known is None
+            )
             name = f"window{number:03d}"
             made = store.load(name, key) if start is None else None
             if made is None:

@@ -1,6 +1,7 @@
 """SV4D 2.0 as a `ViewSynthesizer`, and how it is made to fit into a device's memory."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,9 @@ from jaxtyping import UInt8
 
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.synthesis.base import Views, from_model_space, to_model_space
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.images import resize_rgba
-from sv4d_ns.utils.progress import Progress
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.planner.plan import Offload, Plan
@@ -96,15 +97,14 @@ class DiffusionSynthesizer:
         steps = self.refine_inference_steps or self.pipeline.steps_to_run(self.num_inference_steps, strength)
         full_schedule = self.pipeline.scheduler
         # the schedule from the noise level of `strength` down, in as many steps as we like
-        self.pipeline.scheduler = type(full_schedule).from_config(
+        short_schedule = type(full_schedule).from_config(
             full_schedule.config, sigma_max=refine_sigma(full_schedule.config, strength)
         )
-        try:
-            grid = self._run(
-                frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders
-            )  # fmt: skip
-        finally:
-            self.pipeline.scheduler = full_schedule
+        pipeline = copy(self.pipeline)  # the same networks; the pipeline itself may be others' too
+        pipeline.scheduler = short_schedule
+        grid = replace(self, pipeline=pipeline)._run(
+            frames, plan, steps, seed=seed, store=store, progress=progress, initial_views=renders
+        )
         return replace(from_model_space(grid.images), drift=grid.drift)
 
     def _run(

@@ -217,7 +217,7 @@ class _Reader:
             return values
         floats = values.astype(np.float32)
         if accessor.normalized and dtype.kind in "iu":
-            floats = np.maximum(floats / np.iinfo(dtype).max, -1.0)
+            floats = np.maximum(floats / np.float32(np.iinfo(dtype.name).max), -1.0)
         if not np.isfinite(floats).all():
             raise AssetError("it has numbers that are not finite")
         return floats
@@ -532,7 +532,11 @@ class _Reader:
 
     def _clips(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         names: list[str] = []
-        spans, ranges, channels, times, values = [], [], [], [], []
+        spans: list[tuple[float, float]] = []
+        ranges: list[tuple[int, int]] = []
+        channels: list[tuple[int, ...]] = []
+        times: list[np.ndarray] = []
+        values: list[np.ndarray] = []
         keys, numbers = 0, 0
         for number, animation in enumerate(self.document.animations or []):
             first, low, high = len(channels), np.inf, -np.inf
@@ -642,6 +646,10 @@ def _mipmaps(image: Image.Image) -> list[np.ndarray]:
     return levels
 
 
+INVERTED = 0.01
+"""Volume over area to the power 3/2 (a ball has 0.094) from which an open component counts as inside out."""
+
+
 def _components(
     positions: np.ndarray, faces: np.ndarray, instance: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -673,8 +681,12 @@ def _components(
     centres = (centres / np.maximum(np.bincount(component, minlength=number), 1)[:, None])[component]
     normal = np.cross(b - a, c - a)
     volumes = np.bincount(component, np.einsum("fk,fk->f", a - centres, normal) / 6.0, number)
-    faces = np.where((volumes < 0)[component][:, None], faces[:, [0, 2, 1]], faces)
-    return faces, (holes == 0)[component], component
+    areas = np.bincount(component, np.linalg.norm(normal, axis=1) / 2.0, number)
+    closed = holes == 0
+    # a sheet has no volume to speak of and keeps its side
+    inverted = np.where(closed, volumes < 0, volumes < -INVERTED * areas**1.5)
+    faces = np.where(inverted[component][:, None], faces[:, [0, 2, 1]], faces)
+    return faces, closed[component], component
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,14 @@ def disk_sentence(error: OSError) -> str | None:
     return None
 
 
+def file_sentence(error: OSError) -> str | None:
+    """`disk_sentence`, and what to say of a path that is missing or of the wrong kind (a folder, not a file)."""
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError | FileNotFoundError):
+        what = os.fspath(error.filename) if error.filename is not None else "A file"
+        return f"{what!s} cannot be used ({error.strerror}): choose another path."
+    return disk_sentence(error)
+
+
 @contextmanager
 def interrupts_handled_by(handler: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C calls `handler` in this block, as often as it is pressed.

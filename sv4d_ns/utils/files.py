@@ -15,6 +15,15 @@ import numpy as np
 
 from sv4d_ns.utils.errors import InputError
 
+TEMPORARY = ".sv4d-tmp-"
+"""How the names of half-written files and folders begin; nobody else's do, so what a killed process left can be told
+from files of others."""
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder is a half-written one of this module."""
+    return path.name.startswith(TEMPORARY)
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -24,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     as it was (and at most a hidden temporary file).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -61,7 +70,7 @@ def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not {kind}: choose another place for it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    workplace = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
     try:
         new, old = workplace / "new", workplace / "old"
         new.mkdir()

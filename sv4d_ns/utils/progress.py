@@ -1,94 +1,159 @@
-"""What a long job tells its user: bars with an ETA, and beforehand about how long it will take."""
+"""The terminal: the one console everything is printed on, and the one progress bar of the project.
 
-import time
-from collections.abc import Callable, Iterator
+The console is nerfstudio's own, so that a bar that is open knows of every line nerfstudio prints, and the other way
+round. nerfstudio fixes it at 120 columns; a bar wider than the terminal leaves a line behind at every refresh, so here
+it is as wide as the terminal is.
+"""
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import rich.progress
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total) while a long job goes on."""
+REFRESHES = 4
+"""Of a bar in a second; each takes the training thread's time."""
+WIDE, NARROW = 100, 56
+"""Columns of the terminal from which a bar shows everything, and below which it shows the least."""
 
 
-def _progress() -> "rich.progress.Progress":
-    from nerfstudio.utils.rich_utils import CONSOLE
-    from rich import progress
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def console() -> Console:
+    """nerfstudio's console, as wide as the terminal it writes to."""
+    CONSOLE.width = Console(file=CONSOLE.file).width
+    return CONSOLE
 
-    return progress.Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=CONSOLE,
-    )
+
+def say(text: str) -> None:
+    """Print sentences, above a bar that is open: broken between words where the terminal ends, paths never."""
+    terminal = console()
+    if terminal.is_terminal:
+        text = "\n".join(
+            textwrap.fill(line, terminal.width, break_long_words=False, break_on_hyphens=False)
+            for line in text.split("\n")
+        )
+    say_whole(text)
+
+
+def say_whole(line: str) -> None:
+    """Print what is to be copied as it stands, such as a command."""
+    console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float | None) -> str:
+    """A duration as 12 s, 3:05 min or 1:02 h; a dash where it is not known."""
+    if seconds is None:
+        return "-"
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    unit, rest = divmod(whole, 60)
+    return f"{unit}:{rest:02d} min" if unit < 60 else f"{unit // 60}:{unit % 60:02d} h"
+
+
+class _Description(ProgressColumn):
+    """What is done; cut short where the terminal is narrow."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=False, overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
+class _Remaining(ProgressColumn):
+    """The time that is left of the task: what the caller says (`left`), else from the mean speed so far."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished or task.total is None:
+            return Text(clock(task.elapsed), style="progress.elapsed")
+        left = task.fields.get("left")
+        if left is None and task.completed > task.fields["begun"] and task.elapsed:
+            left = task.elapsed * (task.total - task.completed) / (task.completed - task.fields["begun"])
+        return Text("" if left is None else f"{clock(left)} left", style="progress.remaining")
+
+
+class Bars(Progress):
+    """rich's bars on `console`, with as many columns as fit."""
+
+    def __init__(self, bytes_done: bool = False) -> None:
+        # before rich's own, which draws its table once
+        self._count: list[ProgressColumn] = (
+            [DownloadColumn(), TransferSpeedColumn()] if bytes_done else [MofNCompleteColumn()]
+        )
+        super().__init__(console=console(), refresh_per_second=REFRESHES)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """rich's own, for the width the terminal has now."""
+        self.columns = self._columns(console().width)
+        return super().make_tasks_table(tasks)
+
+    def _columns(self, width: int) -> tuple[ProgressColumn, ...]:
+        share, left = TaskProgressColumn(), _Remaining()
+        if width < NARROW:
+            return _Description(), share, left
+        note = TextColumn("{task.fields[note]}", markup=False)
+        if width < WIDE:
+            return _Description(), BarColumn(bar_width=max((width - NARROW) // 2, 4)), share, left, note
+        return _Description(), BarColumn(), *self._count, share, left, note
+
+    def add(self, description: str, total: float | None, done: float = 0, note: str = "") -> TaskID:
+        """A new bar that begins at `done` of `total`."""
+        return self.add_task(description, total=total, completed=done, begun=done, note=note, left=None)
 
 
 @contextmanager
-def bar(description: str) -> Iterator[Progress]:
+def bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar; the yielded function is called with (done, total)."""
-    progress = _progress()
-    with progress:
-        task = progress.add_task(description, total=None, note="")
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Bars() as bars:
+        task = bars.add(description, None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def bytes_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of bytes; the yielded function is told how many more are done."""
+    with Bars(bytes_done=True) as bars:
+        task = bars.add(description, total)
+        yield lambda count: bars.update(task, advance=count)
 
 
 class TrainingBar:
     """The bar of the training loop. It opens itself on `update`; other bars need it closed (rich shows one at once)."""
 
     def __init__(self) -> None:
-        self._progress: rich.progress.Progress | None = None
+        self._bars: Bars | None = None
+        self._extra = ""
 
-    def update(self, description: str, done: int, total: int, note: str) -> None:
-        """Show `done` of `total` steps and a short note (the loss)."""
-        if self._progress is None:
-            self._progress = _progress()
-            self._task = self._progress.add_task(description, total=total, completed=done, note=note)
-            self._progress.start()
-        self._progress.update(self._task, description=description, completed=done, note=note)
+    def update(self, description: str, done: int, total: int, note: str, left: float | None = None) -> None:
+        """Show `done` of `total` steps, a short note (the loss) and the seconds that are left of the loop."""
+        if self._bars is None:
+            self._bars = Bars()
+            self._task = self._bars.add(description, total, done, note)
+            self._bars.start()
+        shown = f"{note} {self._extra}".strip()
+        self._bars.update(self._task, description=description, completed=done, note=shown, left=left)
+
+    def also(self, extra: str) -> None:
+        """Show some more behind the note, from the next update on."""
+        self._extra = extra
 
     def close(self) -> None:
         """Leave the bar as it stands and free the console."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-def say_expected_time(num_frames: int, num_views: int, steps: int, device: str) -> None:
-    """Print about how long the run will take on a CPU, from a short measurement of this machine.
-
-    Nothing is said on CUDA: the official model's time there has not been measured.
-    """
-    from nerfstudio.utils.rich_utils import CONSOLE
-
-    if device == "cpu":
-        minutes = max(round(expected_minutes(num_frames, num_views, steps) / machine_speed()), 1)
-        CONSOLE.print(f"This run takes about {minutes} min on this machine ({num_frames} frames, {steps} steps).")
-
-
-REFERENCE_GFLOPS = 190.0
-"""What `machine_speed` measured where the figures of `expected_minutes` come from (2 cores of an AMD EPYC)."""
-
-
-def expected_minutes(num_frames: int, num_views: int, steps: int) -> float:
-    """Minutes of a run with the embedded model on the machine of `REFERENCE_GFLOPS`: start, views twice, fitting."""
-    return 0.5 + 0.0008 * num_frames * num_views + 0.00105 * steps
-
-
-def machine_speed() -> float:
-    """Speed of this machine in float32 matrix products, relative to the one of `REFERENCE_GFLOPS`."""
-    import torch
-
-    a = torch.rand(768, 768)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(8):
-        a @ a
-    gflops = 8 * 2 * 768**3 / (time.perf_counter() - started) / 1e9
-    return gflops / REFERENCE_GFLOPS
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None

@@ -22,7 +22,7 @@ _PER_FRAME = ("center_x", "center_y", "side")
 class StabilisedFraming:
     """One square for each frame, all of one side: the object keeps its size, and its place up to its own motion.
 
-    The travel that is taken out of the pictures this way is what `--root-motion restore` gives back to the export.
+    The travel that is taken out of the pictures this way is what `ns-export mesh --root-motion restore` gives back.
     """
 
     squares: tuple[Framing, ...]

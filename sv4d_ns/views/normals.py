@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash
 from sv4d_ns.utils.images import over_white
-from sv4d_ns.utils.progress import Progress
 from sv4d_ns.views.grid import ViewGrid, image_name
 
 SMALLEST = 0.5

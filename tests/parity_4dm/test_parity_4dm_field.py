@@ -119,7 +119,7 @@ def test_occupancy_updates():
             if int(recorded[f"{update}.step"]) < 256:
                 assert torch.equal(cells, grid.cells_to_visit(int(recorded[f"{update}.step"])))
             grid.absorb(cells, recorded[f"{update}.density_8_times"])
-        folder.assert_within(grid.opacity.flatten(), recorded[f"{update}.occs_after"], 1e-6)
+        folder.assert_within(grid.opacity().flatten(), recorded[f"{update}.occs_after"], 1e-6)
         assert x is None or torch.equal(grid.occupied, recorded[f"{update}.binaries_after"])
 
 

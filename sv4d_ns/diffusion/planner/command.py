@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from sv4d_ns.diffusion.planner.plan import (
@@ -65,7 +64,9 @@ def command(arguments: Sequence[str]) -> None:
         config.fp8_storage,
         config.chunk_size,
     )
-    console = Console()
+    from sv4d_ns.utils.progress import console as the_console
+
+    console = the_console()
     console.print(_components(plan, f"{config.model}, {dtype}{', fp8 storage' if config.fp8_storage else ''}"))
     kinds = list(Offload) if config.offload is None else [config.offload]
     console.print(_offloading(plan, kinds, name, card))

@@ -34,9 +34,10 @@ from sv4d_ns.diffusion.weights.official import (
     report_differences,
     stream,
 )
-from sv4d_ns.diffusion.weights.streaming import bytes_bar, write_tensors
+from sv4d_ns.diffusion.weights.streaming import write_tensors
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.utils.progress import bytes_bar
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_NAMES = {

@@ -22,8 +22,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sv4d_ns.diffusion.weights.streaming import bytes_bar, unreadable
+from sv4d_ns.diffusion.weights.streaming import unreadable
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.progress import bytes_bar
 
 REPOSITORY = "stabilityai/sv4d2.0"
 MODEL_URL = f"https://huggingface.co/{REPOSITORY}"

@@ -33,8 +33,9 @@ from sv4d_ns.diffusion.weights.key_maps import (
     restore_vae,
     vae_config,
 )
-from sv4d_ns.diffusion.weights.streaming import TensorInfo, bytes_bar, layout, read_tensors, unreadable
+from sv4d_ns.diffusion.weights.streaming import TensorInfo, layout, read_tensors, unreadable
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.progress import bytes_bar
 
 NAMES_SHOWN = 10
 FLOATING = ("F64", "F32", "F16", "BF16")

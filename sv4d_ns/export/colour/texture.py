@@ -54,6 +54,8 @@ def unwrap(vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], si
     atlas.add_mesh(np.ascontiguousarray(smooth, np.float32), np.ascontiguousarray(faces, np.uint32))
     charts, packing = xatlas.ChartOptions(), xatlas.PackOptions()
     charts.max_cost, charts.normal_deviation_weight = 8.0, 1.0
+    # judging the shape of every possible chart's border takes two thirds of the time and saves one chart in four
+    charts.straightness_weight = charts.roundness_weight = 0.0
     # a fixed resolution would spill over into a second atlas: choose the scale, and fit the result into the square
     packing.texels_per_unit, packing.padding, packing.bilinear = size * np.sqrt(FILL / area), PADDING, True
     atlas.generate(charts, packing)
@@ -91,24 +93,13 @@ def padded(
     return image[row, column]
 
 
-def bake(
-    atlas: Atlas,
-    gathered: Callable[[SurfacePoints], tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]],
-    vertex_colors: Float[np.ndarray, "n 3"],
-    full: float,
-) -> UInt8[np.ndarray, "size size 3"]:
+def bake(atlas: Atlas, colors: Callable[[SurfacePoints], Float[np.ndarray, "k 3"]]) -> UInt8[np.ndarray, "size size 3"]:
     """The sRGB base colour image of an atlas.
 
     Args:
-        gathered: colours and weights of surface points (`baking.gather` with its pictures), over the uncut mesh.
-        vertex_colors: of the uncut mesh, in [0, 1]: what texels show that no picture sees.
-        full: weight from which a texel is its pictures' alone; below it fades to the vertex colours, so that the edge
-            of what was seen is no line.
+        colors: sRGB in [0, 1] of points on the uncut mesh's faces.
     """
     covered, points = texels(atlas)
-    color, weight = gathered(points)
-    trust = np.clip(weight / full, 0, 1)[:, None]
-    under = points.at(vertex_colors[atlas.vertex], atlas.faces)
     image = np.zeros((atlas.size, atlas.size, 3))
-    image[covered] = trust * color + (1 - trust) * under
+    image[covered] = colors(points)
     return np.round(np.clip(padded(image, covered), 0, 1) * 255).astype(np.uint8)

@@ -60,6 +60,36 @@ class AnimatedMesh:
         return self.positions if self.root is None else self.positions + self.root.translation[:, None]
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a file's coordinates come from the run's: scaled, then lifted along z."""
+
+    scale: float
+    lift: float
+    """Metres."""
+
+    def described(self) -> dict[str, float]:
+        """For a file's extras."""
+        return {"scale": self.scale, "lift": self.lift}
+
+
+def grounded(mesh: AnimatedMesh, height: float | None) -> Placement:
+    """The placement that puts the lowest point of the whole clip at z = 0 and makes the object `height` metres tall.
+
+    Its height is the largest from its lowest to its highest point in any frame; None keeps the run's scale.
+    """
+    z = mesh.positions[..., 2]
+    scale = 1.0 if height is None else height / max(float(np.ptp(z, axis=1).max()), 1e-9)
+    return Placement(float(scale), float(-scale * mesh.placed()[..., 2].min()))
+
+
+def moved_to(mesh: AnimatedMesh, placement: Placement) -> AnimatedMesh:
+    """The mesh as `placement` says; the root motion is scaled with it."""
+    positions = placement.scale * mesh.positions + np.array([0.0, 0.0, placement.lift])
+    root = None if mesh.root is None else RootMotion(placement.scale * mesh.root.translation)
+    return replace(mesh, positions=positions.astype(mesh.positions.dtype), root=root)
+
+
 def animated_mesh(
     positions: Float[np.ndarray, "t n 3"],
     faces: Int[np.ndarray, "f 3"],

@@ -197,8 +197,25 @@ def canonical_mesh(grid: OpacityGrid, max_faces: int | None = None, watertight: 
         InputError: nothing in the box is opaque enough, the budget is too small, or too small to be watertight.
     """
     check_face_budget(max_faces)
+    solid, level = solid_and_level(grid)
+    return surface_of(solid, level, grid, max_faces, watertight)
+
+
+def solid_and_level(grid: OpacityGrid) -> tuple[Float[np.ndarray, "r r r"], float]:
+    """The smoothed opacity and the level its surface is cut at (`surface_level`, which says what it raises)."""
     solid = ndimage.gaussian_filter(grid.values, GRID_BLUR, mode="constant")
-    level = surface_level(grid, solid)
+    return solid, surface_level(grid, solid)
+
+
+def surface_of(
+    solid: Float[np.ndarray, "r r r"],
+    level: float,
+    grid: OpacityGrid,
+    max_faces: int | None = None,
+    watertight: bool = False,
+) -> CanonicalMesh:
+    """Marching cubes at a level of `solid` on the nodes of `grid`; see `canonical_mesh`."""
+    check_face_budget(max_faces)
     vertices, faces = _marching_cubes(_without_cavities(solid, level), level, grid)
     vertices, faces, dropped = _without_floaters(vertices, faces)
     if max_faces is not None and len(faces) > max_faces:

@@ -7,9 +7,8 @@ Non-rigid closest points (as Amberg et al. 2007, with a membrane energy on the i
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import sparse
-from scipy.sparse import csgraph
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
@@ -21,13 +20,6 @@ STIFFNESS = (100.0, 30.0, 10.0, 3.0, 1.0)
 """Weights of the membrane energy against one vertex's pull, from stiff to soft."""
 ITERATIONS = 4
 """Closest-point searches at each stiffness."""
-STRAY = 1e-2
-"""Distance of a vertex from the field's own surface at its frame, as a share of the box's diagonal, from which it
-counts as standing where the field shows nothing."""
-INSET = 4e-3
-"""Depth below that surface, as a share of the diagonal, at which such vertices are put out of sight."""
-MINIATURE = 0.01
-"""Scale of their canonical shape there."""
 
 
 def refitted(
@@ -62,63 +54,6 @@ def refitted(
             f"{distance / diagonal:.2%}); where the shape really comes apart, use --mode sequence"
         )
     return Tracks(positions, tracks.residuals, guessed), lines
-
-
-def without_strays(
-    tracks: Tracks,
-    mesh: CanonicalMesh,
-    surface_at: Callable[[int], tuple[Float[np.ndarray, "m 3"], Int[np.ndarray, "g 3"]]],
-    diagonal: float,
-    advance: Callable[[], None] | None = None,
-) -> tuple[Tracks, float]:
-    """Tracks that show nothing where the field shows nothing, and the share of positions that were changed.
-
-    The deformation says where canonical matter would be at a time; whether the field has it there is another question:
-    the renderer skips what lies outside that moment's silhouettes, and training never corrected it there. Such vertices
-    are drawn to the field's surface, a little below it, so that a part that is gone at a frame is out of sight.
-    `advance` is called once per frame.
-    """
-    positions, guessed = tracks.positions.copy(), tracks.guessed.copy()
-    graph = vertex_graph(mesh.faces, len(mesh.vertices))
-    changed = 0.0
-    for frame, x in enumerate(tracks.positions):
-        vertices, faces = surface_at(frame)
-        tree, normals = cKDTree(vertices), vertex_normals(vertices, faces)
-        distance, _ = tree.query(x)
-        stray = distance > STRAY * diagonal
-        if stray.any():
-            hidden = vertices - INSET * diagonal * normals
-            places = _gathering_places(x, mesh.vertices, stray, graph)
-            # in miniature, not in one point: programs weld vertices that coincide
-            shape = MINIATURE * (mesh.vertices[stray] - mesh.vertices[stray].mean(axis=0))
-            positions[frame, stray] = hidden[tree.query(places)[1]] + shape
-            guessed[frame] |= stray
-            changed += stray.mean() / len(positions)
-        if advance is not None:
-            advance()
-    return Tracks(positions, tracks.residuals, guessed), changed
-
-
-def _gathering_places(
-    x: Float[np.ndarray, "n 3"],
-    rest: Float[np.ndarray, "n 3"],
-    stray: Bool[np.ndarray, " n"],
-    graph: sparse.csr_matrix,
-) -> Float[np.ndarray, "k 3"]:
-    """Where each stray vertex is to disappear: at the nearest vertex its island hangs on, or, where the whole part has
-    strayed, at the middle of its island. Each to the surface by itself would draw sheets between limbs."""
-    which = np.flatnonzero(stray)
-    _, island = csgraph.connected_components(graph[stray][:, stray], directed=False)
-    places = np.empty((len(which), 3))
-    for number in range(island.max() + 1):
-        members = which[island == number]
-        around = np.unique(graph[members].indices)
-        anchors = around[~stray[around]]
-        if len(anchors):
-            places[island == number] = x[anchors[cKDTree(rest[anchors]).query(rest[members])[1]]]
-        else:
-            places[island == number] = x[members].mean(axis=0)
-    return places
 
 
 def registered(

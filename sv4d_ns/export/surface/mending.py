@@ -1,0 +1,153 @@
+"""Stretched skin mended: where motion draws triangles out, they keep their shape instead.
+
+A fitted deformation may send neighbouring matter to different limbs. The faces between are drawn out to a sheet, and
+what hangs on the wrong end of it stands where the object is not. Such vertices are taken back frame by frame: the skin
+around them carries them along as rigidly as it can (Sorkine & Alexa 2007, as-rigid-as-possible surface modelling),
+starting from the neighbouring frame.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
+from scipy.sparse import csgraph
+from scipy.sparse.linalg import splu
+
+from sv4d_ns.export.surface.carving import Silhouette
+from sv4d_ns.export.surface.extraction import vertex_graph
+
+STRETCH = 2.5
+"""Times its rest length from which an edge counts as drawn out."""
+LEAST_LENGTH = 0.008
+"""World units below which no edge is drawn out, whatever it was at rest."""
+OUTSIDE = 0.03
+"""Shares of the picture's width outside the film's silhouette from which a vertex is where the object is not."""
+RINGS = 2
+"""Rings of neighbours of a bad vertex that are solved again with it."""
+ROUNDS = 3
+"""Alternations of rotations and positions."""
+TIE = 1e-6
+"""Pull to the start, for parts of which nothing is known."""
+
+
+class RigidSkin:
+    """The as-rigid-as-possible energy of one mesh, uniform weights."""
+
+    def __init__(self, faces: Int[np.ndarray, "f 3"], count: int):
+        self.graph = vertex_graph(faces, count)
+        edges = self.graph.tocoo()
+        self.first, self.second, self.count = edges.row, edges.col, count
+        self.laplacian = (sparse.diags(np.asarray(self.graph.sum(axis=1)).ravel()) - self.graph).tocsr()
+
+    def grown(self, chosen: Bool[np.ndarray, " n"], rings: int) -> Bool[np.ndarray, " n"]:
+        """The vertices and so many rings around them."""
+        for _ in range(rings):
+            chosen = chosen | (self.graph @ chosen.astype(np.float64) > 0)
+        return chosen
+
+    def rotations(self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3 3"]:
+        """The turn of each vertex's surroundings from `rest` to `x` (Kabsch)."""
+        before, after = rest[self.first] - rest[self.second], x[self.first] - x[self.second]
+        products = np.einsum("ei,ej->eij", after, before).reshape(-1, 9)
+        gather = sparse.csr_matrix((np.ones(len(self.first)), (self.first, np.arange(len(self.first)))))
+        u, _, vt = np.linalg.svd((gather @ products).reshape(-1, 3, 3))
+        u[:, :, 2] *= np.linalg.det(u @ vt)[:, None]
+        return u @ vt
+
+    def filled(
+        self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], known: Bool[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n 3"]:
+        """`x` with the vertices that are not known carried by the known ones; `rest` is the shape they keep."""
+        free = np.flatnonzero(~known)
+        if not len(free):
+            return x
+        result = x.astype(np.float64)
+        rows = self.laplacian[free]
+        system = rows[:, free] + TIE * sparse.identity(len(free))
+        solver = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
+        fixed = rows[:, known] @ result[known]
+        turns = self._nearest_known(self.rotations(rest, result), known)
+        apart = rest[self.first] - rest[self.second]
+        for round_ in range(ROUNDS):
+            if round_:
+                turns = np.where(known[:, None, None], turns, self.rotations(rest, result))
+            mean = 0.5 * (turns[self.first] + turns[self.second])
+            pull = np.einsum("eij,ej->ei", mean, apart)
+            right = np.stack([np.bincount(self.first, pull[:, i], minlength=self.count) for i in range(3)], axis=-1)
+            result[free] = solver.solve(right[free] - fixed + TIE * x[free])
+        return result
+
+    def _nearest_known(
+        self, turns: Float[np.ndarray, "n 3 3"], known: Bool[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n 3 3"]:
+        """Each vertex's own turn where it is known, else that of the known vertex fewest edges away."""
+        inner = known & ~self.grown(~known, 1)
+        if not inner.any():
+            return np.broadcast_to(np.eye(3), turns.shape).copy()
+        _, _, source = csgraph.dijkstra(
+            self.graph, directed=False, indices=np.flatnonzero(inner), unweighted=True, min_only=True,
+            return_predecessors=True,
+        )  # fmt: skip
+        reached = source >= 0
+        result = np.broadcast_to(np.eye(3), turns.shape).copy()
+        result[reached] = turns[source[reached]]
+        return result
+
+
+def bad_vertices(
+    rest: Float[np.ndarray, "n 3"],
+    x: Float[np.ndarray, "n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    silhouette: Silhouette | None,
+) -> Bool[np.ndarray, " n"]:
+    """Vertices of drawn-out edges, those that hang on the mesh by such edges only, and those far out of the silhouette."""
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    length, before = (np.linalg.norm(y[edges[:, 0]] - y[edges[:, 1]], axis=-1) for y in (x, rest))
+    drawn = length > np.maximum(STRETCH * before, LEAST_LENGTH)
+    bad = np.zeros(len(x), dtype=bool)
+    bad[edges[drawn]] = True
+    whole = edges[~bad[edges].any(axis=1)]
+    count = len(x)
+    intact = sparse.coo_matrix((np.ones(len(whole)), (whole[:, 0], whole[:, 1])), (count, count))
+    _, island = csgraph.connected_components(intact, directed=False)
+    _, part = csgraph.connected_components(vertex_graph(faces, count), directed=False)
+    sizes = np.bincount(island)
+    largest = np.zeros(part.max() + 1, dtype=np.int64)
+    np.maximum.at(largest, part, sizes[island])
+    bad |= sizes[island] < largest[part]
+    if silhouette is not None:
+        bad |= silhouette.at(x) > OUTSIDE
+    return bad
+
+
+def mended(
+    positions: Float[np.ndarray, "t n 3"],
+    rest: Float[np.ndarray, "n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    silhouettes: Sequence[Silhouette],
+    first: int,
+) -> tuple[Float[np.ndarray, "t n 3"], Bool[np.ndarray, "t n"]]:
+    """Positions without drawn-out skin, and which vertices were solved again at each frame.
+
+    Args:
+        rest: the canonical shape.
+        first: the canonical frame; the others follow outwards in time, each keeping its mended neighbour's shape.
+    """
+    skin = RigidSkin(faces, len(rest))
+    result = positions.astype(np.float64)
+    changed = np.zeros(positions.shape[:2], dtype=bool)
+    frames = len(positions)
+    order = [
+        (first, None),
+        *((i, i - 1) for i in range(first + 1, frames)),
+        *((i, i + 1) for i in range(first - 1, -1, -1)),
+    ]
+    for frame, neighbour in order:
+        bad = bad_vertices(rest, positions[frame], faces, silhouettes[frame])
+        if not bad.any() or bad.all():
+            continue
+        changed[frame] = skin.grown(bad, RINGS)
+        shape = rest if frame == first else result[neighbour]
+        result[frame] = skin.filled(shape, positions[frame], ~changed[frame])
+    return result, changed

@@ -1,0 +1,138 @@
+"""How long a run takes: a guess beforehand, and what its own steps teach while it runs.
+
+Steps of one run cost different amounts (the static phase looks at one frame, distillation renders whole pictures), so
+the mean speed so far is no estimate. What is kept here is how much each part costs *relative* to the others, as
+measured on one machine; how fast this machine is, with this video, is learned from the steps it has done.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a run consists of, in seconds of the reference machine (one thread of an AMD EPYC)."""
+
+    start: float
+    """Start-up and the making of views, before the first step."""
+    steps: Float[np.ndarray, " n"]
+    """Each training step."""
+    rounds: Mapping[int, float] = field(default_factory=dict)
+    """Step before which stage 2 makes new views: how long that takes."""
+    end: float = 0.0
+    """Contact sheet, movies and figures, after the last step."""
+
+    @property
+    def total(self) -> float:
+        """Of the whole run."""
+        return self.start + float(self.steps.sum()) + sum(self.rounds.values()) + self.end
+
+    def until(self, step: int) -> float:
+        """From the first step until `step` steps are done, stage 2 before the next one not counted."""
+        made = sum(seconds for before, seconds in self.rounds.items() if before < step)
+        return float(self.steps[:step].sum()) + made
+
+    def next_stop(self, step: int) -> int:
+        """The end of the phase that a step belongs to: the next round of stage 2, or the last step."""
+        return min((before for before in self.rounds if before > step), default=len(self.steps))
+
+
+STATIC_STEP, MOVING_STEP = 0.05, 0.09
+"""Seconds of a step of sv4d while one frame is fitted, and from then on."""
+STATIC_UNTIL = 0.12
+"""Share of the schedule (`sampling.ScheduleConfig`)."""
+VIEW_SECONDS = 0.012
+"""Of a generated picture of the bundled model."""
+ROUND_SECONDS = 0.046
+"""Of a picture of stage 2, rendered and refined."""
+WARM_STEP, DISTILLING_STEP = 0.2, 1.5
+"""Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
+START_SECONDS, END_SECONDS = 20.0, 24.0
+
+
+def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...]) -> Work:
+    """Of `ns-train sv4d` with the bundled model.
+
+    Args:
+        rounds: the steps before which stage 2 renders and refines all views.
+    """
+    share = np.arange(steps) / max(steps, 1)
+    costs = np.where(share < STATIC_UNTIL, STATIC_STEP, MOVING_STEP)
+    pictures = frames * views
+    return Work(
+        START_SECONDS + VIEW_SECONDS * pictures,
+        costs,
+        {step: ROUND_SECONDS * pictures for step in rounds if step < steps},
+        END_SECONDS,
+    )
+
+
+def distillation_work(steps: int, frames: int, views: int, warm_up: int) -> Work:
+    """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps."""
+    costs = np.where(np.arange(steps) < warm_up, WARM_STEP, DISTILLING_STEP)
+    return Work(START_SECONDS + VIEW_SECONDS * frames * views, costs, end=END_SECONDS)
+
+
+@dataclass
+class Remaining:
+    """The time that is left of a run's training, from its plan and the time its own steps took."""
+
+    work: Work
+    now: Callable[[], float] = time.monotonic
+    _began: tuple[int, float] | None = None
+    """Step and time at which this process began to train."""
+
+    def begin(self, step: int) -> None:
+        """The steps before `step` are done and not to be learned from."""
+        self._began = (step, self.now())
+
+    def after(self, step: int) -> tuple[float, float] | None:
+        """Seconds until the end of the phase and of the run once `step` steps are done; None with nothing to go by."""
+        if self._began is None or step <= self._began[0]:
+            return None
+        first, since = self._began
+        done = self.work.until(step)
+        pace = (self.now() - since) / max(done - self.work.until(first), 1e-9)
+        stop = self.work.next_stop(step - 1)
+        phase = float(self.work.steps[step:stop].sum())
+        return pace * phase, pace * (self.work.total - self.work.start - done)
+
+
+def time_sentence(work: Work | None) -> str:
+    """What to say of a run's time before it begins.
+
+    Args:
+        work: None where nothing is known of the machine, as on a GPU.
+    """
+    if work is None:
+        return "learned from the first steps and shown behind the bar."
+    minutes = max(round(work.total / machine_speed() / 60), 1)
+    return f"about {minutes} min; what the steps themselves teach is shown behind the bar."
+
+
+REFERENCE_GFLOPS = 165.0
+"""What one thread did in float32 matrix products where the figures above come from."""
+THREAD_GAIN = 1.18
+"""How much faster a whole run is with two or more threads than with one (docs/performance.md)."""
+
+
+def machine_speed() -> float:
+    """Speed of this machine with torch's threads, relative to one thread of the reference machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = torch.rand(768, 768)
+        a @ a
+        started = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        gflops = 4 * 2 * 768**3 / (time.perf_counter() - started) / 1e9
+    finally:
+        torch.set_num_threads(threads)
+    return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if threads > 1 else 1.0)

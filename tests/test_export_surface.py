@@ -1,0 +1,197 @@
+"""What the film makes of the surface: outlines, what is drawn inside them, mended skin, cut webs, filled tails."""
+
+import numpy as np
+import pytest
+import trimesh
+
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.colour.raster import rasterise
+from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
+from sv4d_ns.export.surface.carving import carved, completed, silhouettes
+from sv4d_ns.export.surface.extraction import OpacityGrid
+from sv4d_ns.export.surface.mending import mended
+from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
+from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import project_array
+
+PLAN = ViewPlan.ring((90.0,), 0.0)
+SIZE = 128
+
+
+def ball(scale=(0.3, 0.3, 0.3), subdivisions=4):
+    mesh = trimesh.creation.icosphere(subdivisions)
+    return np.asarray(mesh.vertices) * scale, np.asarray(mesh.faces)
+
+
+def filmed(vertices, faces, frame=0, colors=None):
+    """A picture of a mesh at the input camera, coverage by 4 x 4 samples in each pixel."""
+    camera, fine = PLAN.c2w()[0], 4 * SIZE
+    seen = rasterise(*project_array(vertices, camera, PLAN.focal_px(fine), fine), faces, fine)
+    rgba = np.zeros((fine, fine, 4))
+    covered = seen.face >= 0
+    rgba[covered, 3] = 1
+    rgba[covered, :3] = 0.5
+    if colors is not None:
+        rgba[covered, :3] = np.einsum("kj,kjc->kc", seen.barycentric[covered], colors[faces[seen.face[covered]]])
+    rgba = rgba.reshape(SIZE, 4, SIZE, 4, 4).mean(axis=(1, 3))
+    rgba[..., :3] /= np.maximum(rgba[..., 3:], 1e-6)
+    return Picture(np.round(rgba * 255).astype(np.uint8), camera, PLAN.focal_px(1), frame)
+
+
+def overlap(vertices, faces, picture):
+    inside = filmed(vertices, faces).rgba[..., 3] > 127
+    expected = picture.rgba[..., 3] > 127
+    return (inside & expected).sum() / (inside | expected).sum()
+
+
+def test_the_outline_becomes_the_films_and_depth_stays():
+    vertices, faces = ball()
+    target = vertices * [1.0, 1.2, 0.85] + [0.0, 0.02, -0.01]
+    picture = filmed(target, faces)
+    assert overlap(vertices, faces, picture) < 0.8
+    fitted = fitted_to_outlines(vertices[None], faces, [picture])[0]
+    assert overlap(fitted, faces, picture) > 0.985
+    assert np.abs(fitted[:, 0] - vertices[:, 0]).max() < 1e-9  # the camera looks along x
+
+
+def test_an_object_that_the_picture_cuts_off_is_not_drawn_to_the_pictures_edge():
+    vertices, faces = ball((0.3, 0.3, 0.9))
+    fitted = fitted_to_outlines(vertices[None], faces, [filmed(vertices, faces)])[0]
+    assert np.abs(fitted - vertices).max() < 0.01
+
+
+def test_what_is_drawn_on_the_surface_is_registered_too():
+    vertices, faces = ball(subdivisions=5)
+    spots = 0.5 + 0.4 * np.sin(30 * vertices[:, 1]) * np.sin(30 * vertices[:, 2])
+    colors = np.repeat(spots[:, None], 3, axis=1)
+    # the film shows the same ball, its skin turned a little about the line of sight's upright
+    angle = 0.05
+    turned = vertices @ np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    film = filmed(turned, faces, colors=colors)
+    fitted = fitted_to_film(vertices[None], faces, [film], colors)[0]
+    front = vertices[:, 0] > 0.22
+    before, after = (np.abs(x[front, 1] - turned[front, 1]).mean() for x in (vertices, fitted))
+    assert after < 0.35 * before
+    assert overlap(fitted, faces, film) > 0.98
+
+
+def rod():
+    mesh = trimesh.creation.box((0.1, 0.8, 0.1))
+    for _ in range(5):
+        mesh = mesh.subdivide()
+    return np.asarray(mesh.vertices), np.asarray(mesh.faces)
+
+
+def test_drawn_out_skin_keeps_its_shape_and_follows_its_neighbours():
+    vertices, faces = rod()
+    moved = vertices + [0.0, 0.0, 0.1]
+    torn = moved.copy()
+    torn[vertices[:, 1] > 0.3] += [0.0, -0.1, 0.35]  # the end is sent elsewhere: the skin between is drawn out
+    film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
+    result, changed = mended(np.stack([vertices, torn]), vertices, faces, film, 0)
+    assert not changed[0].any() and changed[1][vertices[:, 1] > 0.3].all()
+    assert np.abs(result[1] - moved).max() < 0.02
+    edges = trimesh.Trimesh(vertices, faces, process=False).edges_unique
+    rest, length = (np.linalg.norm(x[edges[:, 0]] - x[edges[:, 1]], axis=-1) for x in (vertices, result[1]))
+    assert (length / rest).max() < 4
+
+
+def test_a_motion_without_faults_is_left_alone():
+    vertices, faces = rod()
+    moved = vertices + [0.0, 0.05, 0.1]
+    film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
+    result, changed = mended(np.stack([vertices, moved]), vertices, faces, film, 0)
+    assert not changed.any()
+    np.testing.assert_array_equal(result, np.stack([vertices, moved]))
+
+
+def grid_of(inside, resolution=64):
+    """An opacity grid over [-0.57, 0.57]^3 that is full where `inside` holds."""
+    axis = np.linspace(-0.57, 0.57, resolution)
+    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
+    low = np.full(3, -0.57)
+    return OpacityGrid(np.where(inside(x, y, z), 0.9, 0.0), low, -low, 0.03)
+
+
+def legs(gap):
+    """A body on two legs, `gap` from the middle each."""
+    parts = [
+        trimesh.creation.box((0.2, 0.5, 0.2), trimesh.transformations.translation_matrix((0, 0, 0.25))),
+        *(
+            trimesh.creation.box((0.2, 0.12, 0.5), trimesh.transformations.translation_matrix((0, side * gap, -0.1)))
+            for side in (-1, 1)
+        ),
+    ]
+    merged = trimesh.util.concatenate(parts)
+    return np.asarray(merged.vertices), np.asarray(merged.faces)
+
+
+def test_a_web_between_legs_is_cut_and_the_legs_stay():
+    def inside(x, y, z):
+        body = (np.abs(x) < 0.1) & (np.abs(y) < 0.25) & (z > 0.15) & (z < 0.35)
+        return body | ((np.abs(x) < 0.1) & (np.abs(y) < 0.17) & (z > -0.35) & (z < 0.2))  # legs and the web between
+
+    grid = grid_of(inside)
+    axis = np.linspace(-0.57, 0.57, 64)
+    nodes = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)[grid.values > 0.5]
+    still, film = np.stack([nodes] * 3), [filmed(*legs(0.11), frame) for frame in range(3)]
+    result, share = carved(grid, grid.values, 0.5, nodes, still, film)
+    y, z = nodes[:, 1], nodes[:, 2]
+    kept = result[grid.values > 0.5] > 0.5
+    assert not kept[(np.abs(y) < 0.02) & (z < 0.05) & (z > -0.3)].any()
+    assert kept[(np.abs(np.abs(y) - 0.11) < 0.03) & (np.abs(z) < 0.3) & (np.abs(nodes[:, 0]) < 0.07)].all()
+    assert 0.02 < share < 0.4
+
+
+def test_what_the_film_needs_is_not_cut_for_a_slip_of_the_motion():
+    def inside(x, y, z):
+        return (np.abs(x) < 0.1) & (np.abs(y) < 0.1) & (np.abs(z) < 0.35)
+
+    grid = grid_of(inside)
+    axis = np.linspace(-0.57, 0.57, 64)
+    nodes = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)[grid.values > 0.5]
+    box = trimesh.creation.box((0.2, 0.2, 0.7))
+    film = [filmed(np.asarray(box.vertices), np.asarray(box.faces), frame) for frame in range(6)]
+    positions = np.stack([nodes] * 6)
+    positions[4:, nodes[:, 2] < -0.2] += [0.0, 0.2, 0.0]  # in two frames of six the foot is put beside the leg
+    result, share = carved(grid, grid.values, 0.5, nodes, positions, film)
+    assert share == 0
+    assert (result[grid.values > 0.5] > 0.5).all()
+
+
+def test_a_tail_of_fog_is_filled_where_the_film_shows_it():
+    def body(x, y, z):
+        return (np.abs(x) < 0.15) & (np.abs(y) < 0.15) & (np.abs(z) < 0.2)
+
+    def tail(x, y, z):
+        return (np.abs(x - 0.05) < 0.03) & (np.abs(z) < 0.03) & (y >= 0.15) & (y < 0.4)
+
+    grid = grid_of(body)
+    axis = np.linspace(-0.57, 0.57, 64)
+    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
+    fog = np.where(tail(x, y, z), 0.1, grid.values)
+    parts = (
+        trimesh.creation.box((0.3, 0.3, 0.4)),
+        trimesh.creation.box((0.06, 0.3, 0.06), trimesh.transformations.translation_matrix((0.05, 0.25, 0))),
+    )
+    merged = trimesh.util.concatenate(parts)
+    film = filmed(np.asarray(merged.vertices), np.asarray(merged.faces))
+    result = completed(grid, fog, 0.5, film)
+    inner = (np.abs(x - 0.05) < 0.02) & (np.abs(z) < 0.02) & (y > 0.17) & (y < 0.37)
+    assert (result[inner] > 0.5).mean() > 0.9
+    far = (result > 0.5) & (y > 0.2)
+    assert np.abs(x[far] - 0.05).max() < 0.07 and np.abs(z[far]).max() < 0.06
+    np.testing.assert_array_equal(completed(grid, grid.values, 0.5, filmed(*ball((0.1, 0.1, 0.1)))), grid.values)
+
+
+@pytest.mark.parametrize("height", [None, 1.8])
+def test_the_lowest_point_of_the_clip_is_the_ground(height):
+    vertices, faces = ball((0.1, 0.1, 0.3))
+    positions = np.stack([vertices + [0, 0, 0.2], vertices * [1, 1, 0.9], vertices + [0, 0, 0.1]]).astype(np.float32)
+    mesh = animated_mesh(positions, faces, np.zeros((len(vertices), 3), np.uint8), np.zeros(len(vertices)), 10)
+    placement = grounded(mesh, height)
+    placed = moved_to(mesh, placement)
+    assert placed.positions[..., 2].min() == pytest.approx(0, abs=1e-6)
+    assert np.ptp(placed.positions[..., 2], axis=1).max() == pytest.approx(height or 0.6, rel=1e-5)
+    back = (placed.positions - np.array([0, 0, placement.lift])) / placement.scale
+    np.testing.assert_allclose(back, positions, atol=1e-5)
