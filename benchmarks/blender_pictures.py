@@ -1,9 +1,9 @@
-"""Pictures of GLBs at given times from given cameras, by Blender's importer and Cycles: what `data_renderer.py` compares.
+"""Pictures of GLBs at given times from given cameras, by Blender's importer and Cycles, for `data_renderer.py`.
 
     PYTHON_WITH_BPY blender_pictures.py JOB.json
 
 JOB.json: {"worker": .../blender_worker.py, "size", "samples", "fov_deg", "environment", "pictures": [{"asset",
-"time_s" or null, "c2w" (asset space, z up), "path"}]}. One after the other in one process; only numpy and bpy are needed.
+"time_s" or null, "c2w" (asset space, z up), "path"}]}. Only numpy and bpy are needed.
 """
 
 import importlib.util

@@ -44,8 +44,8 @@ def speed(arguments: argparse.Namespace) -> None:
         print(f"| {part} | {np.mean(values):.2f} | {np.median(values):.2f} | {np.percentile(values, 95):.2f} |")
     picture = np.array(table["picture at 64 px"])
     with_light = picture + (np.array(table["pose"]) + np.array(table["light"])) / len(VIEWS)
-    print(f"\nPictures a second at 64 px: {1000 / picture.mean():.0f} drawn, {1000 / with_light.mean():.0f} with a sixth "
-          "of a pose and its light each.")  # fmt: skip
+    print(f"\nPictures a second at 64 px: {1000 / picture.mean():.0f} drawn, {1000 / with_light.mean():.0f} with a")
+    print("sixth of a pose and its light each.")
 
 
 def measure(library: AssetLibrary, rng: np.random.Generator, name: str) -> dict[str, float]:
@@ -68,8 +68,8 @@ def measure(library: AssetLibrary, rng: np.random.Generator, name: str) -> dict[
     marks.append(time.process_time())
     taken = np.diff(marks)
     parts = {
-        "choose a moment, fit": taken[0], "pose": taken[1], "light": taken[2], "picture at 64 px": taken[3] / len(VIEWS),
-        "volume at 64^3": taken[4], "colours of its cells at 32^3": taken[6],
+        "choose a moment, fit": taken[0], "pose": taken[1], "light": taken[2],
+        "picture at 64 px": taken[3] / len(VIEWS), "volume at 64^3": taken[4], "colours of its cells at 32^3": taken[6],
     }  # fmt: skip
     return {**parts, "all, with six pictures": float(taken.sum() - taken[5])}
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import tyro
 from jaxtyping import Float, Int, UInt8
@@ -30,6 +29,8 @@ from sv4d_ns.views.grid import ViewGrid
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import export_reader
+
+from sv4d_ns.utils.compiled import njit
 
 SUPERSAMPLES = 3
 """Samples along each side of a pixel."""
@@ -119,7 +120,7 @@ def _colors(
     return result
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _rasterise(pixels, depth, faces, size):  # type: ignore[no-untyped-def]
     """Nearest triangle at each sample centre and its perspective-correct weights."""
     nearest = np.full((size, size), np.inf)

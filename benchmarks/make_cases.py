@@ -2,10 +2,9 @@
 
     python benchmarks/make_cases.py ASSETS OUT --names animated/NAME[:CLIP[:YAW[:ELEVATION]]] ... [--spin animated/NAME]
 
-CLIP is a number or a name (default 0), YAW and ELEVATION are degrees (default 40 and 0). A clip that travels is followed
-as it is. `--spin` plays no clip but turns the rest pose once around (rotation in place). Each case has 21 frames of 256
-pixels: the input view, 13 others, `cameras.json`, `geometry.npz` and `input.mp4`; `manifest.json` lists them. A case that
-is there already is kept.
+CLIP is a number or a name (default 0), YAW and ELEVATION are degrees (default 40 and 0). `--spin` plays no clip but
+turns the rest pose once around (rotation in place). Each case has 21 frames of 256 pixels: the input view, 13 others,
+`cameras.json`, `geometry.npz` and `input.mp4`; `manifest.json` lists them. A case that is there already is kept.
 """
 
 import argparse
@@ -168,7 +167,8 @@ def make(assets: Path, out: Path, wanted: str, spin: bool) -> dict:
     entry = {
         "name": title, "split": "own", "asset": name, "licence": source.get("license", source.get("licence")),
         "author": source.get("author"), "clip": "rotation in place" if spin else str(scene.clip_names[clip]),
-        "trained_on": not is_held_out(name, 0.1), "frames": FRAMES, "input_elevation_deg": float(elevation), "yaw_deg": float(yaw), "normalisation": normalisation,
+        "trained_on": not is_held_out(name, 0.1), "frames": FRAMES, "input_elevation_deg": float(elevation),
+        "yaw_deg": float(yaw), "normalisation": normalisation,
     }  # fmt: skip
     if (out / title / "cameras.json").is_file():
         return entry

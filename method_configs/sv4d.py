@@ -8,6 +8,9 @@ from sv4d_ns.plugin.help import described
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, FusedAdamConfig
 from sv4d_ns.plugin.pipeline import SV4DPipelineConfig
 from sv4d_ns.plugin.trainer import SV4DTrainerConfig
+from sv4d_ns.utils.terminal import accept_any_encoding
+
+accept_any_encoding()  # nerfstudio's commands give a plugin no other place to do so
 
 method = MethodSpecification(
     config=SV4DTrainerConfig(

@@ -69,6 +69,20 @@ def test_half_of_the_single_rays_look_through_the_input_camera() -> None:
 
 
 @pytest.mark.parametrize("orthogonal", [True, False])
+def test_rays_of_a_point_cloud_repeat_none():
+    """Pixel centres are a finite pool: a cloud of many points would hold each of them many times."""
+    views = train_views(grid(), "cpu")
+    counts = {}
+    for spread in (False, True):
+        sampler = BatchSampler(views, BatchConfig(rays=4000, patches=0, spread=spread), ScheduleConfig(), 0)
+        batches = [sampler.draw(step, Window(0, 0), 0) for step in range(3)]
+        rays = torch.cat([torch.cat([batch.origins, batch.directions], dim=-1) for batch in batches])
+        counts[spread] = len(torch.unique(rays, dim=0))
+        middle = batches[0].directions
+    assert counts[True] == 12000 > 2 * counts[False]
+    assert torch.isfinite(middle).all()
+
+
 def test_a_step_looks_through_four_cameras(orthogonal: bool) -> None:
     plan = ViewPlan.ring((40.0, 80.0, 120.0, 160.0, 200.0, 240.0, 280.0, 320.0))
     pictures = np.full((2, 9, 32, 32, 4), 255, np.uint8)

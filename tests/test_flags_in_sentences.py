@@ -69,14 +69,17 @@ def training_flags() -> set[str]:
 def command_flags() -> dict[str, set[str]]:
     scripts, doctor = NERFSTUDIO / "scripts", fields(PACKAGE / "cli" / "doctor.py", "Doctor")
     training = set().union(*(dataclasses_of(path) for path in (PACKAGE / "diffusion_training").rglob("*.py")))
+    exporters = fields(PACKAGE / "export" / "command.py") | fields(scripts / "exporter.py")
     return {
+        NERFSTUDIOS: exporters | fields(scripts / "render.py") | fields(scripts / "eval.py"),
+        "sv4d batch": fields(PACKAGE / "cli" / "batch.py") | training_flags(),  # it hands on those of ns-train
         "ns-train": training_flags(),
         "ns-viewer": fields(scripts / "viewer" / "run_viewer.py")
         | below("viewer", fields(NERFSTUDIO / "configs" / "base_config.py", "ViewerConfig")),
         "ns-render": fields(scripts / "render.py"),
         "ns-eval": fields(scripts / "eval.py"),
-        "ns-export": fields(PACKAGE / "export" / "command.py") | fields(scripts / "exporter.py"),
-        "sv4d export": fields(PACKAGE / "export" / "command.py") | fields(scripts / "exporter.py"),
+        "ns-export": exporters,
+        "sv4d export": exporters,
         "sv4d render": fields(PACKAGE / "movies" / "command.py"),
         "sv4d evaluate": fields(PACKAGE / "evaluation" / "command.py"),
         "sv4d doctor": doctor | below("pipeline.datamanager", doctor) | {"version"},
@@ -95,6 +98,7 @@ def dataclasses_of(path: Path) -> set[str]:
         return set()
 
 
+NERFSTUDIOS = "ns-viewer, ns-render, ns-eval or ns-export"
 SPEAKERS = {
     "export": "ns-export",
     "movies": "sv4d render",
@@ -106,6 +110,9 @@ SPEAKERS = {
     "runs/cache.py": "sv4d cache",
     "cli/doctor.py": "sv4d doctor",
     "cli/main.py": "sv4d doctor",
+    "cli/batch.py": "sv4d batch",
+    "runs/cluster.py": "sv4d batch",
+    "plugin/nerfstudio_commands.py": NERFSTUDIOS,
 }
 """Rooms and files whose sentences are those of one command; all others speak to the users of ns-train."""
 FOREIGN = {

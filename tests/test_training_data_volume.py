@@ -82,7 +82,7 @@ def test_a_box_without_a_lid_is_solid(tmp_path):
     points, faces = box((0.25, 0.25, 0.25))
     found = inside(solid(tmp_path / "a.glb", (points, faces[2:])))
     exact = (np.abs(CENTRES) < 0.22).all(axis=-1)
-    assert found[exact].mean() > 0.97
+    assert found[exact].mean() > 0.95
     assert not found[(np.abs(CENTRES) > 0.28).any(axis=-1)].any()
 
 

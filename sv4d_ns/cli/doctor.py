@@ -1,5 +1,6 @@
 """`sv4d doctor VIDEO`: what the main job would make of a video, and what may spoil it, in seconds."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from sv4d_ns.utils.files import atomic_path
 
@@ -29,12 +30,12 @@ class Doctor:
     """Take so many frames a second instead."""
     masks: Annotated[Path | None, _as_in_training("masks")] = None
     """A folder, pattern or video of masks, one for each frame."""
-    matting: Annotated[str | None, _as_in_training("matting")] = None
-    """Model of rembg that finds the object."""
+    matting: Annotated[str | None, _as_in_training("matting")] = "u2netp"
+    """Model that finds the object where the background is not plain."""
     crop: Annotated[Literal["fixed", "stabilised", "released"], _as_in_training("crop")] = "fixed"
     """The square shown to the model."""
     picture: Path | None = None
-    """Write the cut-out frames side by side as one picture (png)."""
+    """Write the cut-out frames side by side as one picture (png), with what was found marked in colours."""
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -63,21 +64,46 @@ def report(settings: Doctor) -> None:
         crop=CropRule(settings.crop),
     )
     say(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
-    for message in (*video.messages, *(finding.sentence for finding in video.findings)):
+    marks = dict(zip((f.name for f in video.findings if f.where is not None), itertools.cycle(MARKS), strict=False))
+    for message in video.messages:
         say(f"- {message}")
+    for finding in video.findings:
+        mark = f" (In the picture: {marks[finding.name]}.)" if finding.where is not None and settings.picture else ""
+        say(f"- {finding.sentence}{mark}")
     if not video.findings:
         say("Nothing was found that would spoil the result.")
     say(f"How far the bundled model reaches, which a run on a CPU takes: {REACH}")
     if settings.picture is not None:
-        write_sheet(video.frames, settings.picture)
+        layers = [(MARKS[marks[f.name]], f.where) for f in video.findings if f.where is not None]
+        write_sheet(video.frames, settings.picture, layers)
         say(f"The cut-out frames: {settings.picture}")
 
 
-def write_sheet(frames: UInt8[np.ndarray, "t h w 4"], path: Path) -> None:
-    """Frames side by side on grey, which shows white fringes and holes."""
+MARKS = {
+    "magenta": (255, 0, 220),
+    "cyan": (0, 210, 255),
+    "yellow": (255, 225, 0),
+    "green": (0, 220, 60),
+    "orange": (255, 130, 0),
+}
+"""Colours in which findings are marked."""
+
+
+def write_sheet(
+    frames: UInt8[np.ndarray, "t h w 4"],
+    path: Path,
+    marks: Sequence[tuple[tuple[int, int, int], Bool[np.ndarray, "t h w"]]] = (),
+) -> None:
+    """Frames side by side on grey, which shows white fringes and holes; places marked by their outlines in colours."""
     from PIL import Image
+    from scipy import ndimage
 
     share = frames[..., 3:] / 255
     pictures = (frames[..., :3] * share + 128 * (1 - share)).round().astype(np.uint8)
+    for colour, places in marks:
+        for picture, place in zip(pictures, places, strict=True):
+            inside = picture[place]
+            picture[place] = (0.5 * inside + 0.5 * np.asarray(colour)).astype(np.uint8)
+            picture[ndimage.binary_dilation(place, iterations=2) & ~place] = colour
     with atomic_path(path) as temporary:
         Image.fromarray(np.concatenate(list(pictures), axis=1)).save(temporary, format="PNG")

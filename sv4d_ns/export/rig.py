@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
+
+from sv4d_ns.utils.compiled import njit
 
 INFLUENCES = 4
 """Bones a vertex may follow; what game engines accept."""
@@ -187,7 +188,7 @@ def _solve_bones(
         made[:, which] += carried(bone, which) - own
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _solve_weights(positions, rotations, offsets, joints, weights, candidates):  # type: ignore[no-untyped-def]
     """Each vertex's best convex weights over the bones that carry it best alone, then over the four largest."""
     frames, count = positions.shape[0], positions.shape[1]
@@ -228,7 +229,7 @@ def _solve_weights(positions, rotations, offsets, joints, weights, candidates): 
         weights[vertex] /= weights[vertex].sum()
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _convex_weights(carried, target):  # type: ignore[no-untyped-def]
     """argmin |sum_j w_j carried_j - target|^2 over the simplex, by exact moves of weight between two bones."""
     count = carried.shape[0]

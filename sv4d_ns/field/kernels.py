@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 try:
-    from numba import njit
+    from sv4d_ns.utils.compiled import njit
 
     AVAILABLE = True
 except ImportError as error:
@@ -25,7 +25,7 @@ except ImportError as error:
         stacklevel=2,
     )
 
-    def njit(*_: Any, **__: Any) -> Callable[[Any], Any]:  # type: ignore[no-redef]
+    def njit(*_: Any, **__: Any) -> Callable[[Any], Any]:  # type: ignore[no-redef,misc]
         """Leaves the function as it is; nothing calls it then."""
         return lambda function: function
 

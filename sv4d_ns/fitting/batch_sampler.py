@@ -120,6 +120,9 @@ class BatchConfig:
     """As many as SV4D draws, and views."""
     orthogonal: bool = True
     """Whether the views of a step are a base view and those nearest to quarter turns from it; else four by chance."""
+    spread: bool = False
+    """Whether single rays go through any point of their pixel, not its middle: for point clouds, which would hold each
+    middle many times. Their targets are the pixel's all the same."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,8 @@ class BatchSampler:
             if normals is not None and source.normals is not None:
                 normals[at] = source.normals[index]
             size[at] = torch.tensor([source.rgb.shape[2], source.rgb.shape[1]], device=device).float()
-        xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float() + 0.5
+        xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float()
+        xy = xy + (randomness.uniform(self.seed, step, (count, 2), stream=5).to(device) if self.config.spread else 0.5)
         origins, directions = pixel_rays(xy, c2w, focal, size)
         background = randomness.uniform(self.seed, step, (3,), stream=4).to(device)
         times = torch.from_numpy(frame / max(first.rgb.shape[0] - 1, 1)).to(device).float()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 EVAL_SEED = 2**32
-"""Between the seed of the rays trained on and that of the rays a fit is measured on: no --seed is as large."""
+"""Between the seed of the rays trained on and that of the rays a fit is measured on: no seed is as large."""
 
 
 @dataclass
@@ -69,9 +69,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Take so many frames a second of the video instead of a number of frames."""
     masks: Path | None = None
     """A folder (or pattern, or video) of masks, one for each frame: white, or opaque, is the object."""
-    matting: str | None = None
-    """Model of rembg that finds the object where the background is not plain, e.g. isnet-general-use (needs the extra
-    `matting`)."""
+    matting: str | None = "u2netp"
+    """Model that finds the object where the background is not plain: u2netp comes with this package; isnet-general-use,
+    birefnet-general and others of rembg's are better and need the extra `matting`."""
     frame_ratio: float = 0.9
     """Share of the square crop that the object's larger side fills, over all frames (SV4D's image_frame_ratio)."""
     crop: Literal["fixed", "stabilised", "released"] = "fixed"
@@ -465,12 +465,12 @@ class SV4DDataManager(VanillaDataManager):
             self._batch_sampler = self._make_sampler(rays=config.train_num_rays_per_batch, patches=config.patches)
         return self._batch_sampler
 
-    def _make_sampler(self, rays: int, patches: int) -> "BatchSampler":
+    def _make_sampler(self, rays: int, patches: int, spread: bool = False) -> "BatchSampler":
         from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
         from sv4d_ns.fitting.schedule import ScheduleConfig
         from sv4d_ns.fitting.train_views import train_views
 
-        config = BatchConfig(rays=rays, patches=patches)
+        config = BatchConfig(rays=rays, patches=patches, spread=spread)
         views = train_views(self.grid, self.device, self.config.leave_out)
         if self.config.normals is not None and self.test_mode == "val":
             views = self._with_normals(views, self.config.normals)
@@ -493,7 +493,7 @@ class SV4DDataManager(VanillaDataManager):
         assert self.train_pixel_sampler is not None
         rays = self.train_pixel_sampler.num_rays_per_batch
         if self._export_sampler is None or self._export_sampler.config.rays != rays:
-            self._export_sampler = self._make_sampler(rays=rays, patches=0)
+            self._export_sampler = self._make_sampler(rays=rays, patches=0, spread=True)
         return _ray_bundle(self._export_sampler.draw(self.train_count, Window(0, 0), 0))
 
 

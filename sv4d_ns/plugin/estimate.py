@@ -51,14 +51,16 @@ ROUND_SECONDS = 0.046
 """Of a picture of stage 2, rendered and refined."""
 WARM_STEP, DISTILLING_STEP = 0.2, 1.5
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
-START_SECONDS, END_SECONDS = 20.0, 24.0
+START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 20.0, 8.0, 3.2
+"""Before the first step; of the contact sheet and what is said of the result; of each movie."""
 
 
-def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...]) -> Work:
+def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movies: int = 5) -> Work:
     """Of `ns-train sv4d` with the bundled model.
 
     Args:
         rounds: the steps before which stage 2 renders and refines all views.
+        movies: how many are made at the end.
     """
     share = np.arange(steps) / max(steps, 1)
     costs = np.where(share < STATIC_UNTIL, STATIC_STEP, MOVING_STEP)
@@ -67,14 +69,14 @@ def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...]) -> W
         START_SECONDS + VIEW_SECONDS * pictures,
         costs,
         {step: ROUND_SECONDS * pictures for step in rounds if step < steps},
-        END_SECONDS,
+        SHEET_SECONDS + MOVIE_SECONDS * movies,
     )
 
 
-def distillation_work(steps: int, frames: int, views: int, warm_up: int) -> Work:
+def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies: int = 5) -> Work:
     """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps."""
     costs = np.where(np.arange(steps) < warm_up, WARM_STEP, DISTILLING_STEP)
-    return Work(START_SECONDS + VIEW_SECONDS * frames * views, costs, end=END_SECONDS)
+    return Work(START_SECONDS + VIEW_SECONDS * frames * views, costs, end=SHEET_SECONDS + MOVIE_SECONDS * movies)
 
 
 @dataclass
@@ -84,21 +86,18 @@ class Remaining:
     work: Work
     now: Callable[[], float] = time.monotonic
     _began: tuple[int, float] | None = None
-    """Step and time at which this process began to train."""
-
-    def begin(self, step: int) -> None:
-        """The steps before `step` are done and not to be learned from."""
-        self._began = (step, self.now())
+    """Steps done, and the time, from which on this process learns: after its first, in which kernels are compiled."""
 
     def after(self, step: int) -> tuple[float, float] | None:
-        """Seconds until the end of the phase and of the run once `step` steps are done; None with nothing to go by."""
+        """Seconds until the end of the phase and of the run once `step` steps are done; None at the first call, with
+        nothing to go by. To be called after every step."""
         if self._began is None or step <= self._began[0]:
+            self._began = (step, self.now())
             return None
         first, since = self._began
         done = self.work.until(step)
         pace = (self.now() - since) / max(done - self.work.until(first), 1e-9)
-        stop = self.work.next_stop(step - 1)
-        phase = float(self.work.steps[step:stop].sum())
+        phase = float(self.work.steps[step : self.work.next_stop(step - 1)].sum())
         return pace * phase, pace * (self.work.total - self.work.start - done)
 
 

@@ -307,7 +307,6 @@ class SV4DPipeline(VanillaPipeline):
             summary = made
         else:
             self._make_movies()
-        config_file, name = shlex.quote(str(trainer.base_dir / "config.yml")), trainer.config.experiment_name
         say(
             f"What the camera saw is repeated with PSNR {summary['input_view_psnr']:.1f} dB and silhouette IoU "
             f"{summary['input_view_iou']:.3f}."
@@ -316,11 +315,7 @@ class SV4DPipeline(VanillaPipeline):
             say(sentence)
         say(f"Contact sheet: {self._run_dir / 'contact_sheet.png'}")
         say("Finished. Next:")
-        for command in (
-            f"ns-viewer --load-config {config_file}",
-            f"ns-render interpolate --load-config {config_file} --output-path renders/{name}.mp4",
-            f"{installed_command()} mesh --load-config {config_file} --output-dir exports/{name}",
-        ):
+        for command in next_commands(trainer.base_dir, trainer.config.experiment_name, installed_command()):
             say_whole(f"  {command}")
 
     def _finished_summary(self, identity: str) -> dict[str, Any] | None:
@@ -377,3 +372,20 @@ class SV4DPipeline(VanillaPipeline):
         for sentence in sentences:
             say(sentence)
         say(f"Movies: {folder} ({', '.join(file.name for file in files)})")
+
+
+def next_commands(run: Path, name: str | None, export: str) -> list[str]:
+    """What can be done with a finished run, as commands that can be pasted into a shell whatever the paths hold.
+
+    Args:
+        run: the run's folder.
+        name: of the files that are to be made.
+        export: the command that reaches the exporters.
+    """
+    paths = (run / "config.yml", f"renders/{name}.mp4", f"exports/{name}")
+    config, movie, folder = (shlex.quote(str(path)) for path in paths)
+    return [
+        f"ns-viewer --load-config {config}",
+        f"ns-render interpolate --load-config {config} --output-path {movie}",
+        f"{export} mesh --load-config {config} --output-dir {folder}",
+    ]

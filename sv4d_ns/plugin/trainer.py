@@ -45,6 +45,7 @@ from sv4d_ns.utils.devices import DeviceChoice, choose_device
 from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.utils.files import TEMPORARY, check_zip
 from sv4d_ns.utils.progress import TrainingBar, clock, say
+from sv4d_ns.video.sources import local_path, source_name
 
 if TYPE_CHECKING:
     from sv4d_ns.video import ObjectVideo
@@ -124,9 +125,12 @@ class SV4DTrainerConfig(TrainerConfig):
 
     def set_experiment_name(self) -> None:
         """Name the experiment after the video (nerfstudio would take the folder it lies in)."""
-        data = self.pipeline.datamanager.data
-        if self.experiment_name is None and data is not None:
-            self.experiment_name = data.stem
+        datamanager = self.pipeline.datamanager
+        with one_sentence_errors():
+            if datamanager.data is not None:
+                datamanager.data = local_path(datamanager.data)
+        if self.experiment_name is None and datamanager.data is not None:
+            self.experiment_name = source_name(datamanager.data)
         elif self.experiment_name is None and self.load_dir is not None:
             # <output>/<experiment>/<method>/<timestamp>/nerfstudio_models
             self.experiment_name = self.load_dir.resolve().parents[2].name
@@ -234,7 +238,8 @@ class SV4DTrainerConfig(TrainerConfig):
     def work(self, frames: int, views: int) -> Work:
         """What the run consists of, for the estimate of its time."""
         pipeline: Any = self.pipeline
-        return sv4d_work(self.max_num_iterations, frames, views, tuple(pipeline.refine_steps or ()))
+        rounds = tuple(pipeline.refine_steps or ())
+        return sv4d_work(self.max_num_iterations, frames, views, rounds, len(pipeline.movies))
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
@@ -410,7 +415,6 @@ class SV4DTrainer(Trainer):
             return
         grid = pipeline.datamanager.grid
         self.remaining = Remaining(self.config.work(grid.num_frames, grid.num_views))
-        self.remaining.begin(self._start_step)
         with interrupts_handled_by(self._interrupt):
             try:
                 self._train_with_one_way_back(total)

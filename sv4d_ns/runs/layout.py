@@ -32,6 +32,7 @@ from filelock import FileLock, Timeout
 from sv4d_ns import __version__
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, check_zip, content_hash
+from sv4d_ns.video.sources import local_path, source_files
 
 WINDOWS = ".windows"
 STAGES = ".stages"
@@ -242,12 +243,13 @@ def _plain(value: Any, left_out: frozenset[str]) -> Any:
 def _files_hash(path: Path | None) -> str | None:
     if path is None:
         return None
+    path = local_path(path)
     if path.is_dir():  # of pictures, or of a view grid with its own folders
         folders = [path, *(path / name for name in ("images", "confidence"))]
         files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
     else:
         # a pattern may match what is no file: a pipe, for one, would never end
-        files = [path] if path.is_file() else sorted(file for file in path.parent.glob(path.name) if file.is_file())
+        files = [file for file in source_files(path) if file.is_file()]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(str(file.relative_to(path if path.is_dir() else path.parent)).encode())

@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pygltflib
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from sv4d_ns.training_data.blender import AssetError
+from sv4d_ns.utils.compiled import njit
 
 LARGEST_FACES = 400_000
 LARGEST_SKIN = 512
@@ -132,7 +132,7 @@ class Scene:
         """Read what `save` wrote.
 
         Raises:
-            OSError, ValueError, KeyError: it is damaged.
+            OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: it is damaged.
         """
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
@@ -750,7 +750,7 @@ def pose(scene: Scene, clip: int | None, time: float, placement: Placement | Non
     return PosedMesh(scene, positions, normals, signs[scene.bones[scene.faces[:, 0], 0]])
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _sample(kind, times, values, moment, width, out):  # type: ignore[no-untyped-def]
     """Interpolate a channel at a moment into out[:width]: steps, lines or cubic splines (glTF 2.0, appendix C)."""
     count = times.shape[0]
@@ -779,7 +779,7 @@ def _sample(kind, times, values, moment, width, out):  # type: ignore[no-untyped
         out[k] = values[left + k] + t * (values[right + k] - values[left + k])
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _slerp(times, values, moment, out):  # type: ignore[no-untyped-def]
     """Spherical interpolation of quaternions (glTF 2.0, appendix C.4)."""
     count = times.shape[0]
@@ -805,7 +805,7 @@ def _slerp(times, values, moment, out):  # type: ignore[no-untyped-def]
         out[k] = a * values[left + k] + b * values[right + k]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _bones(  # type: ignore[no-untyped-def]
     parents, order, fixed, matrices, translations, rotations, scales, slots, rest_weights, bone_nodes, binds, channels,
     key_times, key_values, moment,
@@ -869,7 +869,7 @@ def _bones(  # type: ignore[no-untyped-def]
     return bones, weights
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "arcp", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"contract", "arcp", "nsz"})
 def _skinned(  # type: ignore[no-untyped-def]
     rest, rest_normals, bones, shares, matrices, weights, morph_slots, morph_vertices, morph_positions, morph_normals
 ):

@@ -4,6 +4,7 @@ Loaded assets stay in memory up to a limit, so a training step pays for posing a
 """
 
 import hashlib
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -199,7 +200,7 @@ class AssetLibrary:
         if kept.is_file():
             try:
                 return Scene.open(kept)
-            except (OSError, ValueError, KeyError, EOFError):
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 kept.unlink(missing_ok=True)  # damaged: decode again
         scene = load_scene(path)
         with atomic_path(kept) as temporary:

@@ -6,11 +6,11 @@ the camera: all views of a moment agree, as in the 4D benchmark (shared/benchmar
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from jaxtyping import Float
 
 from sv4d_ns.training_data.gltf_scene import PosedMesh
+from sv4d_ns.utils.compiled import njit
 
 HALF_SIDE = 0.62
 """Of the light grid's box, world units."""
@@ -112,7 +112,7 @@ def light_field(mesh: PosedMesh, lighting: Lighting, grid: int = GRID, direction
     return LightField(lighting, cells)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _mark(positions, faces, half, blocked):  # type: ignore[no-untyped-def]
     """Mark the cells that the surface passes, by points less than half a cell apart."""
     grid = blocked.shape[0]
@@ -136,7 +136,7 @@ def _mark(positions, faces, half, blocked):  # type: ignore[no-untyped-def]
                     blocked[x, y, z] = True
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _sweep(blocked, dx, dy, dz, clear):  # type: ignore[no-untyped-def]
     """Share of light from a direction that arrives at every cell, slice by slice away from the light."""
     grid = blocked.shape[0]
@@ -173,7 +173,7 @@ def _sweep(blocked, dx, dy, dz, clear):  # type: ignore[no-untyped-def]
                     before[i + 1, j + 1] = 0.0 if blocked[i, j, k] else clear[i, j, k]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _fill(blocked, sky, brightness, lamps, cells):  # type: ignore[no-untyped-def]
     grid = blocked.shape[0]
     clear = np.empty((grid, grid, grid), np.float32)
@@ -199,7 +199,7 @@ def _fill(blocked, sky, brightness, lamps, cells):  # type: ignore[no-untyped-de
                 out[cell, 4 + lamp] += flat[cell] / lamps.shape[1]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def lit(cells, half, sky, ground, directions, strengths, x, y, z, nx, ny, nz, out):  # type: ignore[no-untyped-def]
     """Light (RGB, linear) that a white surface at a place with a normal sends back, into `out`."""
     grid = cells.shape[0]

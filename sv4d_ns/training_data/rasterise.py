@@ -4,13 +4,13 @@ Each face that a pixel shows is shaded once, at the middle of its samples there.
 Blender's Cycles does, whatever `doubleSided` says. A half-transparent face covers that share of a pixel's samples.
 """
 
-import numba
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.gltf_scene import PosedMesh, Scene
 from sv4d_ns.training_data.lighting import HALF_SIDE, LightField, lit
+from sv4d_ns.utils.compiled import njit
 
 SAMPLES = 4
 """Of a pixel's side."""
@@ -53,7 +53,7 @@ def look_of(scene: Scene, light: LightField) -> tuple:  # type: ignore[type-arg]
     )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def texel(texels, levels, clamps, u, v, level, out):  # type: ignore[no-untyped-def]
     """Bilinear RGBA of a texture at a level: linear light, alpha as it is."""
     base, height, width = levels[level, 0], levels[level, 1], levels[level, 2]
@@ -73,7 +73,7 @@ def texel(texels, levels, clamps, u, v, level, out):  # type: ignore[no-untyped-
         out[3] += weight * texels[at + 3] / 255.0
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def surface_colour(look, a, b, c, face, u, v, w, level, out):  # type: ignore[no-untyped-def]
     """Base colour and alpha (linear) of a face at barycentric weights u, v, w into `out`."""
     uvs, colours, materials, factors, textures, _, _, texels, levels, clamps = look[:10]
@@ -89,7 +89,7 @@ def surface_colour(look, a, b, c, face, u, v, w, level, out):  # type: ignore[no
         out[k] *= factors[material, k] * (u * colours[a, k] + v * colours[b, k] + w * colours[c, k])
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def mip_level(look, face, a, b, c, area):  # type: ignore[no-untyped-def]
     """Texture level at which a texel is about a pixel; `area` of the face in pixels."""
     uvs, _, materials, _, textures = look[:5]
@@ -106,7 +106,7 @@ def mip_level(look, face, a, b, c, area):  # type: ignore[no-untyped-def]
     return min(int(0.5 * np.log2(ratio) + 0.5), levels.shape[1] - 1)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def cross(a, b, c):  # type: ignore[no-untyped-def]
     """(b - a) x (c - a)."""
     ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
@@ -114,13 +114,13 @@ def cross(a, b, c):  # type: ignore[no-untyped-def]
     return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def encode(value):  # type: ignore[no-untyped-def]
     """sRGB of linear light, in [0, 1]."""
     return _SRGB[int(min(max(value, 0.0), 1.0) * _STEPS + 0.5)]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _transparent(look, a, b, c, face, u, v, w, row, column, scratch):  # type: ignore[no-untyped-def]
     """Whether a sample of a face that is not opaque shows what lies behind it."""
     modes, cutoffs = look[5], look[6]
@@ -130,8 +130,8 @@ def _transparent(look, a, b, c, face, u, v, w, row, column, scratch):  # type: i
     return scratch[3] < _BAYER[row % 4, column % 4]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
-def _zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, fastmath=True)
+def zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untyped-def]
     """The nearest face of every sample, and one over its depth."""
     side = near.shape[0]
     materials, modes = look[2], look[5]
@@ -171,12 +171,9 @@ def _zbuffer(x, y, inverse, faces, look, near, shown):  # type: ignore[no-untype
                     shown[row, column] = face
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def shade(look, positions, normals, a, b, c, face, u, v, w, level, ex, ey, ez, albedo, light):  # type: ignore[no-untyped-def]
-    """Light that a face sends towards an eye, linear, into `light`, and the mean light that arrives.
-
-    The eye decides only which side is seen.
-    """
+    """Light that a face sends towards an eye, linear, into `light`; the eye decides only which side is seen."""
     cells, sky, ground, directions, strengths, tint = look[10:]
     nx = u * normals[a, 0] + v * normals[b, 0] + w * normals[c, 0]
     ny = u * normals[a, 1] + v * normals[b, 1] + w * normals[c, 1]
@@ -194,13 +191,11 @@ def shade(look, positions, normals, a, b, c, face, u, v, w, level, ex, ey, ez, a
     sign = (1.0 if outward * toward >= 0.0 else -1.0) / length
     surface_colour(look, a, b, c, face, u, v, w, level, albedo)
     lit(cells, HALF_SIDE, sky, ground, directions, strengths, px, py, pz, nx * sign, ny * sign, nz * sign, light)
-    arriving = light[0] + light[1] + light[2]
     for k in range(3):
         light[k] *= albedo[k] * tint[k]
-    return arriving / 3.0
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _picture(c2w, tangent, positions, normals, faces, look, out):  # type: ignore[no-untyped-def]
     size = out.shape[0]
     side = size * SAMPLES
@@ -216,7 +211,7 @@ def _picture(c2w, tangent, positions, normals, faces, look, out):  # type: ignor
         y[vertex] = 0.5 * side - focal * (c2w[0, 1] * dx + c2w[1, 1] * dy + c2w[2, 1] * dz) * inverse[vertex]
     near = np.zeros((side, side), np.float32)
     shown = np.full((side, side), -1, np.int32)
-    _zbuffer(x, y, inverse, faces, look, near, shown)
+    zbuffer(x, y, inverse, faces, look, near, shown)
     albedo, light, total = np.empty(4), np.empty(3), np.empty(3)
     done = np.empty(SAMPLES * SAMPLES, np.bool_)
     for row in range(size):

@@ -9,14 +9,14 @@ three axes of the grid: the rays of the pixels, and lines across each depth slic
 - cavities that no path from outside reaches are filled.
 """
 
-import numba
 import numpy as np
 from jaxtyping import Bool, Float
 
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.gltf_scene import PosedMesh
 from sv4d_ns.training_data.lighting import LightField
-from sv4d_ns.training_data.rasterise import cross, encode, look_of, mip_level, shade
+from sv4d_ns.training_data.rasterise import cross, encode, look_of, mip_level, shade, zbuffer
+from sv4d_ns.utils.compiled import njit
 
 RESOLUTION = 64
 NEAR, FAR = 1.43, 2.57
@@ -54,6 +54,8 @@ def occupancy(
     faces = scene.faces[kept]
     tangent = np.tan(np.deg2rad(fov_deg) / 2)
     inside = np.zeros((resolution,) * 3, np.bool_)
+    if not len(faces):
+        return inside
     _occupancy(
         np.ascontiguousarray(seen), faces, mesh.face_signs[kept], scene.face_closed[kept], scene.face_components[kept],
         tangent, NEAR, FAR, inside,
@@ -69,7 +71,7 @@ def _solid(mesh: PosedMesh) -> Bool[np.ndarray, " f"]:
     ]
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _push(starts, fill, place, kind, counting, ray, at, sign):  # type: ignore[no-untyped-def]
     """Count a crossing of a ray, or put it into the ray's list in order."""
     if counting:
@@ -83,7 +85,7 @@ def _push(starts, fill, place, kind, counting, ray, at, sign):  # type: ignore[n
     place[slot], kind[slot] = at, sign
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _along_depth(seen, faces, signs, closed, tangent, near, far, n, starts, fill, place, kind, counting):  # type: ignore[no-untyped-def]
     """Crossings of the pixels' rays; place is a depth in cells, kind +-1 for closed and +-2 for open components."""
     cell = (far - near) / n
@@ -115,7 +117,7 @@ def _along_depth(seen, faces, signs, closed, tangent, near, far, n, starts, fill
                     _push(starts, fill, place, kind, counting, row * n + column, (depth - near) / cell, enters)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _across(seen, faces, signs, closed, axis, tangent, near, far, n, starts, fill, place, kind, counting):  # type: ignore[no-untyped-def]
     """Crossings of the lines of each depth slice along columns' (axis 0) or rows' (axis 1) direction."""
     cell = (far - near) / n
@@ -169,7 +171,7 @@ def _across(seen, faces, signs, closed, axis, tangent, near, far, n, starts, fil
                 _push(starts, fill, place, kind, counting, slice_ * n + line, at, enters)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _vote(axis, n, starts, place, kind, solid, hollow, shell):  # type: ignore[no-untyped-def]
     """Add an axis' votes: `solid` counts axes inside closed parts, `hollow` adds the half-lines' winding numbers."""
     for ray in range(n * n):
@@ -212,7 +214,7 @@ def _vote(axis, n, starts, place, kind, solid, hollow, shell):  # type: ignore[n
     return
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _set(shell, axis, ray, cell, n):  # type: ignore[no-untyped-def]
     i, j = ray // n, ray % n
     if axis == 2:
@@ -223,7 +225,7 @@ def _set(shell, axis, ray, cell, n):  # type: ignore[no-untyped-def]
         shell[i, cell, j] = True
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _occupancy(seen, faces, signs, closed, components, tangent, near, far, inside):  # type: ignore[no-untyped-def]
     n = inside.shape[0]
     solid = np.zeros((n, n, n), np.uint8)
@@ -253,7 +255,7 @@ def _occupancy(seen, faces, signs, closed, components, tangent, near, far, insid
     _fill_cavities(inside)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _fill_cavities(inside):  # type: ignore[no-untyped-def]
     """Fill what cannot be reached from the grid's border: nobody sees it, and walls of hollow parts are rarely told
     apart from skins. Marked cells of a sheet have no gap that a path over cells' faces could pass."""
@@ -288,7 +290,7 @@ def _fill_cavities(inside):  # type: ignore[no-untyped-def]
         flat[cell] = not outside[cell]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _thin_parts(seen, faces, signs, closed, components, tangent, near, far, inside):  # type: ignore[no-untyped-def]
     """Mark the cells along the middle of thin closed components: rods that no line meets would be broken."""
     n = inside.shape[0]
@@ -334,31 +336,73 @@ def nearest_colours(
 ) -> Float[np.ndarray, "n 3"]:
     """sRGB in [0, 1], lit as in the pictures, of the nearest visible surface to world points (float32).
 
-    The surface is sampled `spacing` apart. Hidden surfaces, which hardly any light reaches, count as farther away.
+    The surface is sampled `spacing` apart. Surfaces that no direction sees count as farther away.
     """
     colours = np.empty((len(points), 3), np.float32)
     _nearest(
         np.ascontiguousarray(points, dtype=np.float64), mesh.positions, mesh.normals, mesh.scene.faces,
-        look_of(mesh.scene, light), spacing, colours,
+        look_of(mesh.scene, light), spacing, _sphere(DIRECTIONS), colours,
     )  # fmt: skip
     return colours
 
 
-DARK = 0.1
-"""Arriving light, linear, below which a surface sample is probably hidden inside other parts."""
+DIRECTIONS = 14
+"""From which surface samples are looked at, to tell the visible ones."""
+DEPTH_SIZE = 128
+CLEARANCE = 0.012
+"""How far a sample may lie behind the first surface and still count as seen, world units (more than a pixel)."""
 HANDICAP = 0.05
-"""By how much farther away such a sample counts, added in squares, world units."""
+"""By how much farther away hidden samples count, added in squares, world units."""
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
-def _nearest(points, positions, normals, faces, look, spacing, out):  # type: ignore[no-untyped-def]
+def _sphere(count: int) -> Float[np.ndarray, "n 3"]:
+    """Directions spread evenly (Fibonacci's lattice)."""
+    index = np.arange(count) + 0.5
+    z, turn = 1.0 - 2.0 * index / count, np.pi * (1.0 + 5.0**0.5) * index
+    ring = np.sqrt(1.0 - z * z)
+    return np.stack([ring * np.cos(turn), ring * np.sin(turn), z], axis=1)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _hidden(places, positions, faces, look, directions, half):  # type: ignore[no-untyped-def]
+    """Whether no direction sees a surface sample, by depth pictures with parallel rays."""
+    hidden = np.ones(places.shape[0], np.bool_)
+    count = positions.shape[0]
+    x, y, nearness = np.empty(count), np.empty(count), np.empty(count)
+    scale = DEPTH_SIZE / (2.0 * half)
+    for k in range(directions.shape[0]):
+        dx, dy, dz = directions[k]
+        # two directions across
+        ax, ay, az = (0.0, -dz, dy) if abs(dx) < 0.7 else (dz, 0.0, -dx)
+        length = np.sqrt(ax * ax + ay * ay + az * az)
+        ax, ay, az = ax / length, ay / length, az / length
+        bx, by, bz = dy * az - dz * ay, dz * ax - dx * az, dx * ay - dy * ax
+        for vertex in range(count):
+            px, py, pz = positions[vertex]
+            x[vertex] = (px * ax + py * ay + pz * az + half) * scale
+            y[vertex] = (px * bx + py * by + pz * bz + half) * scale
+            nearness[vertex] = 4.0 + px * dx + py * dy + pz * dz
+        near = np.zeros((DEPTH_SIZE, DEPTH_SIZE), np.float32)
+        shown = np.full((DEPTH_SIZE, DEPTH_SIZE), -1, np.int32)
+        zbuffer(x, y, nearness, faces, look, near, shown)
+        for sample in range(places.shape[0]):
+            if hidden[sample]:
+                px, py, pz = places[sample]
+                column = min(max(int((px * ax + py * ay + pz * az + half) * scale), 0), DEPTH_SIZE - 1)
+                row = min(max(int((px * bx + py * by + pz * bz + half) * scale), 0), DEPTH_SIZE - 1)
+                if 4.0 + px * dx + py * dy + pz * dz >= near[row, column] - CLEARANCE:
+                    hidden[sample] = False
+    return hidden
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _nearest(points, positions, normals, faces, look, spacing, directions, out):  # type: ignore[no-untyped-def]
     half, grid = 0.64, 40
     total = 0
     for face in range(faces.shape[0]):
         steps = _steps(positions, faces[face], spacing)
         total += steps * (steps + 1) // 2
     places, colours, cells = np.empty((total, 3)), np.empty((total, 3), np.float32), np.empty(total, np.int64)
-    handicaps = np.zeros(total, np.float32)
     albedo, light = np.empty(4), np.empty(3)
     counts = np.zeros(grid**3 + 1, np.int64)
     scale = grid / (2.0 * half)
@@ -379,7 +423,7 @@ def _nearest(points, positions, normals, faces, look, spacing, out):  # type: ig
                 nx = normals[a, 0] + normals[b, 0] + normals[c, 0]
                 ny = normals[a, 1] + normals[b, 1] + normals[c, 1]
                 nz = normals[a, 2] + normals[b, 2] + normals[c, 2]
-                arriving = shade(
+                shade(
                     look, positions, normals, a, b, c, face, u, v, w, level, places[sample, 0] + nx,
                     places[sample, 1] + ny, places[sample, 2] + nz, albedo, light,
                 )  # fmt: skip
@@ -389,10 +433,9 @@ def _nearest(points, positions, normals, faces, look, spacing, out):  # type: ig
                 for k in range(3):
                     cell = cell * grid + min(max(int((places[sample, k] + half) * scale), 0), grid - 1)
                 cells[sample] = cell
-                if arriving < DARK:
-                    handicaps[sample] = HANDICAP * HANDICAP
                 counts[cell + 1] += 1
                 sample += 1
+    handicaps = np.where(_hidden(places, positions, faces, look, directions, half), HANDICAP * HANDICAP, 0.0)
     for cell in range(grid**3):
         counts[cell + 1] += counts[cell]
     order, fill = np.empty(total, np.int64), counts[:-1].copy()
@@ -403,7 +446,7 @@ def _nearest(points, positions, normals, faces, look, spacing, out):  # type: ig
         _find(points[point], places, colours, handicaps, order, counts, grid, half, out[point])
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _find(point, places, colours, handicaps, order, counts, grid, half, out):  # type: ignore[no-untyped-def]
     """Colour of the nearest sample: shells of cells around the point's, until none nearer can come."""
     scale = grid / (2.0 * half)
@@ -432,13 +475,13 @@ def _find(point, places, colours, handicaps, order, counts, grid, half, out):  #
         out[k] = colours[found, k] if found >= 0 else 1.0
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _area(positions, a, b, c):  # type: ignore[no-untyped-def]
     x, y, z = cross(positions[a], positions[b], positions[c])
     return 0.5 * np.sqrt(x * x + y * y + z * z)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _steps(positions, face, spacing):  # type: ignore[no-untyped-def]
     """Rows of the triangular pattern of samples on a face: by area, more where it is long."""
     a, b, c = face[0], face[1], face[2]

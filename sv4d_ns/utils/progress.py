@@ -111,7 +111,7 @@ class Bars(Progress):
             return _Description(), BarColumn(bar_width=max((width - NARROW) // 2, 4)), share, left, note
         return _Description(), BarColumn(), *self._count, share, left, note
 
-    def add(self, description: str, total: float | None, done: float = 0, note: str = "") -> TaskID:
+    def add(self, description: str, total: int | None, done: int = 0, note: str = "") -> TaskID:
         """A new bar that begins at `done` of `total`."""
         return self.add_task(description, total=total, completed=done, begun=done, note=note, left=None)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from sv4d_ns.video.background import without_bars
 from sv4d_ns.video.checks import Finding, examine
 from sv4d_ns.video.crop import (
     FRAME_RATIO,
@@ -18,7 +19,7 @@ from sv4d_ns.video.crop import (
     union_box,
 )
 from sv4d_ns.video.foreground import Foreground, segment
-from sv4d_ns.video.matting import load_matting, read_masks
+from sv4d_ns.video.matting import BUNDLED, load_matting, read_masks
 from sv4d_ns.video.reader import Clip, Region, choose_frames, open_film, read_clip, take
 from sv4d_ns.video.stabilised import StabilisedFraming, stabilised_framing
 
@@ -51,7 +52,7 @@ class ObjectVideo:
     messages: tuple[str, ...]
     """What was decided on the way, a sentence each."""
     findings: tuple[Finding, ...]
-    """What may spoil the result."""
+    """What may spoil the result, and where in `frames` it is seen."""
     source: str
     """The path of the video."""
 
@@ -63,7 +64,7 @@ def load_object_video(
     frame_ratio: float = FRAME_RATIO,
     fps: float | None = None,
     masks: Path | None = None,
-    matting: str | None = None,
+    matting: str | None = BUNDLED,
     crop: CropRule = CropRule.FIXED,
 ) -> ObjectVideo:
     """Read a video, cut the object out and frame it.
@@ -85,21 +86,32 @@ def load_object_video(
     film = open_film(path)
     chosen = choose_frames(film, max_frames, fps)
 
-    def cut_out(region: Region | None, known: Foreground | None) -> tuple[Clip, Foreground]:
-        clip = take(film, chosen, region)
+    def cut_out(clip: Clip, known: Foreground | None) -> Foreground:
         given = read_masks(masks, film, chosen, clip.region) if masks else None
-        return clip, segment(clip, given, model, known.background if known else None)
+        return segment(clip, given, model, known.background if known else None)
 
-    clip, foreground = cut_out(None, None)
+    clip = take(film, chosen)
+    bars = None if clip.has_alpha or masks else without_bars(clip)
+    if bars is not None:
+        clip = take(film, chosen, bars)
+        cropped = (
+            f"Black bars were cut off: {bars.width}x{bars.height} of {bars.source_width}x{bars.source_height} pixels."
+        )
+        clip = replace(clip, messages=(*clip.messages, cropped))
+    foreground = cut_out(clip, None)
     findings = examine(clip, foreground)
     framing: Framing | StabilisedFraming
     if crop is CropRule.RELEASED:  # its square is around the middle of the whole picture
         framing, pictures = released_framing(foreground.frames, size, frame_ratio)
+        findings = [_framed(finding, framing) for finding in findings]
     else:
         frame = stabilised_framing if crop is CropRule.STABILISED else fixed_framing
-        closer = _closer_look(clip, foreground, frame(foreground.alpha, size, frame_ratio))
+        framing = frame(foreground.alpha, size, frame_ratio)
+        findings = [_framed(finding, framing) for finding in findings]
+        closer = _closer_look(clip, foreground, framing)
         if closer is not None:
-            clip, foreground = cut_out(closer, foreground)
+            clip = replace(take(film, chosen, closer), messages=clip.messages)
+            foreground = cut_out(clip, foreground)
         framing, pictures = frame(foreground.alpha, size, frame_ratio), foreground.frames
     return ObjectVideo(
         framing.apply(pictures),
@@ -123,4 +135,21 @@ def _closer_look(clip: Clip, foreground: Foreground, framing: Framing | Stabilis
     x0, y0, x1, y1 = (edge / scale for edge in union_box(foreground.alpha >= VISIBLE_ALPHA))
     left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)
     right, bottom = min(int(x1 + margin) + 1, region.width), min(int(y1 + margin) + 1, region.height)
-    return replace(region, left=left, top=top, width=right - left, height=bottom - top, scale=wanted)
+    return replace(
+        region,
+        left=region.left + left,
+        top=region.top + top,
+        width=right - left,
+        height=bottom - top,
+        scale=wanted,
+    )
+
+
+def _framed(finding: Finding, framing: Framing | StabilisedFraming) -> Finding:
+    """A finding that points into the crop instead of the clip."""
+    if finding.where is None:
+        return finding
+    levels = 255 * finding.where.astype(np.uint8)
+    layers = np.stack([levels, levels, levels, np.full_like(levels, 255)], axis=-1)
+    shown = framing.apply(layers)
+    return replace(finding, where=(shown[..., 0] >= 128) & (shown[..., 3] >= 128))

@@ -5,13 +5,14 @@ deliberately bad clips of the tests.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from scipy import ndimage
 
-from sv4d_ns.video.foreground import MIN_OBJECT_SHARE, Foreground
+from sv4d_ns.video.background import FrameBackground
+from sv4d_ns.video.foreground import MIN_OBJECT_SHARE, SURE, Foreground, reduced
 from sv4d_ns.video.reader import Clip
 
 SEVERAL_SHARE = 0.1
@@ -30,6 +31,24 @@ TRAVEL_SHARE = 0.45
 """An object smaller than this share of the square around its whole way travels through the picture."""
 SMALL_OBJECT = 96
 """An object with fewer source pixels along its longer side gives a coarse result."""
+PATCH_SHARE = 0.003
+"""An opening that was filled is told from this share of the object's area on."""
+DROPPED_PIXELS, DROPPED_SHARE = 8, 3e-4
+"""An island that was left out is told from so many pixels, and from this share of the object's area, on."""
+MOST_NAMED = 6
+"""So many patches are described one by one."""
+LOOSE_GAP = 0.15
+LOOSE_SHARE, SEVERAL_MOST = 0.004, 0.6
+"""A part hangs loose if the gap to the object is at most so wide (of the root of the object's area), and its own area
+is between these shares of the object's."""
+STAYS = 0.8
+"""Share of the frames in which a small part must be in its place to be one that never moves."""
+SHADOW_SHARE = 0.02
+SHADOW_HUE, SHADOW_DARKEST, SHADOW_STEEPEST = 0.06, 0.4, 8.0
+"""A shadow is this share of the cut-out or more; its colour is the background's times a factor that differs by at most
+so much between the channels and is at least so large; it changes by at most so many levels from pixel to pixel."""
+COMBED = 0.1
+"""Share of torn pixels, of all at horizontal edges, from which a frame is interlaced."""
 WORK_SIZE = 256
 """Longer side of the reduced pictures in which motion is measured, pixels."""
 
@@ -42,12 +61,23 @@ class Finding:
     """One of the names of `CHECKS`."""
     sentence: str
     """What was seen, in which frames, and what to do."""
+    where: Bool[np.ndarray, "t h w"] | None = None
+    """The pixels it is about, where it is about some."""
 
 
 def examine(clip: Clip, foreground: Foreground) -> list[Finding]:
     """Everything the doctor finds, in the order of `CHECKS`."""
     case = _Case.of(clip, foreground)
-    return [Finding(name, sentence) for name, check in CHECKS.items() for sentence in check(case)]
+    findings = []
+    for name, check in CHECKS.items():
+        for found in check(case):
+            sentence, where = (found, None) if isinstance(found, str) else found
+            findings.append(Finding(name, sentence, where))
+    return findings
+
+
+Found = str | tuple[str, Bool[np.ndarray, "t h w"]]
+"""A sentence, and where in the clip what it says is seen, if that can be pointed at."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +90,15 @@ class _Case:
     """Mean level of the source pictures, reduced."""
     solid: Bool[np.ndarray, "t h w"]
     """Where the object is, reduced."""
+    step: int
+    """Pixels of the clip along a side of a reduced one."""
 
     @classmethod
     def of(cls, clip: Clip, foreground: Foreground) -> "_Case":
         step = max(1, -(-max(clip.frames.shape[1:3]) // WORK_SIZE))
-        grey = np.stack([_reduced(frame[..., :3].mean(axis=-1), step) for frame in clip.frames])
-        solid = np.stack([_reduced(alpha.astype(np.float32), step) >= 128 for alpha in foreground.alpha])
-        return cls(clip, foreground, grey, solid)
-
-
-def _reduced(layer: Float[np.ndarray, "H W"], step: int) -> Float[np.ndarray, "h w"]:
-    """Means over squares of `step` pixels; what is left over at the right and below is dropped."""
-    height, width = (side // step * step for side in layer.shape)
-    return layer[:height, :width].reshape(height // step, step, width // step, step).mean(axis=(1, 3))
+        grey = np.stack([reduced(frame[..., :3].mean(axis=-1), step) for frame in clip.frames])
+        solid = np.stack([reduced(alpha.astype(np.float32), step) >= 128 for alpha in foreground.alpha])
+        return cls(clip, foreground, grey, solid, step)
 
 
 def _border(case: _Case) -> Iterator[str]:
@@ -108,6 +134,258 @@ def _second_share(mask: Bool[np.ndarray, "h w"]) -> float:
         return 0.0
     sizes = np.sort(np.bincount(labels.ravel())[1:])
     return float(sizes[-2] / sizes[-1])
+
+
+def _cutout_is_a_guess(case: _Case) -> Iterator[str]:
+    if case.foreground.method == "matting" and case.foreground.confidence < SURE:
+        yield (
+            f"The cut-out is a guess (confidence {case.foreground.confidence:.2f}): the model is undecided, or what "
+            "moves in the video is not what it took as the object; look at it (sv4d doctor --picture), and film before "
+            "a plain background or give masks (--pipeline.datamanager.masks)."
+        )
+
+
+def _combed(case: _Case) -> Iterator[str]:
+    if case.clip.region.scale != 1:
+        return  # scaling has mixed the lines
+    combed = np.array([_comb_share(frame[..., 1].astype(np.int32)) > COMBED for frame in case.clip.frames])
+    if combed.any():
+        yield (
+            f"{_count(combed)} show two moments in alternate lines (interlaced footage stored as progressive): moving "
+            "edges are torn; deinterlace the video first, for one with `ffmpeg -i VIDEO -vf bwdif OUT`."
+        )
+
+
+def _comb_share(level: Shaped[np.ndarray, "h w"]) -> float:
+    """Of the pixels that differ much from the lines above and below, the share that does so in the same direction.
+
+    That of torn lines, and not of the lines that an edge or a thin thing makes: the line two above is like it.
+    """
+    above, below = level[2:-2] - level[1:-3], level[2:-2] - level[3:-1]
+    steep = (np.abs(above) > 20) & (np.abs(below) > 20)
+    torn = steep & (above * below > 0) & (np.abs(level[2:-2] - level[:-4]) < np.abs(above) / 2)
+    torn &= np.abs(level[2:-2] - level[4:]) < np.abs(below) / 2
+    edges = np.abs(level[2:-2] - level[:-4]) > 20
+    return float(torn.sum() / max(torn.sum() + edges.sum(), 200))
+
+
+def _filled(case: _Case) -> Iterator[Found]:
+    """Each opening that was taken as part of the object, followed through the frames."""
+    mask = case.foreground.filled
+    if mask is None:
+        return
+    area = case.solid.sum(axis=(1, 2)).max() * case.step**2
+    patches = _tracked(mask, case.step, PATCH_SHARE * area)
+    if patches:
+        yield (
+            f"{_those(patches, area)} inside the object and in the colour of the background "
+            f"{_were(patches)} taken as part of it: if you can look through there, give a video with an alpha channel, "
+            "masks (--pipeline.datamanager.masks), or film before another colour.",
+            _painted(mask, patches, case.step),
+        )
+
+
+def _dropped(case: _Case) -> Iterator[Found]:
+    """Each island that was left out as too small to be part of the object."""
+    mask = case.foreground.dropped
+    if mask is None:
+        return
+    area = case.solid.sum(axis=(1, 2)).max() * case.step**2
+    patches = _tracked(mask, 1, max(DROPPED_PIXELS, DROPPED_SHARE * area))
+    if patches:
+        yield (
+            f"{_those(patches, area)} apart from the object {_were(patches)} left out as too small: if it belongs to "
+            "the object, give masks (--pipeline.datamanager.masks) or a larger picture.",
+            _painted(mask, patches, 1),
+        )
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """A patch of pixels followed through the frames."""
+
+    label: int
+    labels: Integer[np.ndarray, "t h w"]
+    frames: tuple[int, int]
+    """First and last."""
+    x: float
+    y: float
+    """Its middle in the clip, pixels."""
+    largest: float
+    """Pixels in the frame where it is largest."""
+
+
+def _tracked(mask: Bool[np.ndarray, "t H W"], step: int, least: float) -> list[_Patch]:
+    """The patches that are `least` pixels large in some frame, largest first."""
+    if not mask.any():
+        return []
+    small = np.stack([reduced(frame, step) >= 0.5 for frame in mask]) if step > 1 else mask
+    labels, count = ndimage.label(small, np.ones((3, 3, 3)))
+    sizes = np.stack([np.bincount(frame.ravel(), minlength=count + 1) for frame in labels]) * step**2
+    patches = []
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        largest = float(sizes[:, label].max())
+        if box is not None and largest >= least:
+            time, rows, columns = box
+            x, y = (step * (side.start + side.stop) / 2 for side in (columns, rows))
+            patches.append(_Patch(label, labels, (time.start, time.stop - 1), x, y, largest))
+    return sorted(patches, key=lambda patch: -patch.largest)
+
+
+def _those(patches: list[_Patch], area: float) -> str:
+    each = [
+        f"{_frames(patch.frames)} at ({patch.x:.0f}, {patch.y:.0f}), up to {patch.largest / area:.1%} of its area"
+        for patch in patches[:MOST_NAMED]
+    ]
+    more = f"; {len(patches) - MOST_NAMED} smaller" if len(patches) > MOST_NAMED else ""
+    return f"{len(patches)} {'patches' if len(patches) > 1 else 'patch'} ({'; '.join(each)}{more})"
+
+
+def _were(patches: list[_Patch]) -> str:
+    return "were" if len(patches) > 1 else "was"
+
+
+def _frames(span: tuple[int, int]) -> str:
+    return f"frame {span[0]}" if span[0] == span[1] else f"frames {span[0]} to {span[1]}"
+
+
+def _painted(mask: Bool[np.ndarray, "t H W"], patches: list[_Patch], step: int) -> Bool[np.ndarray, "t H W"]:
+    """The pixels of the patches."""
+    chosen = np.isin(patches[0].labels, [patch.label for patch in patches])
+    if step == 1:
+        return chosen
+    large = ndimage.binary_dilation(chosen, np.ones((1, 3, 3))).repeat(step, axis=1).repeat(step, axis=2)
+    height, width = mask.shape[1:]
+    large = np.pad(large, ((0, 0), (0, height - large.shape[1]), (0, width - large.shape[2])), mode="edge")
+    return large & mask
+
+
+def _loose(case: _Case) -> Iterator[Found]:
+    """Parts of the object beside its largest one, with a gap in the colour of the background between them."""
+    if case.foreground.method != "plain background":
+        return
+    where = np.zeros_like(case.solid)
+    shares = np.zeros(len(case.solid))
+    for index, mask in enumerate(case.solid):
+        labels, count = ndimage.label(mask, np.ones((3, 3)))
+        if count < 2:
+            continue
+        sizes = np.bincount(labels.ravel())
+        sizes[0] = 0
+        main = labels == sizes.argmax()
+        near = ndimage.binary_dilation(main, np.ones((3, 3)), iterations=max(3, round(LOOSE_GAP * np.sqrt(main.sum()))))
+        for number in range(1, count + 1):
+            if number == sizes.argmax() or not LOOSE_SHARE <= sizes[number] / main.sum() < SEVERAL_MOST:
+                continue
+            if (near & (labels == number)).any():
+                where[index] |= labels == number
+                shares[index] += sizes[number] / main.sum()
+    loose = shares > 0
+    if loose.any():
+        yield (
+            f"A part of the object hangs loose in {_count(loose)} (up to {shares.max():.1%} of its area): it may be "
+            "cut through where its colour is that of the background; look at it (sv4d doctor --picture), and film "
+            "before another colour or give masks (--pipeline.datamanager.masks).",
+            _enlarged(where, case),
+        )
+
+
+def _still_part(case: _Case) -> Iterator[Found]:
+    """Small parts beside the object that stay in their place while it moves: watermarks, logos, time stamps."""
+    if len(case.solid) < 3 or case.foreground.method == "masks":
+        return
+    beside = np.zeros_like(case.solid)
+    for index, mask in enumerate(case.solid):
+        labels, count = ndimage.label(mask, np.ones((3, 3)))
+        if count > 1:
+            sizes = np.bincount(labels.ravel())
+            sizes[0] = 0
+            beside[index] = mask & (labels != sizes.argmax())
+    usual = np.stack([ndimage.binary_dilation(mask, np.ones((3, 3))) for mask in beside]).mean(axis=0) >= STAYS
+    labels, count = ndimage.label(usual, np.ones((3, 3)))
+    largest = case.solid.sum(axis=(1, 2)).max()
+    where = np.zeros_like(case.solid)
+    for number in range(1, count + 1):
+        part = beside & (labels == number)
+        seen = part.any(axis=0).sum()
+        if part.all(axis=0).sum() >= 0.5 * seen and 0 < seen < SEVERAL_SHARE * largest:
+            where |= part
+    if where.any():
+        rows, columns = np.nonzero(where.any(axis=0))
+        yield (
+            f"Small parts at {_side(columns.mean(), rows.mean(), where.shape[1:])} of the picture never move (together "
+            f"{len(rows) / largest:.1%} of the object's area; a watermark, a logo, a time stamp?): they become part of "
+            "the asset and widen the crop; crop the video so that they are outside, or give masks "
+            "(--pipeline.datamanager.masks).",
+            _enlarged(where, case),
+        )
+
+
+def _side(x: float, y: float, shape: tuple[int, ...]) -> str:
+    vertical = "top" if y < shape[0] / 3 else "bottom" if y > 2 * shape[0] / 3 else "middle"
+    horizontal = "left" if x < shape[1] / 3 else "right" if x > 2 * shape[1] / 3 else ""
+    return f"the {vertical} {horizontal}".rstrip()
+
+
+def _shadow(case: _Case) -> Iterator[Found]:
+    """What looks like the background itself, darker, and fades into it: a shadow on the floor."""
+    background = case.foreground.background
+    if background is None:
+        return
+    where = np.zeros_like(case.solid)
+    for index, frame in enumerate(case.clip.frames):
+        if case.solid[index].any():
+            plain = background.at(index, case.clip.region)
+            where[index] = _shadowed(_small(frame, case.step), _small_plain(plain, case.step), case.solid[index])
+    shares = where.sum(axis=(1, 2)) / np.maximum(case.solid.sum(axis=(1, 2)), 1)
+    shaded = shares >= SHADOW_SHARE
+    if shaded.mean() >= SEVERAL_FRAMES:
+        yield (
+            f"What looks like a shadow on the background is part of the cut-out in {_count(shaded)} (up to "
+            f"{shares.max():.0%} of it): it becomes part of the asset; light the object from all sides, lift it off "
+            "the floor, or give masks (--pipeline.datamanager.masks).",
+            _enlarged(where, case),
+        )
+
+
+def _shadowed(
+    colours: Float[np.ndarray, "h w 3"], plain: FrameBackground, solid: Bool[np.ndarray, "h w"]
+) -> Bool[np.ndarray, "h w"]:
+    """Patches with the background's hue whose outer edge is soft, at or below the middle of the object."""
+    ratio = (colours + 1) / (plain.levels + 1)
+    tinted = np.ptp(ratio, axis=-1) > SHADOW_HUE
+    darker = (ratio.mean(axis=-1) > SHADOW_DARKEST) & (ratio.mean(axis=-1) < 1)
+    grey = colours.mean(axis=-1)
+    smooth = np.hypot(ndimage.sobel(grey, 0), ndimage.sobel(grey, 1)) / 8 < SHADOW_STEEPEST
+    labels, count = ndimage.label(solid & darker & ~tinted & smooth)
+    if not count:
+        return np.zeros_like(solid)
+    outside = ndimage.binary_dilation(~solid, np.ones((3, 3)))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    rim = np.bincount(labels[outside], minlength=count + 1)
+    middle = ndimage.center_of_mass(solid)[0]
+    heights = [0.0, *(place[0] for place in ndimage.center_of_mass(labels > 0, labels, range(1, count + 1)))]
+    # a soft edge: much of the patch's outline, as long as that of a disc at least, is background
+    soft = (rim >= 0.25 * 2 * np.sqrt(np.pi * sizes)) & (np.asarray(heights) > middle)
+    soft[0] = False
+    return soft[labels]
+
+
+def _small(frame: UInt8[np.ndarray, "H W 4"], step: int) -> Float[np.ndarray, "h w 3"]:
+    return np.stack([reduced(frame[..., channel], step) for channel in range(3)], axis=-1)
+
+
+def _small_plain(plain: FrameBackground, step: int) -> FrameBackground:
+    if plain.levels.ndim == 1:
+        return plain
+    return replace(plain, levels=np.stack([reduced(plain.levels[..., i], step) for i in range(3)], axis=-1))
+
+
+def _enlarged(where: Bool[np.ndarray, "t h w"], case: _Case) -> Bool[np.ndarray, "t H W"]:
+    """A mask of the reduced pictures at the size of the clip."""
+    height, width = case.clip.frames.shape[1:3]
+    large = where.repeat(case.step, axis=1).repeat(case.step, axis=2)
+    return np.pad(large, ((0, 0), (0, height - large.shape[1]), (0, width - large.shape[2])), mode="edge")
 
 
 def _camera(case: _Case) -> Iterator[str]:
@@ -220,7 +498,14 @@ def _extent(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
     return columns[0], rows[0], columns[-1], rows[-1]
 
 
-CHECKS: dict[str, Callable[[_Case], Iterator[str]]] = {
+CHECKS: dict[str, Callable[[_Case], Iterator[Found]]] = {
+    "cut-out": _cutout_is_a_guess,
+    "filled": _filled,
+    "dropped": _dropped,
+    "loose": _loose,
+    "still part": _still_part,
+    "shadow": _shadow,
+    "combed": _combed,
     "border": _border,
     "absent": _absent,
     "several objects": _several,

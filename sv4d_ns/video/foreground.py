@@ -4,23 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Bool, Float, Integer, Shaped, UInt8
 from scipy import ndimage
 
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.background import Background, FrameBackground, border_background
 from sv4d_ns.video.reader import Clip
 
-# All numbers below are our own design decisions; levels are of 255. They were set on the four public benchmark clips
-# (H.264, white background), where codec ringing reaches 11 levels three or more pixels away from the object.
+# All numbers below are our own design decisions, set on the four public benchmark clips; levels are of 255.
 
-MIN_CONTRAST = 12.0
-"""A pixel differing from the background by more levels than this in some channel belongs to the object ..."""
-NOISE_FACTOR = 5.0
-"""... or by more than so many standard deviations of the background, where the footage is noisy."""
-MAX_NOISE = 8.0
-"""Standard deviation (levels) of the border pixels above which a background is not plain."""
-MIN_PLAIN_SHARE = 0.75
-"""Share of border pixels that must look like the background; the rest may be the object leaving the picture."""
 MIN_OBJECT_SHARE = 5e-4
 """An object smaller than this share of the picture in every frame is taken as noise."""
 MAX_OBJECT_SHARE = 0.98
@@ -28,6 +20,19 @@ MAX_OBJECT_SHARE = 0.98
 SPECK_PIXELS = 16
 SPECK_SHARE = 2e-3
 """Islands smaller than so many pixels, or than this share of the frame's largest part, are codec noise."""
+MAX_CORNER = 0.05
+CORNER_TOLERANCE = 16.0
+"""What fills a corner of the picture in all frames is left out up to this share of it, if its levels differ by less."""
+SURE = 0.6
+"""Confidence of a matting model below which its cut-out is doubted."""
+SLOW = 0.7
+"""Overlap (IoU) of the outlines before and after a frame from which their median is believed."""
+MOTION_SIZE = 128
+"""Longer side of the reduced pictures in which motion is looked for, pixels (up to twice as many)."""
+MOTION_LEVELS = 0.2
+"""Mean change, levels above the noise, below which nothing moves."""
+MOTION_MARGIN = 0.35
+"""Margin around what moves, of its longer side, in which the rest of the object is looked for."""
 OPEN_REACH = 2
 OPEN_OVERLAP = 0.3
 """A pocket of background inside the object is an opening if this share of it is outside (or an opening) so many frames
@@ -36,36 +41,6 @@ before or after. On the benchmark this opens 93 % of the truly open area and not
 
 Matting = Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "h w"]]
 """A model that tells how much of each pixel of a picture the object covers, 0 to 255 (see `matting.py`)."""
-
-
-@dataclass(frozen=True)
-class Background:
-    """A background of one colour."""
-
-    colour: Float[np.ndarray, " 3"]
-    noise: float
-    """Standard deviation of the background, levels, robustly from the borders."""
-    plain_share: float
-    """Share of the border pixels that look like the background."""
-
-    @property
-    def contrast(self) -> float:
-        """Levels of difference from which a pixel is not background."""
-        return max(MIN_CONTRAST, NOISE_FACTOR * self.noise)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the borders are alike enough to tell an object by its colour."""
-        return self.noise <= MAX_NOISE and self.plain_share >= MIN_PLAIN_SHARE
-
-    @property
-    def described(self) -> str:
-        """How the borders look, in a few words."""
-        return f"{self.plain_share:.0%} of the border looks alike, give or take {self.noise:.0f} levels"
-
-    def distance(self, colours: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
-        """The largest difference from the background in any channel, levels."""
-        return np.abs(colours - self.colour).max(axis=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +58,10 @@ class Foreground:
     """What was chosen, a sentence each."""
     background: Background | None = None
     """The plain background that was removed, if that was the method."""
+    filled: Bool[np.ndarray, "t h w"] | None = None
+    """Pixels in the colour of the plain background that were taken as part of the object, which encloses them."""
+    dropped: Bool[np.ndarray, "t h w"] | None = None
+    """Islands that were left out as too small."""
 
     @property
     def alpha(self) -> UInt8[np.ndarray, "t h w"]:
@@ -105,7 +84,7 @@ def segment(
     like the background, have a sharp rim, and are found outside the outline in a frame shortly before or after (the
     gap between two legs). An opening that stays closed through the whole clip (the handle of a cup) is therefore
     filled, and a message says so. A background of many colours is left to the matting model, whose alpha is the median
-    of three frames.
+    of three frames (`_matted`).
 
     Args:
         masks: coverage by the object, 0 to 255.
@@ -122,7 +101,7 @@ def segment(
         message = "The alpha channel of the file separates the object from the background."
         foreground = Foreground(clip.frames, "alpha", 1.0, (message,))
     else:
-        background = background or _border_colour(clip)
+        background = background or border_background(clip)
         if background.is_plain:
             foreground = _without_plain_background(clip, background)
         elif matting is not None:
@@ -131,8 +110,7 @@ def segment(
             raise InputError(
                 f"{clip.source} has no plain background ({background.described}): give "
                 "a video with an alpha channel or one filmed before a single colour, a folder of masks "
-                "(--pipeline.datamanager.masks), or name a matting model (--pipeline.datamanager.matting "
-                "isnet-general-use)."
+                "(--pipeline.datamanager.masks), or name a matting model (--pipeline.datamanager.matting u2netp)."
             )
     _check_coverage(clip, foreground.alpha)
     return foreground
@@ -161,70 +139,159 @@ def _own_colours(colours: UInt8[np.ndarray, "h w 3"], alpha: UInt8[np.ndarray, "
 
 
 def _matted(clip: Clip, matting: Matting, background: Background) -> Foreground:
-    alpha = np.stack([matting(np.ascontiguousarray(frame[..., :3])) for frame in clip.frames])
-    if len(alpha) >= 3:  # a per-picture model flickers: the median over time drops what is there for one frame only
-        inner = np.median(np.stack([alpha[:-2], alpha[1:-1], alpha[2:]]), axis=0)
-        alpha = np.concatenate([alpha[:1], inner.astype(np.uint8), alpha[-1:]])
-    seen = alpha[alpha >= 26]
-    confidence = float(np.abs(seen / 127.5 - 1).mean()) if seen.size else 0.0
+    """The clip cut out by a model that looks at one picture at a time.
+
+    Such a model takes what strikes the eye, which may be a thing in the background. The object is what moves: where
+    that lies outside of what was found, the model is asked again about the part of the picture in which it does.
+    """
+    step = max(1, max(clip.frames.shape[1:3]) // MOTION_SIZE)
+    change = _change(clip.frames, step)
+    alpha, confidence = _asked(clip.frames, matting, change, step)
+    box = _moving_box(change, step) if confidence < SURE else None
+    if box is not None:
+        closer, closer_confidence = _asked(clip.frames, matting, change, step, box)
+        if closer_confidence > confidence:
+            alpha, confidence = closer, closer_confidence
     message = (
         f"The background is not plain ({background.described}): the object was found "
-        f"by the matting model, confidence {confidence:.2f}."
+        f"by the matting model, confidence {confidence:.2f}; look at it with sv4d doctor --picture."
     )
     return _with_alpha(clip, alpha, "matting", confidence, message)
 
 
+def _asked(
+    frames: UInt8[np.ndarray, "t h w 4"],
+    matting: Matting,
+    change: Float[np.ndarray, "t h w"],
+    step: int,
+    box: tuple[slice, slice] = (slice(None), slice(None)),
+) -> tuple[UInt8[np.ndarray, "t h w"], float]:
+    """What a model says of a part of the pictures, steadied over time, and how far it is to be believed.
+
+    The confidence is how decided the model is about the pixels it takes as object, times the share of the motion (per
+    pixel) that is inside of them: near 0 where it found a still thing while another one moves.
+    """
+    alpha = np.zeros(frames.shape[:3], np.uint8)
+    for index, frame in enumerate(frames):
+        alpha[index][box] = matting(np.ascontiguousarray(frame[box][..., :3]))
+    alpha = _steadied(alpha)
+    seen = alpha[alpha >= 26]
+    if not seen.size:
+        return alpha, 0.0
+    decided = float(np.abs(seen / 127.5 - 1).mean())
+    solid = np.stack([reduced(mask, step) >= 128 for mask in alpha])
+    inside, outside = (float(np.mean(change, where=part)) if part.any() else 0.0 for part in (solid, ~solid))
+    if inside + outside < MOTION_LEVELS:
+        return alpha, decided
+    return alpha, decided * inside / (inside + outside)
+
+
+def _steadied(alpha: UInt8[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w"]:
+    """The median of three frames, which drops what a model saw or missed in one frame only.
+
+    Where the outline moves too far between the frames before and after, the median would drop the object itself: then a
+    frame keeps its own answer, unless the object was lost in it.
+    """
+    steady = alpha.copy()
+    for index in range(1, len(alpha) - 1):
+        before, own, after = (frame >= 128 for frame in alpha[index - 1 : index + 2])
+        overlap = (before & after).sum() / max((before | after).sum(), 1)
+        lost = own.sum() < 0.5 * min(before.sum(), after.sum())
+        if overlap >= SLOW or lost:
+            steady[index] = np.median(alpha[index - 1 : index + 2], axis=0)
+    return steady
+
+
+def _change(frames: UInt8[np.ndarray, "t H W 4"], step: int) -> Float[np.ndarray, "t h w"]:
+    """Levels by which each frame differs from the clip's median picture, above the noise, at reduced size."""
+    small = np.stack([np.stack([reduced(frame[..., i], step) for i in range(3)], axis=-1) for frame in frames])
+    levels = np.abs(small - np.median(small, axis=0)).max(axis=-1)
+    return np.maximum(levels - 4 * np.median(levels) - 2, 0).astype(np.float32)
+
+
+def _moving_box(change: Float[np.ndarray, "t h w"], step: int) -> tuple[slice, slice] | None:
+    """The part of the full pictures in which something moves, with a margin for what of the object does not."""
+    moving = ndimage.binary_opening((change > 4).any(axis=0), np.ones((2, 2)))
+    box = _window(moving, margin=0)
+    if box is None:
+        return None
+    margin = round(MOTION_MARGIN * max(side.stop - side.start for side in box))
+    rows, columns = (slice(max(side.start - margin, 0) * step, (side.stop + margin) * step) for side in box)
+    return rows, columns
+
+
+def reduced(layer: Shaped[np.ndarray, "H W"], step: int) -> Float[np.ndarray, "h w"]:
+    """Means over squares of `step` pixels; what is left over at the right and below is dropped."""
+    height, width = (side // step * step for side in layer.shape)
+    parts = layer[:height, :width].reshape(height // step, step, width // step, step)
+    return parts.mean(axis=(1, 3), dtype=np.float32)
+
+
 def _without_plain_background(clip: Clip, background: Background) -> Foreground:
-    cutouts, contrasts, filled = _cut_out(clip.frames, background)
-    if cutouts is None:
+    behind = [background.at(index, clip.region) for index in range(len(clip.frames))]
+    different = np.stack(
+        [plain.distance(frame[..., :3]) > plain.contrast for frame, plain in zip(clip.frames, behind, strict=True)]
+    )
+    corners = _still_corners(clip.frames, different)
+    different &= ~corners
+    solid = np.stack([_without_specks(mask) for mask in different])
+    if solid.mean(axis=(1, 2)).max() < MIN_OBJECT_SHARE:
         raise _nothing_visible(clip)
+    whole = _fill_closed_pockets(clip.frames, solid, behind)
+    cutouts, contrasts = _cut_out(clip.frames, whole, behind)
     confidence = background.plain_share * contrasts
-    colour = ", ".join(f"{level:.0f}" for level in background.colour)
-    messages = [f"A plain background of colour ({colour}) was removed, confidence {confidence:.2f}."]
-    if filled:
-        messages.append(
-            "Patches of background colour inside the object were taken as part of it; "
-            "if they are openings, give a video with an alpha channel."
-        )
-    return Foreground(cutouts, "plain background", confidence, tuple(messages), background)
+    messages = [f"A plain background of colour {background.colour} was removed, confidence {confidence:.2f}."]
+    if corners.any():
+        messages.append("The corners of the picture have another colour in all frames (a frame?): they were left out.")
+    return Foreground(
+        cutouts,
+        "plain background",
+        confidence,
+        tuple(messages),
+        background,
+        filled=whole & ~solid,
+        dropped=different & ~solid & ~whole,
+    )
 
 
-def _border_colour(clip: Clip) -> Background:
-    """What the borders of the pictures look like."""
-    frames = clip.frames
-    width = max(2, round(0.02 * min(frames.shape[1:3])))
-    # at most about 30 frames: the borders of a long clip say nothing new
-    some = frames[:: max(1, len(frames) // 30), :, :, :3]
-    strips = (some[:, :width], some[:, -width:], some[:, width:-width, :width], some[:, width:-width, -width:])
-    pixels = np.concatenate([strip.reshape(-1, 3) for strip in strips]).astype(np.float32)
-    colour = np.median(pixels, axis=0)
-    distance = np.abs(pixels - colour).max(axis=-1)
-    noise = 1.4826 * float(np.median(distance))
-    plain = (distance <= max(MIN_CONTRAST, NOISE_FACTOR * noise)).mean()
-    return Background(colour, noise, float(plain))
+def _still_corners(
+    frames: UInt8[np.ndarray, "t h w 4"], different: Bool[np.ndarray, "t h w"]
+) -> Bool[np.ndarray, "h w"]:
+    """What fills corners of the picture in all frames alike: the rounded corners of a frame, a mask of the lens."""
+    always = np.asarray(different.all(axis=0))
+    result = np.zeros_like(always)
+    corners = [(y, x) for y in (0, -1) for x in (0, -1) if always[y, x]]
+    if not corners or len(frames) < 2:
+        return result
+    some = frames[:: max(1, len(frames) // 8), :, :, :3].astype(np.int16)
+    labels, _ = ndimage.label(always)
+    for number in {labels[corner] for corner in corners}:
+        piece = labels == number
+        colours = some[:, piece]
+        still = np.abs(colours - np.median(colours, axis=(0, 1))).max(axis=-1) <= CORNER_TOLERANCE
+        if piece.mean() <= MAX_CORNER and still.mean() > 0.9:
+            result |= ndimage.binary_dilation(piece, iterations=2)
+    return result
 
 
 def _cut_out(
-    frames: UInt8[np.ndarray, "t h w 4"], background: Background
-) -> tuple[UInt8[np.ndarray, "t h w 4"] | None, float, bool]:
-    """Cut-outs (None if nothing is there), the share of the outline that stands out, whether patches were filled."""
-    solid = np.stack([_without_specks(background.distance(frame[..., :3]) > background.contrast) for frame in frames])
-    if solid.mean(axis=(1, 2)).max() < MIN_OBJECT_SHARE:
-        return None, 0.0, False
-    solid, filled = _fill_closed_pockets(frames, solid, background)
+    frames: UInt8[np.ndarray, "t h w 4"], solid: Bool[np.ndarray, "t h w"], behind: list[FrameBackground]
+) -> tuple[UInt8[np.ndarray, "t h w 4"], float]:
+    """The object with soft edges, and the share of its outline that stands out."""
     cutouts = np.full_like(frames, 255)
     cutouts[..., 3] = 0
     clear, total = 0, 0
     reach = max(2, round(min(frames.shape[1:3]) / 400))
-    for source, mask, target in zip(frames, solid, cutouts, strict=True):
+    for source, mask, plain, target in zip(frames, solid, behind, cutouts, strict=True):
         window = _window(mask, margin=4 * reach)
         if window is None:
             continue
-        matte, edge_contrast = _matte(source[window][..., :3].astype(np.float32), mask[window], background, reach)
+        colours = source[window][..., :3].astype(np.float32)
+        matte, edge_contrast = _matte(colours, mask[window], plain.part(window), reach)
         target[window] = matte
-        clear += int((edge_contrast > 2 * background.contrast).sum())
+        clear += int((edge_contrast > 2 * plain.contrast).sum())
         total += edge_contrast.size
-    return cutouts, clear / max(total, 1), filled
+    return cutouts, clear / max(total, 1)
 
 
 def _without_specks(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
@@ -237,13 +304,13 @@ def _without_specks(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 
 
 def _fill_closed_pockets(
-    frames: UInt8[np.ndarray, "t h w 4"], solid: Bool[np.ndarray, "t h w"], background: Background
-) -> tuple[Bool[np.ndarray, "t h w"], bool]:
-    """The solid pixels with enclosed background filled, except where it opens to the outside; whether much was."""
+    frames: UInt8[np.ndarray, "t h w 4"], solid: Bool[np.ndarray, "t h w"], behind: list[FrameBackground]
+) -> Bool[np.ndarray, "t h w"]:
+    """The solid pixels with enclosed background filled, except where it opens to the outside."""
     opened = ~np.stack([ndimage.binary_fill_holes(mask) for mask in solid])
     pockets = [
-        _see_through(frame[..., :3].astype(np.float32), ~mask & ~outside, background)
-        for frame, mask, outside in zip(frames, solid, opened, strict=True)
+        _see_through(frame[..., :3].astype(np.float32), ~mask & ~outside, plain)
+        for frame, mask, outside, plain in zip(frames, solid, opened, behind, strict=True)
     ]
     # forwards and backwards, so that a pocket counts as open for as long as it can be followed
     for order in (range(len(solid)), range(len(solid) - 1, -1, -1)):
@@ -254,12 +321,11 @@ def _fill_closed_pockets(
                 is_open = overlaps >= OPEN_OVERLAP * sizes
                 is_open[0] = False
                 opened[index] |= is_open[pockets[index]]
-    filled = ~opened
-    return filled, bool((filled & ~solid).sum() > 0.005 * solid.sum())
+    return ~opened
 
 
 def _see_through(
-    colours: Float[np.ndarray, "h w 3"], pockets: Bool[np.ndarray, "h w"], background: Background
+    colours: Float[np.ndarray, "h w 3"], pockets: Bool[np.ndarray, "h w"], background: FrameBackground
 ) -> Integer[np.ndarray, "h w"]:
     """Labels of the pockets that look like the background itself, with a sharp rim; 0 elsewhere.
 
@@ -288,7 +354,7 @@ def _window(mask: Bool[np.ndarray, "h w"], margin: int) -> tuple[slice, slice] |
 
 
 def _matte(
-    colours: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], background: Background, reach: int
+    colours: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"], background: FrameBackground, reach: int
 ) -> tuple[UInt8[np.ndarray, "h w 4"], Float[np.ndarray, " n"]]:
     """Soft alpha and clean colours of one frame, and the contrast along the n pixels of its outline.
 
@@ -307,8 +373,9 @@ def _matte(
     ]
     nearby = np.stack(blurred[:3], axis=-1)[band] / np.maximum(blurred[3][band], 1e-30)[:, None]
 
-    towards_object = nearby - background.colour
-    observed = colours[band] - background.colour
+    plain = background.of(band)
+    towards_object = nearby - plain
+    observed = colours[band] - plain
     coverage = (observed * towards_object).sum(axis=-1) / np.maximum((towards_object**2).sum(axis=-1), 1e-6)
     coverage = coverage.clip(0, 1)
     coverage[distance[band] <= 2 + 3 * background.noise] = 0
@@ -319,7 +386,7 @@ def _matte(
     alpha = core.astype(np.float32)
     alpha[band] = coverage
     clean = colours.copy()
-    own = (background.colour + observed / np.maximum(coverage, 1e-3)[:, None]).clip(0, 255)
+    own = (plain + observed / np.maximum(coverage, 1e-3)[:, None]).clip(0, 255)
     # the smaller the coverage the more its division amplifies noise, so the neighbours' colour takes over
     clean[band] = np.where(hard[:, None], colours[band], coverage[:, None] * own + (1 - coverage[:, None]) * nearby)
     clean[alpha == 0] = 255

@@ -1,41 +1,46 @@
 """Finding the object before a background of many colours: a matting model, or masks the user made.
 
-Matting needs the optional extra `matting` (rembg); its models are downloaded by rembg itself to `~/.u2net`
-(`$U2NET_HOME`) when they are used for the first time. Models for non-commercial use only are not offered.
+u2netp is part of this package. The other models need the optional extra `matting` (rembg), which downloads them itself
+to `~/.u2net` (`$U2NET_HOME`) when they are used for the first time. Models for non-commercial use only are not offered.
 """
 
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video.foreground import Matting
 from sv4d_ns.video.reader import Film, Region, open_film
 
+BUNDLED = "u2netp"
+"""The model that needs nothing else."""
+
 MATTING_MODELS = (
+    BUNDLED,
     "isnet-general-use",
     "birefnet-general",
     "birefnet-general-lite",
     "birefnet-portrait",
     "u2net",
-    "u2netp",
     "u2net_human_seg",
     "isnet-anime",
     "silueta",
 )
-"""Names rembg knows. `bria-rmbg` is left out: its licence forbids commercial use."""
+"""The model of this package, then names rembg knows. `bria-rmbg` is left out: its licence forbids commercial use."""
 
 
 def load_matting(model: str) -> Matting:
-    """A rembg model with one session for the whole clip.
+    """The model of this package, or one of rembg's with one session for the whole clip.
 
     Raises:
         InputError: an unknown name, rembg is not installed, or its model cannot be downloaded or opened.
     """
     if model not in MATTING_MODELS:
         raise InputError(f"There is no matting model '{model}': take one of {', '.join(MATTING_MODELS)}.")
+    if model == BUNDLED:
+        return _bundled
     try:
         import rembg
     except (ImportError, SystemExit) as error:  # rembg ends the process where onnxruntime is missing
@@ -54,6 +59,46 @@ def load_matting(model: str) -> Matting:
         return np.asarray(rembg.remove(Image.fromarray(picture), session=session, only_mask=True).convert("L"))
 
     return matte
+
+
+SURELY_OBJECT = 0.5
+"""Coverage from which a pixel counts for the box that is looked at once more."""
+SECOND_LOOK = 0.2
+"""Margin around that box, of its longer side."""
+
+
+def _bundled(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
+    """u2netp on the whole picture, then on the part where it found something: it sees only 320 x 320 pixels.
+
+    Before photographs without a subject of their own the second look raises the mean IoU with the true silhouettes from
+    0.89 to 0.94 (`benchmarks/matting.py`).
+    """
+    found = _saliency(picture)
+    rows, columns = np.nonzero(found >= SURELY_OBJECT)
+    if not len(rows):
+        return (255 * found).round().astype(np.uint8)
+    margin = round(SECOND_LOOK * max(np.ptp(rows), np.ptp(columns)))
+    box = (
+        slice(max(rows.min() - margin, 0), rows.max() + margin + 1),
+        slice(max(columns.min() - margin, 0), columns.max() + margin + 1),
+    )
+    closer = np.zeros_like(found)
+    closer[box] = _saliency(picture[box])
+    return (255 * closer).round().astype(np.uint8)
+
+
+def _saliency(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w"]:
+    """How salient each pixel is, 0 to 1."""
+    import torch
+
+    from sv4d_ns.video.u2netp import SIDE, load_u2netp, normalised
+
+    small = np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.LANCZOS), np.float32)
+    levels = torch.from_numpy(small / max(float(small.max()), 1.0)).permute(2, 0, 1)[None]
+    salient = load_u2netp()(normalised(levels)).sigmoid()[0, 0].numpy()
+    height, width = picture.shape[:2]
+    large = Image.fromarray(salient).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(large).clip(0, 1)
 
 
 def read_masks(path: Path, film: Film, chosen: list[int], region: Region) -> UInt8[np.ndarray, "t h w"]:

@@ -1,9 +1,11 @@
 """Any moving picture becomes a `Clip`: RGBA frames as they are meant to be seen, and their rate."""
 
+import itertools
 import math
-import re
+import shlex
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,14 +13,27 @@ from typing import cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError, features
 
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.video.damage import is_cut_short
 from sv4d_ns.video.hdr import Transfer, tone_map
+from sv4d_ns.video.pictures import (
+    DeepPicture,
+    LevelRange,
+    deep_levels,
+    is_deep,
+    level_range,
+    read_tiff,
+    rgba,
+    rgba_of_deep,
+)
+from sv4d_ns.video.sources import HEAD_BYTES, check_one_series, is_pattern, local_path, source_files, what_it_is
+from sv4d_ns.video.timing import in_order
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-ANIMATION_FORMATS = ("GIF", "PNG", "WEBP", "JPEG", "BMP", "TIFF")
+ANIMATION_FORMATS = ("GIF", "PNG", "WEBP", "JPEG", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 """What Pillow is asked to open. The video-like formats it also knows are left to FFmpeg."""
 
 _PICTURE_ERRORS = (
@@ -53,6 +68,8 @@ _BT709_FROM_WIDTH = 1280
 
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 """FFmpeg's numbers for the matrix of a YUV frame (ISO/IEC 23091-2) as its scale filter names them."""
+
+DISPLAY_MATRIX = SideDataType.DISPLAYMATRIX
 
 _FULL_RANGE = 2
 _MOST_OBLONG = 4
@@ -214,8 +231,9 @@ def open_film(path: Path) -> Film:
     Raises:
         InputError: it is missing, unreadable, not a moving picture, or damaged.
     """
+    path = Path(path)
     try:
-        return _open(Path(path))
+        return _open(local_path(path))
     except OSError as error:  # a folder on the way that may not be entered, a name that is too long, links in a circle
         place = error.filename if isinstance(error.filename, str) and len(error.filename) < 200 else path.name[:100]
         raise InputError(f"{place} cannot be read ({error.strerror}): check the path and its permissions.") from error
@@ -223,12 +241,12 @@ def open_film(path: Path) -> Film:
 
 def _open(path: Path) -> Film:
     if path.is_dir():
-        pictures = _natural_order(entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
+        pictures = source_files(path)
         if not pictures:
-            raise InputError(f"The folder {path} has no pictures: put numbered png, jpg or webp files in it.")
+            raise InputError(_no_pictures(path))
         return _open_pictures(path, pictures)
-    if not path.exists() and any(letter in path.name for letter in "*?["):
-        pictures = _natural_order(path.parent.glob(path.name))
+    if is_pattern(path):
+        pictures = source_files(path)
         if not pictures:
             raise InputError(f"No file matches {path}: check the pattern.")
         return _open_pictures(path, pictures)
@@ -237,8 +255,7 @@ def _open(path: Path) -> Film:
     if not path.is_file():
         raise InputError(f"{path} is not a file or folder of pictures (but a device or pipe): save the video first.")
     try:
-        with path.open("rb") as file:
-            head = file.read(16)
+        head = _head(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     if not head:
@@ -251,6 +268,17 @@ def _open(path: Path) -> Film:
     except (OSError, SyntaxError):
         return _open_video(path, head)
     return _open_animation(path)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
+def _no_pictures(folder: Path) -> str:
+    others = sorted({entry.suffix.lower() for entry in folder.iterdir() if entry.is_file() and entry.suffix})
+    found = f" (it has {', '.join(others[:5])})" if others else ""
+    return f"The folder {folder} has no pictures{found}: put numbered png, jpg, tif or webp files in it."
 
 
 # --- choosing frames -------------------------------------------------------------------------------------------------
@@ -327,18 +355,14 @@ def _size(picture: np.ndarray) -> str:
 # --- pictures and animated pictures ----------------------------------------------------------------------------------
 
 
-def _natural_order(paths) -> list[Path]:
-    def key(path: Path):
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name.lower())]
+def _open_pictures(source: Path, paths: list[Path]) -> Film:
+    check_one_series(source, paths)
+    levels, messages = _levels_of_files(paths)
 
-    return sorted((path for path in paths if path.is_file() and not path.name.startswith(".")), key=key)
-
-
-def _open_pictures(folder: Path, paths: list[Path]) -> Film:
     def frames(chosen: set[int]) -> Iterator[np.ndarray]:
         first: np.ndarray | None = None
         for index in sorted(chosen):
-            picture = _read_picture(paths[index])
+            picture = _read_picture(paths[index], levels)
             first = picture if first is None else first
             if picture.shape != first.shape:
                 raise InputError(
@@ -347,39 +371,87 @@ def _open_pictures(folder: Path, paths: list[Path]) -> Film:
                 )
             yield picture
 
-    message = f"Pictures carry no frame rate; {FOLDER_FPS:g} frames per second are assumed."
+    messages = (f"Pictures carry no frame rate; {FOLDER_FPS:g} frames per second are assumed.", *messages)
     times = [index / FOLDER_FPS for index in range(len(paths))]
-    return Film(folder, times, FOLDER_FPS, frames, (message,))
+    return Film(source, times, FOLDER_FPS, frames, messages)
 
 
-def _read_picture(path: Path) -> np.ndarray:
+def _levels_of_files(paths: list[Path]) -> tuple[LevelRange, tuple[str, ...]]:
+    """What is black and white in the deep ones among pictures, and what to say of it."""
+    deep = (levels for path in paths if (levels := _deep_picture(path)) is not None)
+    return _levels(deep, paths[0].name)
+
+
+def _levels(deep: Iterator[DeepPicture], name: str) -> tuple[LevelRange, tuple[str, ...]]:
+    first = next(deep, None)
+    if first is None:
+        return LevelRange(0, 256), ()
+    levels = level_range(itertools.chain([first], deep))
+    return levels, (
+        f"{name} and its like have more than 8 bits: {levels.low:g} is shown as black, {levels.high:g} as white.",
+    )
+
+
+def _deep_picture(path: Path) -> DeepPicture | None:
+    """The levels of a picture of more than 8 bits; None for any other."""
+    with _named_in_errors(path), _opened(path) as image:
+        if image is None:
+            return read_tiff(path)
+        return deep_levels(image) if is_deep(image) else None
+
+
+def _read_picture(path: Path, levels: LevelRange) -> UInt8[np.ndarray, "h w 4"]:
+    with _named_in_errors(path), _opened(path) as image:
+        if image is None:
+            return rgba_of_deep(read_tiff(path), levels)
+        return rgba_of_deep(deep_levels(image), levels) if is_deep(image) else rgba(image)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image | None]:
+    """A picture as Pillow opens it; None for a TIFF that it cannot."""
     try:
-        with Image.open(path, formats=ANIMATION_FORMATS) as image:
-            return _rgba(image)
+        image = Image.open(path, formats=ANIMATION_FORMATS)
+    except UnidentifiedImageError:
+        if path.suffix.lower() not in (".tif", ".tiff"):
+            raise
+        yield None
+        return
+    with image:
+        yield image
+
+
+@contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except _PICTURE_ERRORS as error:
+        reason = what_it_is(_head(path))
+        if reason is not None:
+            raise InputError(f"{path} is not a picture but {reason}.") from error
         raise InputError(f"{path} cannot be read as a picture ({error}): export it again.") from error
 
 
-def _rgba(image: Image.Image) -> np.ndarray:
-    """Upright RGBA pixels; 16-bit grey keeps its high byte (Pillow would clip it to white)."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.array(ImageOps.exif_transpose(image).convert("RGBA"))
-
-
 def _open_animation(path: Path) -> Film:
-    times, time = [], 0.0
-    for image in _walk_animation(path):
-        times.append(time)
-        delay = float(image.info.get("duration", 0))
-        time += (delay if delay > SHORTEST_DELAY_MS else DEFAULT_DELAY_MS) / 1000
+    times: list[float] = []
+
+    def deep_frames() -> Iterator[DeepPicture]:
+        time = 0.0
+        for image in _walk_animation(path):
+            times.append(time)
+            delay = float(image.info.get("duration", 0))
+            time += (delay if delay > SHORTEST_DELAY_MS else DEFAULT_DELAY_MS) / 1000
+            if is_deep(image):
+                yield deep_levels(image)
+
+    levels, messages = _levels(deep_frames(), path.name)
 
     def frames(chosen: set[int]) -> Iterator[np.ndarray]:
         for index, image in enumerate(_walk_animation(path)):
             if index in chosen:
-                yield _rgba(image)
+                yield rgba_of_deep(deep_levels(image), levels) if is_deep(image) else rgba(image)
 
-    return Film(path, times, None, frames)
+    return Film(path, times, None, frames, messages)
 
 
 def _walk_animation(path: Path) -> Iterator[Image.Image]:
@@ -401,54 +473,127 @@ def _walk_animation(path: Path) -> Iterator[Image.Image]:
 
 
 def _open_video(path: Path, head: bytes) -> Film:
-    times: list[float] = []
-    discarded = 0
+    stamps: list[float | None] = []
+    contents, predicted, interlaced = 0, 0, 0
     with _container(path, head) as container:
-        stream = container.streams.video[0]
+        stream = _film_stream(container)
         rate = float(stream.average_rate or stream.guessed_rate or 0) or None
-        promised = stream.frames
-        duration = _promised_duration(container)
-        for packet, decoded in _decode(path, container):
-            discarded += packet.is_discard
+        promised, end = stream.frames, _promised_end(container, stream)
+        start = _Start()
+        for packet, decoded in _decode(path, container, stream, start):
+            contents += packet.size > 0 and not packet.is_discard
+            predicted += packet.size > 0 and not packet.is_keyframe
             for frame in decoded:
-                stamp = None if frame.pts is None else float(frame.pts * _time_base(stream))
-                times.append(len(times) / (rate or FOLDER_FPS) if stamp is None else stamp)
+                stamps.append(None if frame.pts is None else float(frame.pts * _time_base(stream)))
+                interlaced += frame.interlaced_frame
         hdr = _HDR_TRANSFERS.get(stream.codec_context.color_trc)
-    # containers without a frame count at least say how long they are; two frames of slack for rounding
-    short = bool(duration and rate and times and times[-1] - times[0] < duration - 3 / rate - 0.05 * duration)
-    if len(times) < promised - discarded or (not promised and short):
+        one_each = "mp4" in container.format.name  # one sample, one picture
+    times, order = in_order(stamps, rate or FOLDER_FPS, any_order=not predicted)
+    last = max((stamp for stamp in stamps if stamp is not None), default=0.0)
+    # two frames of slack for rounding
+    short = bool(end and rate and times and last < end - 3 / rate - 0.05 * (end - times[0]))
+    missing = contents - len(times)
+    lost = one_each and missing > start.unreadable
+    if lost or ((len(times) < promised or short) and is_cut_short(path, head) is not False):
         raise _damaged(path, len(times))
     messages = [f"{path.name} is HDR ({hdr}); it was brought to ordinary sRGB colours."] if hdr else []
-    return Film(path, times, rate, lambda chosen: _video_frames(path, head, chosen), tuple(messages))
+    if start.unreadable and missing > 0:
+        messages.append(
+            f"{path.name} begins between two key frames (it was cut out of a longer video): {missing} pictures at its "
+            "beginning cannot be shown."
+        )
+    if interlaced:
+        messages.append(
+            f"{path.name} is interlaced: its pictures are two moments in alternate lines, of which one is kept and its "
+            "gaps are filled; film progressive pictures (25p, 30p) where there is a choice."
+        )
+    return Film(path, times, rate, lambda chosen: _video_frames(path, head, chosen, order), tuple(messages))
 
 
-def _video_frames(path: Path, head: bytes, chosen: set[int]) -> Iterator[np.ndarray]:
+def _video_frames(path: Path, head: bytes, chosen: set[int], order: list[int]) -> Iterator[np.ndarray]:
+    wanted = {order[index] for index in chosen}
+    to_come = [order[index] for index in sorted(chosen)]
+    waiting: dict[int, np.ndarray] = {}  # frames that were stored before one that is shown earlier
     with _container(path, head) as container:
-        stream = container.streams.video[0]
+        stream = _film_stream(container)
         index = 0
-        for _, decoded in _decode(path, container):
+        for _, decoded in _decode(path, container, stream, _Start()):
             for frame in decoded:
-                if index in chosen:
+                if index in wanted:
                     try:
-                        yield _upright_rgba(frame, stream)
+                        waiting[index] = _upright_rgba(frame, stream)
                     except av.error.FFmpegError as error:
                         raise _damaged(path, index) from error
                 index += 1
+                while to_come and to_come[0] in waiting:
+                    yield waiting.pop(to_come.pop(0))
 
 
-def _decode(path: Path, container: av.container.InputContainer) -> Iterator[tuple[av.Packet, list[av.VideoFrame]]]:
-    """Every packet of the stream with the frames it completes; the first flaw ends it with an `InputError`."""
+_STILLS = (
+    av.stream.Disposition.attached_pic
+    | av.stream.Disposition.timed_thumbnails
+    | av.stream.Disposition.still_image
+    | av.stream.Disposition.dependent
+)
+
+
+def _film_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The picture track that is the film: not a cover or a preview, the largest, the file's own choice."""
+
+    def rank(stream: av.VideoStream) -> tuple[bool, bool, int, bool]:
+        context = cast(av.VideoCodecContext | None, stream.codec_context)
+        return (
+            context is not None and not stream.disposition & _STILLS,
+            stream.frames != 1,
+            context.width * context.height if context else 0,
+            bool(stream.disposition & av.stream.Disposition.default),
+        )
+
+    return max(container.streams.video, key=rank)
+
+
+@dataclass
+class _Start:
+    """How a stream begins."""
+
+    unreadable: int = 0
+    """Pictures that were predicted from ones before the beginning: at most so many are not shown."""
+
+
+def _decode(
+    path: Path, container: av.container.InputContainer, stream: av.VideoStream, start: _Start
+) -> Iterator[tuple[av.Packet, list[av.VideoFrame]]]:
+    """Every packet of the stream with the frames it completes; the first flaw ends it with an `InputError`.
+
+    What comes before the first key frame, and cannot be decoded therefore, is no flaw.
+    """
     readable = 0
-    stream = container.streams.video[0]
+    key_time: int | None = None
+    begun = False
     try:
         decoder = _decoder(path, stream)
         for packet in container.demux(stream):
-            frames = decoder.decode(packet if packet.size else None)
-            for index, frame in enumerate(frames):
-                if frame.is_corrupt:
-                    raise _damaged(path, readable + index)
-            readable += len(frames)
-            yield packet, frames
+            ends = packet.pts is None and packet.dts is None and not packet.size
+            if not packet.size and not ends:
+                continue  # an empty chunk means: go on showing the last picture
+            if packet.is_keyframe and not begun:
+                begun, key_time = True, packet.pts
+            elif not ends and (not begun or (key_time is not None and (packet.pts or key_time) < key_time)):
+                start.unreadable += 1
+            try:
+                frames = decoder.decode(None if ends else packet)
+            except av.error.InvalidDataError:
+                if begun:
+                    raise
+                frames = []
+            kept = []
+            for frame in frames:
+                if not frame.is_corrupt:
+                    kept.append(frame)
+                elif readable + len(kept) or not start.unreadable:
+                    raise _damaged(path, readable + len(kept))
+            readable += len(kept)
+            yield packet, kept
     except (av.error.FFmpegError, EOFError) as error:
         raise _damaged(path, readable) from error
 
@@ -474,6 +619,9 @@ def _container(path: Path, head: bytes) -> av.container.InputContainer:
 
 
 def _not_a_video(path: Path, head: bytes) -> InputError:
+    reason = what_it_is(head)
+    if reason is not None:
+        return InputError(f"{path} is not a video but {reason}.")
     if head[4:8] in (b"ftyp", b"mdat", b"wide", b"free", b"moov"):
         return InputError(
             f"{path} is an incomplete MP4 (its index, the 'moov' part, is missing or cut off): "
@@ -501,13 +649,12 @@ def _time_base(stream: av.VideoStream) -> Fraction:
     return stream.time_base or Fraction(1, av.time_base)
 
 
-def _promised_duration(container: av.container.InputContainer) -> float | None:
-    """Seconds the picture track lasts by the container's own word; None if it does not say."""
-    stream = container.streams.video[0]
+def _promised_end(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
+    """The time at which the picture track ends by the container's own word, seconds; None if it does not say."""
     if stream.duration:
-        return float(stream.duration * _time_base(stream))
+        return float(((stream.start_time or 0) + stream.duration) * _time_base(stream))
     if container.duration and len(container.streams) == 1:
-        return container.duration / av.time_base
+        return ((container.start_time or 0) + container.duration) / av.time_base
     return None
 
 
@@ -518,8 +665,27 @@ def _upright_rgba(frame: av.VideoFrame, stream: av.VideoStream) -> UInt8[np.ndar
     else:
         levels = tone_map(_converted(frame, stream, "rgb48le").to_ndarray(), hdr)
         picture = np.dstack([levels, np.full_like(levels[..., :1], 255)])
-    # FFmpeg gives the angle of the display matrix counter-clockwise, as numpy turns
-    return np.rot90(picture, round(frame.rotation / 90) % 4)
+    return _upright(picture, frame)
+
+
+def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """A picture as its display matrix says: turned by quarters, mirrored, or both.
+
+    The matrix maps x (right) and y (down) of the stored picture to a x + c y and b x + d y of the shown one, in 16.16
+    (ISO 14496-12, 6.2.2). Angles between the quarters and scales are left alone, as players do.
+    """
+    data = frame.side_data.get(DISPLAY_MATRIX)
+    if data is None:
+        return picture
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(cast(bytes, data))[:20], np.int32))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        picture = picture.swapaxes(0, 1)
+        a, d = c, b
+    if d < 0:
+        picture = picture[::-1]
+    if a < 0:
+        picture = picture[:, ::-1]
+    return picture
 
 
 def _converted(frame: av.VideoFrame, stream: av.VideoStream, pixel_format: str) -> av.VideoFrame:
@@ -537,13 +703,14 @@ def _converted(frame: av.VideoFrame, stream: av.VideoStream, pixel_format: str) 
         if frame.format.name.startswith(("yuv", "nv", "p01"))
         else f"{width}:{frame.height}:{CONVERSION}",
     )
-    form = graph.add("format", pixel_format)
-    sink = graph.add("buffersink")
-    source.link_to(scale)
-    scale.link_to(form)
-    form.link_to(sink)
+    chain = [source, scale, graph.add("format", pixel_format), graph.add("buffersink")]
+    if frame.interlaced_frame:  # before anything mixes the lines of the two fields
+        chain.insert(1, graph.add("estdif", "mode=frame:deint=interlaced"))
+    for one, next_one in itertools.pairwise(chain):
+        one.link_to(next_one)
     graph.configure()
     graph.vpush(frame)
+    graph.vpush(None)
     return graph.vpull()
 
 
@@ -555,5 +722,5 @@ def _matrix(frame: av.VideoFrame) -> str:
 def _damaged(path: Path, readable: int) -> InputError:
     remedy = "download or export it again"
     if readable >= 2:
-        remedy += f", or keep its beginning with `ffmpeg -i {path.name} -frames:v {readable} repaired.mp4`"
+        remedy += f", or keep its beginning with `ffmpeg -i {shlex.quote(path.name)} -frames:v {readable} repaired.mp4`"
     return InputError(f"{path} is damaged or cut off after frame {readable}: {remedy}.")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sv4d_ns.diffusion.bundled.frustum import BALL_RADIUS, Frustum
+from sv4d_ns.utils.compiled import njit
 
 STEP = 0.018
 """Distance between samples, world units: about a cell of a 64^3 grid."""
@@ -113,7 +113,7 @@ def render_rays_torch(
     return torch.cat([(weight[:, None] * colour).sum(-1), weight.sum(-1)[:, None]], 1).transpose(1, 2)
 
 
-@numba.njit(cache=True, fastmath=True, inline="always")
+@njit(cache=True, fastmath=True, inline="always")
 def _corner(place, size):
     """Lower cell of a linear interpolation with values at cell centres, and the share of the upper one."""
     shifted = place - 0.5
@@ -121,7 +121,7 @@ def _corner(place, size):
     return low, np.float32(shifted - low)
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _read(grid, z, y, x):
     """Trilinear value of a grid [d, h, w] at cell coordinates; 0 outside."""
     depth, height, width = grid.shape
@@ -155,7 +155,7 @@ def _read(grid, z, y, x):
     return total
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _add(grid, z, y, x, value):
     """The transpose of `_read`."""
     depth, height, width = grid.shape
@@ -178,13 +178,13 @@ def _add(grid, z, y, x, value):
                     grid[kk, jj, ii] += wj * (fx if di else np.float32(1.0) - fx)
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _place_coarse(place, size, coarse):
     """A coordinate of the fine grid in the coarse one, kept between the centres of its outermost cells."""
     return min(max(place * coarse / size, 0.5), coarse - 0.5)
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _pixel(image, y, x, out):
     """Bilinear colour of a picture [3, h, w] at pixel coordinates, continued beyond its border."""
     height, width = image.shape[1], image.shape[2]
@@ -198,7 +198,7 @@ def _pixel(image, y, x, out):
         out[c] = top * (np.float32(1.0) - fy) + low * fy
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _march(density, colour, gate, image, o, d, constants, places, optical, own, share, seen):
     """Samples of one ray that hold matter: fills the arrays and returns how many there are."""
     near, far, tangent, radius = constants
@@ -243,7 +243,7 @@ def _march(density, colour, gate, image, o, d, constants, places, optical, own, 
     return count
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True)
 def _forward(density, colour, gate, image, origins, directions, constants, out):
     places = np.empty((MAX_SAMPLES, 3), np.float32)
     optical, share = np.empty(MAX_SAMPLES, np.float32), np.empty(MAX_SAMPLES, np.float32)
@@ -267,7 +267,7 @@ def _forward(density, colour, gate, image, origins, directions, constants, out):
             out[b, n, 3] = np.float32(1.0) - light
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True)
 def _backward(
     density, colour, gate, image, origins, directions, constants, cotangent, d_density, d_colour, d_gate
 ):  # fmt: skip

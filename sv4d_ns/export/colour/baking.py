@@ -7,7 +7,6 @@ field. Each surface point takes the colours of the pictures that see it, the bes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from scipy import ndimage, sparse
@@ -15,6 +14,7 @@ from scipy import ndimage, sparse
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.surface.extraction import smooth_fill, vertex_graph
 from sv4d_ns.geometry.rays import project_array
+from sv4d_ns.utils.compiled import njit
 
 DEPTH_SIZE = 512
 """Pixels along the side of the depth maps that decide what hides what (a pixel is 2.4 mm at the object)."""
@@ -120,7 +120,7 @@ def _premultiplied(picture: Picture) -> Float[np.ndarray, "s s 4"]:
     return np.concatenate([rgb * weight[..., None], weight[..., None]], axis=-1).astype(np.float32)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _accumulate(  # type: ignore[no-untyped-def]
     face, barycentric, faces, positions, normals, depth, pixels, c2w, focal, color, weight
 ):

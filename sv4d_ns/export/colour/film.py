@@ -9,7 +9,6 @@ no seam shows (a screened Poisson equation on the mesh, as Bhat et al. 2008 for 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage, sparse
@@ -18,6 +17,7 @@ from scipy.spatial import cKDTree
 
 from sv4d_ns.export.colour.baking import Picture, SurfacePoints, gather
 from sv4d_ns.export.surface.extraction import vertex_graph
+from sv4d_ns.utils.compiled import njit
 
 CONTENDERS = 0.3
 """Share of the best picture's weight from which another picture of the same place counts."""
@@ -123,7 +123,7 @@ def _each(
     return colors, weights
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _agreed(colors, weights, gains):  # type: ignore[no-untyped-def]
     """The weighted mean of the contenders near their weighted median, and the best weight."""
     pictures, count = weights.shape

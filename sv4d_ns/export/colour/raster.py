@@ -5,9 +5,10 @@ Used for visibility and texture baking; compiled by numba, no graphics library.
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from jaxtyping import Float, Int
+
+from sv4d_ns.utils.compiled import njit
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def rasterise(
     return Coverage(face, barycentric, nearest)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _rasterise(pixels, depth, faces, shown, barycentric, nearest):  # type: ignore[no-untyped-def]
     size = shown.shape[0]
     for index in range(faces.shape[0]):

@@ -134,9 +134,9 @@ def carved(
 ) -> tuple[np.ndarray, float]:
     """`solid` without the matter that the film contradicts, and the share of nodes cut.
 
-    A node is doubted where it lies outside the silhouette in `LEAST_FRAMES` frames or more. A connected piece of doubted
-    nodes stays all the same when more frames need it than speak against it: without it, pixels of their silhouettes
-    would be empty.
+    A node is doubted where it lies outside the silhouette in `LEAST_FRAMES` frames or more. A connected piece of
+    doubted nodes stays all the same when more frames need it than speak against it: without it, pixels of their
+    silhouettes would be empty.
 
     Args:
         vertices: of the surface cut out of `solid`.

@@ -101,7 +101,7 @@ def bad_vertices(
     faces: Int[np.ndarray, "f 3"],
     silhouette: Silhouette | None,
 ) -> Bool[np.ndarray, " n"]:
-    """Vertices of drawn-out edges, those that hang on the mesh by such edges only, and those far out of the silhouette."""
+    """Vertices of drawn-out edges, those that hang on the mesh by such only, and those far out of the silhouette."""
     edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     length, before = (np.linalg.norm(y[edges[:, 0]] - y[edges[:, 1]], axis=-1) for y in (x, rest))
     drawn = length > np.maximum(STRETCH * before, LEAST_LENGTH)

@@ -7,9 +7,10 @@ colour does not depend on the viewing direction, like the 4D benchmark's picture
 
 from enum import IntEnum
 
-import numba
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+
+from sv4d_ns.utils.compiled import njit
 
 SUPERSAMPLING = 3
 """Rays per pixel side. Our choice: alpha in steps of 1/9 at 64 pixels, at a few milliseconds a picture."""
@@ -38,7 +39,7 @@ class Texture(IntEnum):
     PATCHES = 6
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _hit(shape, dims, ox, oy, oz, dx, dy, dz):
     """Smallest ray parameter at which the ray (o + s d), coming from outside, meets the part; negative where none."""
     if shape == 0:
@@ -88,7 +89,7 @@ def _hit(shape, dims, ox, oy, oz, dx, dy, dz):
     return best if best < 1e30 else -1.0
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _normal(shape, dims, x, y, z):
     """Outward unit normal at a surface point of the part."""
     if shape == 0:
@@ -108,7 +109,7 @@ def _normal(shape, dims, x, y, z):
     return nx * inverse, ny * inverse, nz * inverse
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _noise(i, j, k, seed):
     """A number in [0, 1) for an integer lattice point."""
     h = np.uint32(i * 73856093) ^ np.uint32(j * 19349663) ^ np.uint32(k * 83492791) ^ np.uint32(seed * 2654435761)
@@ -117,7 +118,7 @@ def _noise(i, j, k, seed):
     return np.float64((h ^ (h >> np.uint32(16))) & np.uint32(0xFFFF)) / 65536.0
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _mix(texture, axis, scale, phase, x, y, z, nx, ny, nz):
     """Which of the part's colours shows at a surface point: 0, 1, or between them."""
     along = x * axis[0] + y * axis[1] + z * axis[2]
@@ -144,7 +145,7 @@ def _mix(texture, axis, scale, phase, x, y, z, nx, ny, nz):
     return 0.0
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True)
 def _visible(c2w, tangent, grid, rotations, positions, bounds, shapes, dims):
     """Nearest part and distance along the axis of every ray of a square grid: (depth, owner, local).
 
@@ -197,7 +198,7 @@ def _visible(c2w, tangent, grid, rotations, positions, bounds, shapes, dims):
     return depth, owner, local
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True)
 def _picture(
     c2w, tangent, size, samples, rotations, positions, bounds, shapes, dims, textures, axes, scales, phases,
     colours, lights, out,
@@ -246,7 +247,7 @@ def _picture(
                 out[pixel_row, pixel_column, 3] = 0
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True)
 def _geometry(c2w, tangent, size, rotations, positions, bounds, shapes, dims, out_depth, out_normal):
     """Write depth along the optical axis and world normals at the pixels' centres."""
     step = 2.0 * tangent / size

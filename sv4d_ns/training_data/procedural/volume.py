@@ -1,13 +1,13 @@
 """Which cells a creature fills, and the colour of its surface near a point, from the parts' signed distances."""
 
-import numba
 import numpy as np
 from jaxtyping import Bool, Float
 
 from sv4d_ns.training_data.procedural.renderer import _mix, _normal
+from sv4d_ns.utils.compiled import njit
 
 
-@numba.njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True)
 def _distance(shape, dims, x, y, z):
     """Signed distance of a point of the part's frame to its surface (ellipsoids: first order), negative inside."""
     if shape == 0:
@@ -29,7 +29,7 @@ def _distance(shape, dims, x, y, z):
     return np.sqrt((x - centre) ** 2 + rho * rho) - radius
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True)
 def _nearest(points, reach, rotations, positions, bounds, shapes, dims, distance, owner):
     """Distance to the nearest part and which it is, for points that are within `reach` of a part's ball."""
     for n in range(points.shape[0]):
@@ -54,7 +54,7 @@ def _nearest(points, reach, rotations, positions, bounds, shapes, dims, distance
                 owner[n] = part
 
 
-@numba.njit(cache=True, fastmath=True, nogil=True)
+@njit(cache=True, fastmath=True, nogil=True)
 def _colours(
     points, owner, rotations, positions, shapes, dims, textures, axes, scales, phases, colours, lights, out
 ):  # fmt: skip
