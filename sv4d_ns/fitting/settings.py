@@ -53,3 +53,11 @@ class LossWeights:
     """Rigidity of the motion at surface points; 0.3 of it where the flow of true views says how they move."""
     band_rigidity: float = 0.1
     """Rigidity around the hulls, rendered or not; 0.3 of it likewise."""
+
+
+def __getattr__(name: str) -> type:
+    if name == "CorrectionConfig":  # older runs' config.yml names it
+        from sv4d_ns.utils.moved import Gone
+
+        return Gone
+    raise AttributeError(name)

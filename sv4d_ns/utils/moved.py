@@ -2,8 +2,8 @@
 
 `config.yml` of a run and `model_index.json` of a saved pipeline name classes by their module. This package's modules
 have moved since older ones were written, and so have the readers of such files: nerfstudio's yaml loader and diffusers
-import what a file names. A finder makes the old names importable, as the same module objects, and nothing else. What
-no longer exists is read as `Gone`.
+import what a file names. A finder makes the old names importable, as the same module objects, and nothing else. A
+class that no longer exists is read as `Gone`.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ MOVED = {
     "sv4d_ns.four_diffusion.pipeline": "sv4d_ns.plugin.distillation_pipeline",
     "sv4d_ns.four_diffusion.trainer": "sv4d_ns.plugin.distillation_trainer",
     "sv4d_ns.model": "sv4d_ns.plugin.model",
+    "sv4d_ns.plugin.distillation_optimizer": "sv4d_ns.plugin.optimizers",
     "sv4d_ns.pipeline": "sv4d_ns.plugin.pipeline",
     "sv4d_ns.schedulers": "sv4d_ns.plugin.optimizers",
     "sv4d_ns.trainer": "sv4d_ns.plugin.trainer",
@@ -33,8 +34,6 @@ MOVED = {
     "sv4d_ns.diffusion.unet": "sv4d_ns.diffusion.sv4d.unet",
     "sv4d_ns.diffusion.pipeline": "sv4d_ns.diffusion.sv4d.pipeline",
 }
-GONE = {"sv4d_ns.fit_settings": ("CorrectionConfig",)}
-"""Old module to names in it that older files use and nothing stands for any more."""
 
 
 @dataclasses.dataclass
@@ -56,8 +55,6 @@ class _MovedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        for name in GONE.get(module.__spec__.name if module.__spec__ is not None else "", ()):
-            setattr(module, name, Gone)
         # the import system has just put the old name's spec in its place
         if module.__spec__ is not None:
             module.__spec__ = module.__spec__.loader_state
