@@ -15,6 +15,7 @@ matrix products would allow (roofline). Times are this machine's; only their rat
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -28,18 +29,22 @@ import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.field.images import psnr, render_rgba
-from sv4d_ns.field.motion import FrequencyMotion, mlp
+from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig, mlp
+from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import march, pixel_rays, render_rays
-from sv4d_ns.fitting import batch_sampler as sampling
-from sv4d_ns.fitting import losses
-from sv4d_ns.fitting import objective as fitting
+from sv4d_ns.field.volume_rendering import march, render_rays
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.objective import loss_terms
+from sv4d_ns.fitting.schedule import ScheduleConfig, advance
+from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_flow, train_views
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import pixel_rays
+from sv4d_ns.metrics.images import pooled_psnr
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 from sv4d_ns.utils.files import atomic_path
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.views.grid import ViewGrid
 
 now = time.perf_counter
 """The clock of all figures; `FieldBenchmark.clock` sets it."""
@@ -165,8 +170,8 @@ class Ours:
     ) -> None:
         torch.manual_seed(0)
         self.total = steps
-        canonical = fitting.largest_silhouette(grid)
-        views = fitting.train_views(grid, device)
+        canonical = largest_silhouette(grid)
+        views = train_views(grid, device)
         self.field = DeformableField(
             DeformableFieldConfig(
                 keyframes=grid.num_frames,
@@ -175,12 +180,12 @@ class Ours:
             )
         ).to(device)
         self.occupancy = OccupancyGrid(grid.num_frames).to(device)
-        self.occupancy.carve(fitting.hull_views(views))
+        self.occupancy.carve(hull_views(views))
         self.field.confine(self.occupancy.hull[canonical])
-        self.flow = fitting.surface_flow(views, self.occupancy.half_extent)
-        self.schedule, self.canonical = sampling.ScheduleConfig(), canonical
-        self.sampler = fitting.BatchSampler(views, fitting.BatchConfig(rays=rays), self.schedule, 0)
-        self.weights = losses.LossWeights()
+        self.flow = surface_flow(views, self.occupancy.half_extent)
+        self.schedule, self.canonical = ScheduleConfig(), canonical
+        self.sampler = BatchSampler(views, BatchConfig(rays=rays), self.schedule, 0)
+        self.weights = LossWeights()
         groups = self.field.parameter_groups()
         self.decay = DecaySchedulerConfig(max_steps=steps)
         self.optimizer = torch.optim.Adam(
@@ -192,7 +197,7 @@ class Ours:
 
     def step(self, number: int) -> None:
         number = min(number, self.total)
-        window = fitting.advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
+        window = advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * decay_factor(self.decay, number)
         batch = self.sampler.draw(number, window, self.canonical)
@@ -200,7 +205,7 @@ class Ours:
             self.field, self.occupancy, batch.origins, batch.directions, batch.times,
             background=batch.background, jitter=batch.jitter,
         )  # fmt: skip
-        terms = fitting.loss_terms(self.field, self.occupancy, self.flow, out, batch, self.weights, 0, number)
+        terms = loss_terms(self.field, self.occupancy, self.flow, out, batch, self.weights, 0, number)
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         self.optimizer.step()
@@ -210,6 +215,51 @@ class Ours:
         size = view.pictures.shape[1]
         rgba = render_rgba(self.field, self.occupancy, view.c2w, view.focal, size, float(view.times[frame]))
         return over_white(rgba) / 255.0
+
+
+def frequency_encoding(x: Float[Tensor, "n d"], octaves: int, alpha: float) -> Float[Tensor, "n e"]:
+    """x, then sin and cos of pi 2^k x for k < octaves; octave k is faded in by clip(alpha - k, 0, 1).
+
+    The fade is the raised cosine of Park et al. 2021 (Nerfies) eq. 8; alpha runs from 0 to `octaves`.
+    """
+    # Doubling the angle (sin 2a = 2 sin a cos a, cos 2a = 1 - 2 sin^2 a) costs two products where sin and cos cost
+    # twenty, and float32 keeps six digits over the few octaves used.
+    sin, cos = torch.sin(math.pi * x), torch.cos(math.pi * x)
+    features = [x]
+    for k in range(octaves):
+        if k > 0:
+            sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
+        fade = 0.5 * (1 - math.cos(math.pi * min(max(alpha - k, 0.0), 1.0)))
+        features += [sin * fade, cos * fade]
+    return torch.cat(features, -1)
+
+
+class FrequencyMotion(nn.Module):
+    """An MLP over (position, time) with annealed time frequencies; zero when new.
+
+    SV4D's deformation (Xie et al. 2024, section 4).
+    """
+
+    progress: Tensor
+
+    def __init__(self, width: int, layers: int, space_frequencies: int, time_frequencies: int) -> None:
+        super().__init__()
+        self.space_frequencies, self.time_frequencies = space_frequencies, time_frequencies
+        inputs = 3 * (1 + 2 * space_frequencies) + 1 + 2 * time_frequencies
+        self.net = mlp([inputs] + [width] * layers + [3])
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.register_buffer("progress", torch.tensor(1.0))
+
+    def forward(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
+        """Offsets at points in half extents (the box is [-1, 1]^3) and times in [0, 1]."""
+        # Only time is annealed (as in SV4D): neighbouring limbs move apart from the first moving frame on. Its lowest
+        # octave is open from the start: raw time alone gives only straight, even motion.
+        space = frequency_encoding(x, self.space_frequencies, self.space_frequencies)
+        alpha = 1 + float(self.progress) * (self.time_frequencies - 1)
+        return self.net(torch.cat([space, frequency_encoding(t, self.time_frequencies, alpha)], -1))
 
 
 class LiteralBuild(nn.Module):
@@ -228,11 +278,9 @@ class LiteralBuild(nn.Module):
         self.encoding = HashEncoding(16, 16, 2048, 19, 2, implementation="torch")
         self.density_head = mlp([32, config.hidden_width, 1 + config.geometry_features])
         self.color_head = mlp([config.geometry_features, config.hidden_width, 3])
-        self.deformation = FrequencyMotion(
-            config.deformation_width, config.deformation_layers, config.space_frequencies, config.time_frequencies
-        )
+        self.deformation = FrequencyMotion(width=64, layers=3, space_frequencies=4, time_frequencies=5)
         self.uniform, self.pdf = UniformSampler(self.SAMPLES), PDFSampler(self.SAMPLES, include_original=False)
-        self.views = fitting.train_views(grid, "cpu")
+        self.views = train_views(grid, "cpu")
         self.optimizer = torch.optim.Adam(self.parameters(), lr=1e-2, eps=1e-15)
         self.evaluated = rays * 2 * self.SAMPLES
 
@@ -313,7 +361,7 @@ def fit(
             looks.pop(0)
             looks = looks or [np.inf]
             scores = [
-                psnr(build.picture(view, frame), over_white(view.pictures[frame]) / 255.0)
+                pooled_psnr(build.picture(view, frame), over_white(view.pictures[frame]) / 255.0)
                 for view in held_out
                 for frame in frames
             ]
@@ -482,7 +530,10 @@ def tables(report: dict[str, Any]) -> str:
             if reached is None
             else f"reached in {reached:.0f} s, {end['seconds'] / reached:.0f} times sooner"
         )
-        lines += ["", f"The literal build's {end['psnr']:.1f} dB after {end['seconds']:.0f} s are {said} by ours."]
+        lines += [
+            "",
+            f"The literal build's {end['psnr']:.1f} dB after {end['seconds']:.0f} s are {said} by ours.",
+        ]
     for what in ("rays", "frames"):
         if what in report:
             lines += ["", f"| {what} | ms a step |", "|---|---|"]

@@ -6,8 +6,8 @@ Every fit is one of `field_fit.py --views truth`, shorter than a run, so differe
 figures themselves; two seeds of the whole method say how much is chance. Finished fits are kept (a killed run goes on
 where it was), the table is written anew after each of them.
 
-Parts that act on generated views only are not here: sparsity is in `field_fit.py --views generated`, corrections of
-views and leaving one out are in `robustness.py`, stage 2 in `quality.py --views model`.
+Parts that act on generated views only are not here: sparsity is in `field_fit.py --views generated`, stage 2 in
+`quality.py --views model`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from field_fit import FitConfig, evaluate, fit, load_views
 
 from sv4d_ns.evaluation.cases import find_cases
 from sv4d_ns.field.deformable import DeformableFieldConfig
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-from sv4d_ns.fitting.losses import LossWeights
-from sv4d_ns.fitting.objective import BatchConfig
+from sv4d_ns.fitting.batch_sampler import BatchConfig
+from sv4d_ns.fitting.schedule import ScheduleConfig
+from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
 
@@ -65,7 +65,6 @@ def without(*names: str) -> Variant:
 VARIANTS = (
     Variant("whole", ""),
     Variant("whole, another seed", "", fit={"seed": 1}),
-    Variant("deformation MLP", "field", field={"motion": "frequencies"}),
     Variant("no light of each frame", "field", field={"appearance_resolutions": ()}),
     Variant("no density residual", "field", field={"density_resolutions": ()}),
     Variant("canonical frame is the first", "field", fit={"canonical": "first"}),
@@ -84,9 +83,6 @@ VARIANTS = (
     without("registration", "band_rigidity"),
     without("deformation"),
     without("deformation_rigidity", "band_rigidity"),
-    Variant("with opacity entropy", "loss", losses={"opacity": 0.03}),
-    Variant("with depth smoothness", "loss", losses={"depth_smoothness": 0.01}),
-    Variant("with temporal smoothness", "loss", losses={"deformation_time": 1e-3}),
 )
 
 

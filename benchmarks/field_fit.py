@@ -28,18 +28,13 @@ from sv4d_ns.evaluation.cases import Case
 from sv4d_ns.evaluation.geometry import evaluate_geometry
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import pixel_rays, render_rays, render_rays_chunked
-from sv4d_ns.fitting import batch_sampler as sampling
-from sv4d_ns.fitting import losses
-from sv4d_ns.fitting.objective import (
-    BatchConfig,
-    BatchSampler,
-    TrainView,
-    advance,
-    hull_views,
-    loss_terms,
-    surface_flow,
-)
+from sv4d_ns.field.volume_rendering import render_rays, render_rays_chunked
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.objective import loss_terms
+from sv4d_ns.fitting.schedule import ScheduleConfig, advance
+from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.fitting.train_views import TrainView, hull_views, surface_flow
+from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 
 FOV_TAN = float(np.tan(np.radians(33.9) / 2))
@@ -136,9 +131,9 @@ class Profile:
 def fit(
     views: list[View],
     config: FitConfig,
-    weights: losses.LossWeights,
+    weights: LossWeights,
     field_config: DeformableFieldConfig,
-    schedule: sampling.ScheduleConfig,
+    schedule: ScheduleConfig,
     batch_config: BatchConfig,
     log: Callable[[str], None],
 ) -> tuple[DeformableField, OccupancyGrid, dict]:
@@ -271,7 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
-    configs = [FitConfig(), losses.LossWeights(), DeformableFieldConfig(), sampling.ScheduleConfig(), BatchConfig()]
+    configs = [FitConfig(), LossWeights(), DeformableFieldConfig(), ScheduleConfig(), BatchConfig()]
     for item in args.set:
         name, value = item.split("=")
         owners = [i for i, c in enumerate(configs) if name in {f.name for f in fields(c)}]

@@ -5,8 +5,8 @@
 Fits a procedural creature (or a case) with the package's own steps and writes field_gpu.md: steps per second, time to
 30 dB on two elevated views, peak memory, and the share of time of each kernel (torch.profiler). With `--compile` the
 heads run through torch.compile. The canonical hash grid is tiny-cuda-nn's where tinycudann can be imported, rays are
-walked by nerfacc where its extension works (`rendering.marcher`); the table says which of them ran. `--encoding numba`
-and an environment without nerfacc measure the torch paths.
+walked by nerfacc where its extension works (`volume_rendering.marcher`); the table says which of them ran.
+`--encoding numba` and an environment without nerfacc measure the torch paths.
 
 `--device cpu` with small sizes exercises the same code without a GPU.
 """

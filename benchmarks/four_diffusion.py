@@ -20,19 +20,22 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import numpy as np
 import torch
 import tyro
+from literal_occupancy import SharedOccupancyGrid, reference_samples
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion_training.evaluate import as_floats, held_out_clip, motion_error, roughness
-from sv4d_ns.distillation import losses
+from sv4d_ns.distillation import losses, rendering
 from sv4d_ns.distillation.cameras import DrawnViews
 from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anchor
 from sv4d_ns.distillation.priors import SV4DPrior
@@ -41,20 +44,23 @@ from sv4d_ns.distillation.schedules import own_weights
 from sv4d_ns.distillation.warm_start import view_terms
 from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, picture_figures, video_figures
-from sv4d_ns.field.images import psnr, render_rgba
+from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
 from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
-from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, hull_views, train_views
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window
+from sv4d_ns.fitting.train_views import hull_views, train_views
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.metrics.images import pooled_psnr
 from sv4d_ns.plugin.distillation_model import field_config
 from sv4d_ns.plugin.distillation_pipeline import WARM_START
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig, decay_factor
-from sv4d_ns.synthesis.base import load_synthesizer, to_model_space
+from sv4d_ns.synthesis.base import to_model_space
+from sv4d_ns.synthesis.choice import load_synthesizer
 from sv4d_ns.utils.files import atomic_path
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.views.grid import ViewGrid
 
 FRAMES, SIZE = 8, 64
 SAMPLED, WITH_INPUT = "sampled views alone", "sampled views and input video"
@@ -189,7 +195,9 @@ def score(case: Case, made: np.ndarray, at_input: np.ndarray) -> dict[str, float
     figures["motion"] = motion_error(floats, truth)
     figures["sharpness"] = roughness(floats[..., :3]) / roughness(truth[..., :3])
     pairs = zip(at_input[:, 0], case.grid.input_frames, strict=True)
-    figures["input_psnr"] = float(np.mean([psnr(over_white(a) / 255.0, over_white(b) / 255.0) for a, b in pairs]))
+    figures["input_psnr"] = float(
+        np.mean([pooled_psnr(over_white(a) / 255.0, over_white(b) / 255.0) for a, b in pairs])
+    )
     return figures
 
 
@@ -338,7 +346,9 @@ def literal_terms(case: Case, field: SpaceTimeField, occupancy: SharedOccupancyG
     prior = sv4d_prior(case.prior.pipeline, case.grid)
     anchor = make_anchor(case.grid, 0, SIZE, "cpu")
     config = ObjectiveConfig(total_steps=100, frames_per_step=FRAMES, render=RenderSettings(normals=0))
-    terms = Objective(field, occupancy, prior, anchor, FRAMES, config).terms(step)
+    objective = Objective(field, occupancy, prior, anchor, FRAMES, config)
+    with mock.patch.object(rendering, "march", partial(reference_samples, field)):
+        terms = objective.terms(step)
     plan = ViewPlan((0.0, 90.0, 180.0, 270.0), (0.0,) * 4, 0.0, prior.radius, prior.fov_deg)
     rays = grid_rays(plan, torch.tensor([0.5]), SIZE, "cpu")
     terms["orientation"] = 1000.0 * orientation_of_all(field, occupancy, rays)

@@ -9,10 +9,11 @@ import torch
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
-from sv4d_ns.fitting import objective as fitting
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-from sv4d_ns.fitting.corrections import ViewCorrections
-from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.objective import loss_terms
+from sv4d_ns.fitting.schedule import ScheduleConfig, advance
+from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_flow, train_views
 from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 from sv4d_ns.views.grid import ViewGrid
 
@@ -27,7 +28,6 @@ class FitOptions:
     steps: int
     """Length of the schedule."""
     rays: int = 1024
-    corrections: CorrectionConfig = field(default_factory=CorrectionConfig)
     losses: LossWeights = field(default_factory=LossWeights)
     leave_out: bool = True
     visibility_every: int = 10
@@ -40,12 +40,11 @@ class GridFit:
         torch.manual_seed(0)
         torch.set_flush_denormal(True)
         self.options, self.step, self.cpu_s = options, 0, 0.0
-        self.canonical = fitting.largest_silhouette(grid)
+        self.canonical = largest_silhouette(grid)
         canonical_time = self.canonical / max(grid.num_frames - 1, 1)
         self.field = DeformableField(DeformableFieldConfig(keyframes=grid.num_frames, canonical_time=canonical_time))
         self.occupancy = OccupancyGrid(grid.num_frames)
-        self.corrections = ViewCorrections(grid.num_views + 1, options.corrections)
-        groups = self.field.parameter_groups() | self.corrections.parameter_groups()
+        groups = self.field.parameter_groups()
         self.optimizer = torch.optim.Adam(
             [{"params": values, "rate": LEARNING_RATES[name]} for name, values in groups.items()],
             betas=(0.9, 0.99),
@@ -56,13 +55,13 @@ class GridFit:
 
     def use_grid(self, grid: ViewGrid) -> None:
         """Fit another grid of the same cameras from now on, as stage 2 does."""
-        views = fitting.train_views(grid, "cpu", self.options.leave_out)
-        self.occupancy.carve(fitting.hull_views(views))
+        views = train_views(grid, "cpu", self.options.leave_out)
+        self.occupancy.carve(hull_views(views))
         self.field.confine(self.occupancy.hull[self.canonical])
         scene_flow = self.options.losses.scene_flow
-        self.flow = fitting.surface_flow(views, self.occupancy.half_extent) if scene_flow else None
-        batch = fitting.BatchConfig(rays=self.options.rays)
-        self.sampler = fitting.BatchSampler(views, batch, ScheduleConfig(), 0)
+        self.flow = surface_flow(views, self.occupancy.half_extent) if scene_flow else None
+        batch = BatchConfig(rays=self.options.rays)
+        self.sampler = BatchSampler(views, batch, ScheduleConfig(), 0)
 
     def run(self, until: int) -> "GridFit":
         """Go on up to a step of the schedule; returns itself."""
@@ -71,19 +70,16 @@ class GridFit:
         for step in range(self.step, until):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["rate"] * decay_factor(decay, step)
-            window = fitting.advance(
+            window = advance(
                 self.field, self.occupancy, self.flow, ScheduleConfig(), step, options.steps, OCCUPANCY_EVERY
             )
             if options.visibility_every and len(window) > 1 and step % options.visibility_every == 0:
                 frame = window.first + step // options.visibility_every % len(window)
                 self.sampler.update_visibility(self.field, self.occupancy, frame)
             batch = self.sampler.draw(step, window, self.canonical)
-            origins, directions = self.corrections.rays(batch.origins, batch.directions, batch.view)
-            out = render_rays(self.field, self.occupancy, origins, directions, batch.times, SAMPLES,
+            out = render_rays(self.field, self.occupancy, batch.origins, batch.directions, batch.times, SAMPLES,
                               background=batch.background, jitter=batch.jitter)  # fmt: skip
-            seen = self.corrections.corrected(out, batch)
-            terms = fitting.loss_terms(self.field, self.occupancy, self.flow, *seen, options.losses, 0, step)
-            terms |= self.corrections.penalties()
+            terms = loss_terms(self.field, self.occupancy, self.flow, out, batch, options.losses, 0, step)
             self.optimizer.zero_grad(set_to_none=True)
             torch.stack(list(terms.values())).sum().backward()
             self.optimizer.step()

@@ -308,7 +308,7 @@ def save_sheets(pictures: Any, folder: Path) -> None:
     """One picture a view: truth above, field below, some moments."""
     from PIL import Image
 
-    from sv4d_ns.views.grid import over_white
+    from sv4d_ns.utils.images import over_white
 
     folder.mkdir(exist_ok=True)
     shown = np.unique(np.linspace(0, len(pictures.times) - 1, 6).round().astype(int))

@@ -24,13 +24,15 @@ from PIL import Image
 from sv4d_ns.diffusion_training.evaluate import FIRST_EVALUATED
 from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, load_backbones, pair_figures, video_figures
-from sv4d_ns.field.images import agreement, joint_confidence, render_grid
+from sv4d_ns.field.images import render_grid
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import ViewSynthesizer, load_synthesizer, resize_rgba
+from sv4d_ns.synthesis.base import ViewSynthesizer
+from sv4d_ns.synthesis.choice import load_synthesizer
 from sv4d_ns.training_data.procedural import creature, render
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.utils.images import over_white, resize_rgba
+from sv4d_ns.views.grid import ViewGrid
 
 ELEVATED = ((45.0, 30.0), (225.0, 30.0))
 """Azimuth and elevation of the views nothing is made for, degrees."""
@@ -54,8 +56,6 @@ class Stage2:
     """Share of it at which stage 2 begins (as in ns-train sv4d)."""
     strengths: tuple[float, ...] = (0.4, 0.9)
     """Noise levels of stage 2 to compare."""
-    agreement: float = 0.0
-    """Sharpness of the weight of agreement; see the pipeline's `refine_agreement`."""
     rays: int = 1024
     """Single rays of a step."""
 
@@ -125,7 +125,7 @@ class Stage2:
         frames = resize_rgba(grid.input_frames, synthesizer.image_size)
         store = self.out / "windows" / f"{grid.content_id}-{strength}"
         views = synthesizer.refine(frames, renders, grid.plan, strength=strength, seed=1, store=store, progress=_quiet)
-        confidence = joint_confidence(views.confidence, agreement(renders, views.images, self.agreement))
+        confidence = views.confidence
         return replace(grid, novel_views=views.images, confidence=confidence)
 
     def pictures(self, fit: GridFit, truth: Pictures) -> Pictures:

@@ -4,10 +4,10 @@ from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from sv4d_ns.plugin.bar_writer import BarWriterConfig
-from sv4d_ns.plugin.distillation_optimizer import FusedAdamWConfig
 from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.plugin.distillation_trainer import FourDiffusionTrainerConfig
 from sv4d_ns.plugin.help import described
+from sv4d_ns.plugin.optimizers import FusedAdamWConfig
 from sv4d_ns.utils.terminal import accept_any_encoding
 
 accept_any_encoding()  # nerfstudio's commands give a plugin no other place to do so

@@ -266,7 +266,6 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "pipeline.visibility-every": [-1],
     "pipeline.refine-steps": [(0,), (-3,), (9, 4), (4, 4), tuple(range(1, 12))],
     "pipeline.refine-strength": [0.0, 2.0, NAN],
-    "pipeline.refine-agreement": [-1.0, NAN],
     "pipeline.movie-size": [0, 7],
 }
 

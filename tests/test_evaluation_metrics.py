@@ -15,7 +15,7 @@ from sv4d_ns.evaluation import backbones, geometry, videos
 from sv4d_ns.evaluation.alignment import Similarity
 from sv4d_ns.evaluation.frechet import bootstrap, frechet_distance, frechet_with_interval, mean_with_interval
 from sv4d_ns.geometry.cameras import look_at_cameras
-from sv4d_ns.metrics import images
+from sv4d_ns.metrics import images, lpips
 from sv4d_ns.metrics.consistency import flicker, hull_agreement
 from sv4d_ns.utils.errors import InputError
 
@@ -345,11 +345,11 @@ def test_surface_and_tracks_of_a_field_with_known_motion() -> None:
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
-def random_lpips(net: backbones.LpipsNet) -> backbones.Lpips:
+def random_lpips(net: lpips.LpipsNet) -> lpips.Lpips:
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
     torch.manual_seed(0)
-    return backbones.Lpips(_NoTrainLpips(net=net, pnet_rand=True), backbones.Identity("random", "test", {}))
+    return lpips.Lpips(_NoTrainLpips(net=net, pnet_rand=True), lpips.Identity("random", "test", {}))
 
 
 def test_lpips_of_a_random_backbone_agrees_with_its_formula() -> None:
@@ -391,7 +391,7 @@ def test_clip_embeds_through_the_models_own_preprocessing(tmp_path: Path) -> Non
     a = pictures(5, 3, 48)
     embedded = clip.embed(a)
     assert embedded.shape == (3, 8)
-    assert clip.identity.files["model.safetensors"] == backbones.sha256(tmp_path / "model.safetensors")
+    assert clip.identity.files["model.safetensors"] == lpips.sha256(tmp_path / "model.safetensors")
     resized = torch.nn.functional.interpolate((a * 255).round() / 255, (224, 224), mode="bicubic", antialias=True)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
@@ -425,14 +425,14 @@ def saved_i3d(path: Path) -> Path:
 
 def test_i3d_is_opened_only_when_its_hash_is_trusted(tmp_path: Path) -> None:
     path = saved_i3d(tmp_path / "i3d.pt")
-    digest = backbones.sha256(path)
+    digest = lpips.sha256(path)
     with pytest.raises(InputError, match=f"i3d.pt has the sha256 {digest}"):
         backbones.load_i3d(path)
     with pytest.raises(InputError, match="not opened"):
         backbones.load_i3d(path, "0" * 64)
     with pytest.raises(InputError, match=r"nowhere\.pt does not exist") as caught:
         backbones.load_i3d(tmp_path / "nowhere.pt")
-    assert not isinstance(caught.value, backbones.BackboneMissing), "a path that was given is not silently left out"
+    assert not isinstance(caught.value, lpips.BackboneMissing), "a path that was given is not silently left out"
     network = backbones.load_i3d(path, digest.upper())
     video = torch.rand(2, 10, 3, 32, 32)
     features = network.features(video)
@@ -441,7 +441,7 @@ def test_i3d_is_opened_only_when_its_hash_is_trusted(tmp_path: Path) -> None:
     junk = tmp_path / "junk.pt"
     junk.write_bytes(b"not a program")
     with pytest.raises(InputError, match="not a TorchScript file"):
-        backbones.load_i3d(junk, backbones.sha256(junk))
+        backbones.load_i3d(junk, lpips.sha256(junk))
 
 
 def test_random_video_features_see_flicker_and_repeat_exactly() -> None:
@@ -460,9 +460,9 @@ def test_missing_networks_are_named_with_the_remedy(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(backbones.BackboneMissing, match=r"LPIPS \(alex\) needs alexnet-owt-7be5be79.pth: give --fetch"):
-        backbones.load_lpips("alex")
+    with pytest.raises(lpips.BackboneMissing, match=r"LPIPS \(alex\) needs alexnet-owt-7be5be79.pth: give --fetch"):
+        lpips.load_lpips("alex")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").write_bytes(b"half a download")
     with pytest.raises(InputError, match="is damaged"):
-        backbones.load_lpips("alex")
+        lpips.load_lpips("alex")

@@ -19,6 +19,7 @@ from sv4d_ns.evaluation import backbones, candidates, command, geometry, protoco
 from sv4d_ns.evaluation.alignment import Alignment, Similarity, run_to_source, whole_picture
 from sv4d_ns.evaluation.cases import Case, find_cases
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
+from sv4d_ns.metrics import lpips
 from sv4d_ns.metrics.images import silhouette_iou
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video.crop import Framing, fixed_framing
@@ -191,7 +192,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> scores.Backbones:
     return scores.Backbones(
         lpips={"alex": random_lpips("alex")},
         clip=backbones.open_clip(tiny_clip(folder / "clip"), "CLIP tiny", "test"),
-        videos=[backbones.load_i3d(i3d, backbones.sha256(i3d)), backbones.RandomVideoFeatures()],
+        videos=[backbones.load_i3d(i3d, lpips.sha256(i3d)), backbones.RandomVideoFeatures()],
     )
 
 
@@ -227,7 +228,7 @@ def test_two_grids_are_compared_with_every_network(
     assert report["difference"]["psnr"]["units"] == 5 and report["difference"]["psnr"]["value"] < 0
     figures = np.array(second["objects"][0]["figures"]["psnr"])
     assert figures.shape == (FRAMES, 5) and (figures[1::2, 1] < 60).all() and (figures[::2] == 100).all()
-    assert report["truth"][0]["geometry"] == backbones.sha256(case_folder / "geometry.npz")
+    assert report["truth"][0]["geometry"] == lpips.sha256(case_folder / "geometry.npz")
     assert {"package", "torch", "python"} <= report["code"].keys() and report["settings"]["protocol"] == "benchmark"
     assert any("i3d.pt" in network["files"] for network in report["networks"])
     page = (tmp_path / "report.html").read_text()
@@ -240,10 +241,10 @@ def test_without_networks_and_truth_the_remaining_metrics_are_given(
     worse_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def nothing(*_: object) -> None:
-        raise backbones.BackboneMissing("NETWORK is not here: give --fetch.")
+        raise lpips.BackboneMissing("NETWORK is not here: give --fetch.")
 
-    for name in ("load_lpips", "load_clip", "load_i3d"):
-        monkeypatch.setattr(backbones, name, nothing)
+    for module, name in ((lpips, "load_lpips"), (backbones, "load_clip"), (backbones, "load_i3d")):
+        monkeypatch.setattr(module, name, nothing)
     assert main(["evaluate", str(worse_folder), "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["candidates"][0]["summary"]) == {"flicker", "hull"}

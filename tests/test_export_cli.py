@@ -185,9 +185,10 @@ def fit_moving_ball(field) -> None:
     for _ in range(250):
         canonical, moving, t = torch.rand(4096, 3) * 1.14 - 0.57, torch.rand(512, 3) * 1.14 - 0.57, torch.rand(512, 1)
         inside = (canonical.norm(dim=-1) < RADIUS).float()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(field.canonical_logit(canonical), inside)
+        logit, geometry = field._canonical(canonical)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, inside)
         red = torch.tensor([0.8, 0.2, 0.1])
-        loss = loss + ((field.canonical_color(canonical) - red) * inside[:, None]).square().mean()
+        loss = loss + ((torch.sigmoid(field.color_head(geometry)) - red) * inside[:, None]).square().mean()
         back = torch.tensor([0.0, -SHIFT, 0.0]) * (t > 1 / 6)
         loss = loss + 100 * (field.deformation(moving, t) - back).square().mean() * (t > 0.3).float().mean()
         optimizer.zero_grad()

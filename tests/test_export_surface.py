@@ -6,13 +6,14 @@ import trimesh
 from scipy import ndimage
 
 from sv4d_ns.export.colour.baking import Picture
-from sv4d_ns.export.colour.raster import project, rasterise
+from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
 from sv4d_ns.export.surface.carving import carved, completed, silhouettes
 from sv4d_ns.export.surface.extraction import OpacityGrid
 from sv4d_ns.export.surface.mending import mended
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import project_array
 
 PLAN = ViewPlan.ring((90.0,), 0.0)
 SIZE = 128
@@ -26,7 +27,7 @@ def ball(scale=(0.3, 0.3, 0.3), subdivisions=4):
 def filmed(vertices, faces, frame=0, colors=None):
     """A picture of a mesh at the input camera, coverage by 4 x 4 samples in each pixel."""
     camera, fine = PLAN.c2w()[0], 4 * SIZE
-    seen = rasterise(*project(vertices, camera, PLAN.focal_px(fine), fine), faces, fine)
+    seen = rasterise(*project_array(vertices, camera, PLAN.focal_px(fine), fine), faces, fine)
     rgba = np.zeros((fine, fine, 4))
     covered = seen.face >= 0
     rgba[covered, 3] = 1

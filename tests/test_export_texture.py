@@ -6,10 +6,11 @@ import torch
 from export_fixture import SwingingLimb, exported, pictures
 
 from sv4d_ns.export.colour.baking import Picture, confidence, filled, gather, vertices_as_points
-from sv4d_ns.export.colour.raster import project, rasterise
+from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.colour.texture import bake, padded, texels, unwrap
 from sv4d_ns.export.formats.asset import with_texture
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.errors import InputError
 
 TIMES = np.array([0.0, 0.4])
@@ -40,12 +41,12 @@ def test_rasteriser_interpolates_with_perspective_and_keeps_the_nearest():
     near = np.array([[-1.0, -1, -2], [1, -1, -2], [-1, 1, -2]])
     far = np.array([[-9.0, -9, -8], [9, -9, -8], [0, 9, -4]])
     points, faces = np.concatenate([near, far]), np.array([[0, 1, 2], [3, 4, 5]])
-    pixels, depth = project(points, np.eye(4), 16.0, 32)
+    pixels, depth = project_array(points, np.eye(4), 16.0, 32)
     seen = rasterise(pixels, depth, faces, 32)
     for row, column in np.argwhere(seen.face >= 0)[::37]:
         corner = points[faces[seen.face[row, column]]]
         point = seen.barycentric[row, column] @ corner
-        again, z = project(point[None], np.eye(4), 16.0, 32)
+        again, z = project_array(point[None], np.eye(4), 16.0, 32)
         np.testing.assert_allclose(again[0], [column + 0.5, row + 0.5], atol=1e-3)
         np.testing.assert_allclose(z[0], seen.depth[row, column], rtol=1e-5)
     # the near triangle covers x 8 to 24 and y 8 to 24 below its diagonal, and hides the far one there

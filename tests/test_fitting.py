@@ -9,18 +9,15 @@ import torch
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
-from sv4d_ns.fitting.losses import LossWeights
-from sv4d_ns.fitting.objective import (
-    RIGIDITY_BESIDE_FLOW,
-    BatchConfig,
-    BatchSampler,
-    advance,
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.objective import RIGIDITY_BESIDE_FLOW, loss_terms
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window, advance
+from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.fitting.train_views import (
     agreeing_views,
     closed,
     hull_views,
     largest_silhouette,
-    loss_terms,
     surface_flow,
     train_views,
 )
@@ -261,7 +258,7 @@ def test_visibility_is_computed_when_asked_and_kept_in_between(monkeypatch: pyte
         calls.append(len(cameras))
         return torch.full((len(cameras), 24, 24), 0.25)
 
-    monkeypatch.setattr("sv4d_ns.fitting.objective.view_weights", seen)
+    monkeypatch.setattr("sv4d_ns.fitting.batch_sampler.view_weights", seen)
     sampler.update_visibility(None, None, 1)  # type: ignore[arg-type]
     for step in range(5):
         sampler.draw(step, Window(0, 1), 0)

@@ -62,7 +62,6 @@ def training_flags() -> set[str]:
         | {"pipeline.synthesis"}
         | below("pipeline.model", fields(ours / "model.py") | fields(ours / "distillation_model.py"))
         | below("pipeline.model.losses", fields(PACKAGE / "fitting" / "settings.py", "LossWeights"))
-        | below("pipeline.model.corrections", fields(PACKAGE / "fitting" / "settings.py", "CorrectionConfig"))
         | {"optimizers", "optimizers.GROUP.optimizer.lr", "help"}
         | fields(ours / "dataparser.py")
     )

@@ -8,17 +8,9 @@ import torch
 from diffusion_fixture import small_pipeline
 
 from sv4d_ns.diffusion.bundled import load_bundled_pipeline
-from sv4d_ns.distillation.anchor import KNOWN_POSE, choose_anchor, nearest_view
-from sv4d_ns.distillation.cameras import (
-    DISTANCE,
-    FIELD_OF_VIEW,
-    HIGHEST_ELEVATION_DEG,
-    WORLD_SCALE,
-    DrawnViews,
-    draw_views,
-    draw_window,
-)
-from sv4d_ns.distillation.losses import ssim
+from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
+from sv4d_ns.distillation.anchor import choose_anchor
+from sv4d_ns.distillation.cameras import HIGHEST_ELEVATION_DEG, DrawnViews, draw_views, draw_window
 from sv4d_ns.distillation.motion import motion_loss
 from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anchor
 from sv4d_ns.distillation.priors import BundledPrior, SV4DPrior
@@ -26,10 +18,11 @@ from sv4d_ns.distillation.rendering import RenderSettings, grid_rays, render
 from sv4d_ns.distillation.schedules import reference_step
 from sv4d_ns.field.hash_grid import HashGrid
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField, SpaceTimeFieldConfig
 from sv4d_ns.geometry.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
-from sv4d_ns.metrics.anchor_lpips import load_lpips
+from sv4d_ns.metrics.images import padded_ssim
+from sv4d_ns.metrics.lpips import anchor_lpips
+from sv4d_ns.synthesis.fourdm import KNOWN_POSE, nearest_view
 from sv4d_ns.training_data.procedural import creature
 from sv4d_ns.training_data.procedural import render as render_creature
 from sv4d_ns.utils.errors import InputError
@@ -182,20 +175,6 @@ def test_orientation_is_estimated_without_bias():
     assert estimates[0] == pytest.approx(estimates[1], rel=0.25) and estimates[1] > 0
 
 
-def test_the_shared_grid_shows_the_same_object():
-    rays = grid_rays(ViewPlan.ring((0.0,)), torch.tensor([0.5]), 16, "cpu")
-    # dense: what is thinner than one part in a hundred per step is left out on purpose
-    field = small_field(blob_density=400.0, blob_radius=0.4)
-    shared = SharedOccupancyGrid(16, OBJECT_BOX)
-    for step in range(0, 48, 16):
-        shared.refresh(field, step, torch.Generator().manual_seed(step))
-    assert 0 < shared.occupied.float().mean() < 1
-    with torch.no_grad():
-        one = render(field, shared, rays, RenderSettings(normals=0), seed=0)
-        own = render(field, OccupancyGrid(2, resolution=16), rays, RenderSettings(normals=0), seed=0)
-    assert (one.rgb - own.rgb).abs().mean() < 0.02 and (one.alpha - own.alpha).abs().mean() < 0.02
-
-
 # ------------------------------------------------------------------------------------------------- cameras, anchor
 
 
@@ -265,13 +244,14 @@ def test_the_anchor_is_the_input_where_its_camera_is_known():
 
 def test_ssim_of_equal_pictures_is_one_and_falls():
     a = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    assert ssim(a, a).item() == pytest.approx(1, abs=1e-6)
-    assert ssim(a, a.flip(-1)) < 0.5
+    assert padded_ssim(a, a).item() == pytest.approx(1, abs=1e-6)
+    assert padded_ssim(a, a.flip(-1)) < 0.5
 
 
 def test_lpips_without_weights_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert load_lpips("cpu") is None
+    network, sentence = anchor_lpips("cpu")
+    assert network is None and "needs vgg16-397923af.pth" in sentence
 
 
 # ------------------------------------------------------------------------------------------------------- objective

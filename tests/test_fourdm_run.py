@@ -20,13 +20,12 @@ from test_run import short_config as short_sv4d_config
 
 from sv4d_ns.diffusion.fourdm.official import load_fourdm_pipeline
 from sv4d_ns.distillation import text_to_video as generation
-from sv4d_ns.distillation.anchor import KNOWN_POSE
 from sv4d_ns.evaluation.command import Evaluate
 from sv4d_ns.field import images as renders
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipeline
 from sv4d_ns.runs.layout import checkpoint_steps
-from sv4d_ns.synthesis.fourdm import FourDMSynthesizer
+from sv4d_ns.synthesis.fourdm import KNOWN_POSE, FourDMSynthesizer
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.views.grid import ViewGrid
 

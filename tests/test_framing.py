@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.images import over_white
 from sv4d_ns.video.crop import Framing, fixed_framing, released_framing, released_preprocess
-from sv4d_ns.views.grid import over_white
 
 pixels = st.floats(-2000, 2000)
 

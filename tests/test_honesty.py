@@ -44,7 +44,7 @@ def grid(model: str | None = "small", frames: int = 9) -> ViewGrid:
 def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ball's surface found exactly, in the place of the volume renderer (which needs a whole field)."""
     from sv4d_ns.field.visibility import SurfaceMap
-    from sv4d_ns.field.volume_rendering import pixel_rays
+    from sv4d_ns.geometry.rays import pixel_rays
 
     def surface_map(field: Ball, occupancy: Any, camera: Tensor, focal: float, size: int, time: float) -> SurfaceMap:
         axis = torch.arange(size) + 0.5

@@ -1,11 +1,9 @@
-"""The motion models: the keyframe kernel against its torch twin, interpolation in time, annealed frequencies."""
-
-import math
+"""The motion: the keyframe kernel against its torch twin and interpolation in time."""
 
 import pytest
 import torch
 
-from sv4d_ns.field.motion import FrequencyMotion, KeyframeGrid, frequency_encoding
+from sv4d_ns.field.motion import KeyframeGrid
 from sv4d_ns.utils.errors import InputError
 
 
@@ -64,28 +62,3 @@ def test_a_single_keyframe_holds_for_all_time() -> None:
 def test_impossible_grids_are_refused(bad: tuple) -> None:
     with pytest.raises(InputError):
         KeyframeGrid(*bad)
-
-
-def test_frequency_encoding_values_and_annealing() -> None:
-    x = torch.tensor([[0.3, -0.7]])
-    full = frequency_encoding(x, 3, 3.0)
-    assert full.shape == (1, 2 + 2 * 2 * 3)
-    for k in range(3):
-        expected = torch.cat([torch.sin(math.pi * 2**k * x), torch.cos(math.pi * 2**k * x)], -1)
-        torch.testing.assert_close(full[:, 2 + 4 * k : 6 + 4 * k], expected, atol=1e-5, rtol=0)
-    half = frequency_encoding(x, 3, 1.5)
-    torch.testing.assert_close(half[:, :6], full[:, :6])
-    torch.testing.assert_close(half[:, 6:10], 0.5 * full[:, 6:10])
-    assert (half[:, 10:] == 0).all()
-
-
-def test_frequency_motion_starts_still_and_its_fine_octaves_open_with_progress() -> None:
-    torch.manual_seed(0)
-    motion = FrequencyMotion(16, 2, 2, 4)
-    x, t = torch.rand(8, 3), torch.rand(8, 1)
-    assert torch.equal(motion(x, t), torch.zeros(8, 3))
-    with torch.no_grad():
-        motion.net[-1].weight.normal_()
-    before = motion(x, t)
-    motion.progress.fill_(0.0)
-    assert not torch.equal(motion(x, t), before)

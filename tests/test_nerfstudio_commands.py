@@ -284,7 +284,7 @@ def test_4diffusion_carves_with_the_views_that_are_not_left_out(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "sv4d_ns.fitting.objective.train_views", lambda grid, device, leave_out=True: asked.append(leave_out) or []
+        "sv4d_ns.fitting.train_views.train_views", lambda grid, device, leave_out=True: asked.append(leave_out) or []
     )
     for leave_out in (True, False):
         config = yaml.unsafe_load((runs["4diffusion"] / "config.yml").read_text())

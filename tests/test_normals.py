@@ -13,9 +13,11 @@ from test_fitting import ball_grid
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
-from sv4d_ns.fitting.batch_sampler import ScheduleConfig, Window
-from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, hull_views, loss_terms, train_views
+from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.objective import loss_terms
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window
 from sv4d_ns.fitting.settings import LossWeights
+from sv4d_ns.fitting.train_views import hull_views, train_views
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.views.grid import ViewGrid, image_name
 from sv4d_ns.views.normals import estimated_normals
@@ -75,7 +77,7 @@ def test_the_normal_loss_turns_the_surface_towards_the_estimate(tmp_path: Path, 
     occupancy = OccupancyGrid(2, resolution=32)
     occupancy.carve(hull_views(views))
     sampler = BatchSampler(views, BatchConfig(rays=32, patches=3), ScheduleConfig(), 0)
-    only = LossWeights(photometric=0.1, structure=0, opacity=0, distortion=0, normal_smoothness=0, normal=1.0)
+    only = LossWeights(photometric=0.1, structure=0, distortion=0, normal_smoothness=0, normal=1.0)
     optimizer = torch.optim.Adam(field.parameters(), lr=1e-2)
     values = []
     for step in range(40):

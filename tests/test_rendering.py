@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.field.occupancy import HullView, OccupancyGrid, project
+from sv4d_ns.field.occupancy import HullView, OccupancyGrid
 from sv4d_ns.field.visibility import angular_weight, smoothstep, soft_visibility, unoccluded, view_weights
 from sv4d_ns.field.volume_rendering import (
     FAR_DEPTH,
@@ -18,10 +18,10 @@ from sv4d_ns.field.volume_rendering import (
     compositing_weights,
     intersect_box,
     march,
-    pixel_rays,
     render_rays,
     render_rays_chunked,
 )
+from sv4d_ns.geometry.rays import pixel_rays, project
 from sv4d_ns.utils.errors import InputError
 
 FOV_TAN = math.tan(math.radians(33.9) / 2)

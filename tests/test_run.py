@@ -121,7 +121,7 @@ def test_evaluation_and_pictures_do_not_need_the_diffusion_model(
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("the diffusion model was loaded")
 
-    monkeypatch.setattr("sv4d_ns.synthesis.base.load_synthesizer", forbidden)
+    monkeypatch.setattr("sv4d_ns.synthesis.choice.load_synthesizer", forbidden)
     _, pipeline, _, step = eval_setup(finished / "config.yml")
     assert step == STEPS - 1
     metrics = pipeline.get_average_eval_image_metrics()
@@ -169,7 +169,7 @@ def test_a_killed_run_resumes_where_it_stopped(
     What comes out is that of the undisturbed run to the last bit: the figures and the hash of the field.
     """
     from sv4d_ns.plugin.trainer import SV4DTrainer
-    from sv4d_ns.synthesis.base import DiffusionSynthesizer
+    from sv4d_ns.synthesis.sv4d import DiffusionSynthesizer
 
     iterate = SV4DTrainer.train_iteration
 

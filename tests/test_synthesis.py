@@ -13,17 +13,11 @@ from sv4d_ns.diffusion.planner.plan import GIB, Offload, Plan
 from sv4d_ns.diffusion.sv4d.grid import GeneratedGrid, GridOptions
 from sv4d_ns.diffusion.sv4d.windows import ViewReferences, WindowStride
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import (
-    DiffusionSynthesizer,
-    fitting_offload,
-    from_model_space,
-    load_synthesizer,
-    refine_sigma,
-    resize_rgba,
-    to_model_space,
-)
+from sv4d_ns.synthesis.base import from_model_space, to_model_space
+from sv4d_ns.synthesis.choice import load_synthesizer
+from sv4d_ns.synthesis.sv4d import DiffusionSynthesizer, fitting_offload, refine_sigma
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white, resize_rgba
 
 
 def disc(size: int = 32) -> np.ndarray:

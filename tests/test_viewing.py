@@ -15,12 +15,14 @@ from nerfstudio.configs.base_config import ViewerConfig
 from sv4d_ns.field import volume_rendering as rendering
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import pixel_rays
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, SizeControl
 from sv4d_ns.plugin.render_outputs import LEGENDS, GridWitnesses, camera_channels
 from sv4d_ns.plugin.viewer import Clock, Playback, local_unless_asked, thumbnails
 from sv4d_ns.views.grid import ViewGrid
+
+FOUR_VIEWS = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
 
 FRAMES, SIZE = 5, 16
 
@@ -30,7 +32,7 @@ def view_grid() -> ViewGrid:
     frames[..., 0] = 50 * np.arange(FRAMES, dtype=np.uint8)[:, None, None]
     views = np.full((FRAMES, 4, SIZE, SIZE, 4), 255, np.uint8)
     views[..., 2] = 60 * np.arange(4, dtype=np.uint8)[None, :, None, None]
-    return ViewGrid(frames, views, ViewPlan.OFFICIAL_4, fps=10.0)
+    return ViewGrid(frames, views, FOUR_VIEWS, fps=10.0)
 
 
 def test_the_clock_keeps_the_clips_speed_and_loops() -> None:
@@ -139,7 +141,7 @@ def test_playing_stepping_and_the_pictures_on_the_cameras(viewer) -> None:
 def model_with_a_ball() -> SimpleNamespace:
     """A field that is solid near the origin, and its views: what `camera_channels` needs of a model."""
     torch.manual_seed(0)
-    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8, deformation_width=8))
+    field = DeformableField(DeformableFieldConfig(levels=2, log2_table_size=8, hidden_width=8))
     features = field.config.geometry_features
     field._canonical = lambda x: (100 * (0.3 - x.norm(dim=-1)), x.new_zeros(len(x), features))  # type: ignore[method-assign]
     occupancy = OccupancyGrid(FRAMES, resolution=16)
@@ -149,7 +151,7 @@ def model_with_a_ball() -> SimpleNamespace:
 
 
 def rays(view: int, size: int = 24, when: float = 0.5) -> RayBundle:
-    plan = ViewPlan.OFFICIAL_4
+    plan = FOUR_VIEWS
     axis = torch.arange(size) + 0.5
     xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
     count = len(xy)

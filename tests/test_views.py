@@ -12,7 +12,8 @@ from PIL import Image
 
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.views.grid import ViewGrid, contact_sheet, over_white, save_contact_sheet
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.views.grid import ViewGrid, contact_sheet, save_contact_sheet
 
 PLAN = ViewPlan.ring((60.0, 180.0), input_elevation_deg=15.0)
 

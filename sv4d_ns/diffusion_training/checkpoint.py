@@ -18,7 +18,7 @@ from sv4d_ns.diffusion_training.config import TrainConfig, changes_since
 from sv4d_ns.diffusion_training.model import TrainedParts
 from sv4d_ns.training_data.dataset import disk_errors
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.utils.files import atomic_folder, atomic_path
 
 KEPT_CHECKPOINTS = 2
 RUN_FILE = "run.json"
@@ -60,27 +60,19 @@ def save_checkpoint(state: TrainState, pipeline: StableVideo4D2Pipeline, config:
         InputError: when the disk is full; earlier checkpoints stay.
     """
     folder = config.output_dir / "checkpoints" / f"step_{state.step:07d}"
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk_errors(folder):
-        try:
-            temporary.mkdir(parents=True)
-            save_file(_plain(trainable(state.parts)), temporary / "weights.safetensors")
-            save_file(_plain(averaged(state)), temporary / "average.safetensors")
-            if isinstance(pipeline.vae, PatchAutoencoder):  # fitted by this run, and tiny
-                save_file(_plain(pipeline.vae.state_dict()), temporary / "autoencoder.safetensors")
-            torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
-            saved = {
-                "step": state.step,
-                "average_steps": state.average.optimization_step,
-                "settings": config.deciding(),
-                "changes": state.changes,
-            }
-            (temporary / "state.json").write_text(json.dumps(saved, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with disk_errors(folder), atomic_folder(folder, "state.json", "a checkpoint") as temporary:
+        save_file(_plain(trainable(state.parts)), temporary / "weights.safetensors")
+        save_file(_plain(averaged(state)), temporary / "average.safetensors")
+        if isinstance(pipeline.vae, PatchAutoencoder):  # fitted by this run, and tiny
+            save_file(_plain(pipeline.vae.state_dict()), temporary / "autoencoder.safetensors")
+        torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
+        saved = {
+            "step": state.step,
+            "average_steps": state.average.optimization_step,
+            "settings": config.deciding(),
+            "changes": state.changes,
+        }
+        (temporary / "state.json").write_text(json.dumps(saved, indent=1))
     for old in checkpoints(config.output_dir)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
     return folder

@@ -11,23 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, ViewPlan
+from sv4d_ns.geometry.cameras import ViewPlan
 
-DISTANCE = 1.1
-FIELD_OF_VIEW = 45.0
-"""Degrees, both ways."""
 VIEWS = 4
 HIGHEST_ELEVATION_DEG = 5.0
 FRAMES = 8
 """Of a window."""
-
-WORLD_SCALE = (
-    CAMERA_RADIUS
-    * math.tan(math.radians(FIELD_OF_VIEW_DEG) / 2)
-    / (DISTANCE * math.tan(math.radians(FIELD_OF_VIEW) / 2))
-)
-"""Units of this package's world in one unit of the reference's: both cameras then see equally much of the plane
-through the object's centre."""
 
 
 @dataclass(frozen=True)

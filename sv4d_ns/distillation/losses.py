@@ -3,42 +3,9 @@
 Source: aejion/4Diffusion @ 627d0cd for what is computed, the works named below for the formulas.
 """
 
-from functools import lru_cache
-
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-
-WINDOW, SIGMA = 11, 1.5
-C1, C2 = 0.01**2, 0.03**2
-
-
-@lru_cache(maxsize=4)
-def gaussian_window(size: int = WINDOW, sigma: float = SIGMA) -> Float[Tensor, "size size"]:
-    """A normalised Gaussian of `sigma` pixels."""
-    distance = torch.arange(size, dtype=torch.float64) - size // 2
-    line = torch.exp(-distance.square() / (2 * sigma**2))
-    line = (line / line.sum()).float()
-    return torch.outer(line, line)
-
-
-def ssim(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
-    """Mean structural similarity (Wang et al. 2004), Gaussian window of 11 pixels, zeros beyond the border.
-
-    torchmetrics and pytorch-msssim leave the border out, which gives other values.
-    """
-    channels = a.shape[1]
-    kernel = gaussian_window().to(a).expand(channels, 1, -1, -1)
-
-    def mean(x: Tensor) -> Tensor:
-        return functional.conv2d(x, kernel, padding=WINDOW // 2, groups=channels)
-
-    mean_a, mean_b = mean(a), mean(b)
-    var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
-    covariance = mean(a * b) - mean_a * mean_b
-    similarity = (2 * mean_a * mean_b + C1) * (2 * covariance + C2)
-    return (similarity / ((mean_a**2 + mean_b**2 + C1) * (var_a + var_b + C2))).mean()
 
 
 def orientation(

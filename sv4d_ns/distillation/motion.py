@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.fitting import batch_sampler as sampling
 from sv4d_ns.fitting import losses
+from sv4d_ns.utils import randomness
 
 POINTS = 1024
 """Points of a step."""
@@ -30,7 +30,7 @@ def motion_loss(
     field: SpaceTimeField, occupancy: OccupancyGrid, num_frames: int, seed: int, step: int
 ) -> Float[Tensor, ""]:
     """How badly the motion explains one random frame; has gradients in the motion network alone."""
-    rng = sampling.generator(seed, step, 20)
+    rng = randomness.generator(seed, step, 20)
     frame = int(rng.integers(num_frames))
     x = occupancy.draw_points(occupancy.occupied[min(frame, occupancy.bins - 1)].nonzero(), POINTS, rng)
     if not len(x):

@@ -21,10 +21,11 @@ from sv4d_ns.distillation.rendering import Rendered, RenderSettings, grid_rays, 
 from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, NoiseLevels, reference_step, render_size
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.fitting import batch_sampler as sampling
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.metrics.anchor_lpips import Perceptual
-from sv4d_ns.synthesis.base import resize_rgba
+from sv4d_ns.metrics.images import padded_ssim
+from sv4d_ns.metrics.lpips import MeanPerceptual
+from sv4d_ns.utils import randomness
+from sv4d_ns.utils.images import resize_rgba
 from sv4d_ns.views.grid import ViewGrid
 
 REFERENCE_PICTURE = 256
@@ -81,7 +82,7 @@ class Objective:
         prior: the model behind score distillation; None leaves that term (and the opacity terms) out.
         anchor: the view to match; None leaves that term out.
         num_frames: of the clip.
-        lpips: see `perceptual.load_lpips`; None leaves it out of the anchor.
+        lpips: see `metrics.lpips.reference_lpips`; None leaves it out of the anchor.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Objective:
         anchor: Anchor | None,
         num_frames: int,
         config: ObjectiveConfig,
-        lpips: Perceptual | None = None,
+        lpips: MeanPerceptual | None = None,
     ) -> None:
         self.field, self.occupancy, self.prior, self.anchor = space, occupancy, prior, anchor
         self.num_frames, self.config, self.lpips = num_frames, config, lpips
@@ -103,7 +104,7 @@ class Objective:
         """Every weighted term that is switched on at a step; their sum is what the step minimises."""
         place = reference_step(step, self.config.total_steps, self.config.first_step)
         weights = self.config.weights.at(place)
-        rng = sampling.generator(self.config.seed, step, 10)
+        rng = randomness.generator(self.config.seed, step, 10)
         terms: dict[str, Tensor] = {}
         if self.prior is not None:
             terms |= self._distillation(self.prior, step, place, rng)
@@ -157,7 +158,7 @@ class Objective:
         target = anchor.targets[frame].movedim(-1, 0)[None]
         error = (picture.detach() - target).square().mean().clamp(min=1e-10)
         self.anchor_psnr = float(-10 * error.log10())
-        terms = {"ssim": 1 - losses.ssim(picture, target), "pixels": (picture - target).square().mean()}
+        terms = {"ssim": 1 - padded_ssim(picture, target), "pixels": (picture - target).square().mean()}
         if self.lpips is not None:
             terms["lpips"] = self.lpips(picture, target)
         return terms

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sv4d_ns.diffusion.fourdm import conditioning as fourdm
 from sv4d_ns.diffusion.fourdm import guidance
+from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.diffusion.sv4d.conditioning import GridCondition, camera_angles, camera_vectors, embed_images
-from sv4d_ns.distillation.cameras import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE, DrawnViews
+from sv4d_ns.distillation.cameras import DrawnViews
 from sv4d_ns.distillation.schedules import ONE_STEP_NOISE, REFERENCE_NOISE, NoiseLevels
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class SV4DPrior:
         fov_deg: float,
         input_elevation_deg: float,
     ) -> None:
-        from sv4d_ns.synthesis.base import resize_rgba, to_model_space
+        from sv4d_ns.synthesis.base import to_model_space
+        from sv4d_ns.utils.images import resize_rgba
 
         self.pipeline, self.radius, self.fov_deg = pipeline, radius, fov_deg
         self.base_elevation_deg = input_elevation_deg
@@ -245,7 +247,7 @@ class BundledPrior:
         fov_deg: float,
         input_elevation_deg: float,
     ) -> None:
-        from sv4d_ns.synthesis.base import resize_rgba
+        from sv4d_ns.utils.images import resize_rgba
 
         self.pipeline, self.radius, self.fov_deg = pipeline, radius, fov_deg
         self.base_elevation_deg = input_elevation_deg

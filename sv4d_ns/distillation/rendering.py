@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sv4d_ns.distillation.losses import depth_variance
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import RaySamples, accumulate, box_step, compositing_weights, march, pixel_rays
+from sv4d_ns.field.volume_rendering import accumulate, box_step, compositing_weights, march
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.geometry.rays import picture_rays
 
 COLOR_WEIGHT = 1e-4
 """Samples that contribute less to their pixel are not coloured."""
@@ -61,16 +61,9 @@ class RenderSettings:
 
 def grid_rays(plan: ViewPlan, times: Float[Tensor, " f"], size: int, device: torch.device | str) -> Rays:
     """All pixels of the plan's novel views at all times, in (f v y x) order."""
-    centres = torch.arange(size, device=device) + 0.5
-    xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)
     c2w = torch.from_numpy(plan.c2w()[1:]).float().to(device)
-    pixels = len(xy)
-    origins, directions = pixel_rays(
-        xy.repeat(len(c2w), 1),
-        c2w.repeat_interleave(pixels, 0),
-        torch.full((pixels * len(c2w),), plan.focal_px(size), device=device),
-        torch.full((pixels * len(c2w), 2), size, device=device),
-    )
+    pictures = [picture_rays(camera, plan.focal_px(size), size) for camera in c2w]
+    origins, directions = (torch.cat(parts) for parts in zip(*pictures, strict=True))
     frames = len(times)
     return Rays(
         origins.repeat(frames, 1),
@@ -108,7 +101,8 @@ def _render_chunk(
     settings: RenderSettings,
     seed: int,
 ) -> tuple[Tensor, ...]:
-    samples = _samples(field, occupancy, rays, jitter, settings.samples)
+    step = box_step(occupancy.half_extent, settings.samples)
+    samples = march(occupancy, rays.origins, rays.directions, rays.times, step, jitter)
     index, distances = samples.ray_indices, samples.distances
     x = rays.origins[index] + distances[:, None] * rays.directions[index]
     t = rays.times[index]
@@ -123,22 +117,6 @@ def _render_chunk(
     if settings.z_variance:
         variance = depth_variance(weights, distances, index, len(rays))
     return rgb + (1 - alpha[:, None]), alpha, orientation, variance
-
-
-def _samples(
-    field: SpaceTimeField, occupancy: OccupancyGrid, rays: Rays, jitter: Float[Tensor, " n"], steps: int
-) -> RaySamples:
-    """Where to look; the reference's grid looks once without gradient and keeps what is visible."""
-    if not isinstance(occupancy, SharedOccupancyGrid):
-        return march(
-            occupancy, rays.origins, rays.directions, rays.times, box_step(occupancy.half_extent, steps), jitter
-        )
-    samples = occupancy.march(rays.origins, rays.directions, jitter)
-    index = samples.ray_indices
-    with torch.no_grad():
-        x = rays.origins[index] + samples.distances[:, None] * rays.directions[index]
-        keep = occupancy.visible(samples, field.density(x, rays.times[index]))
-    return RaySamples(index[keep], samples.distances[keep], samples.step, samples.n_rays)
 
 
 def _orientation(

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash
+from sv4d_ns.video.writer import write_h264
 
 VIDEO_FPS = 7
 """Stable Video Diffusion's own."""
@@ -64,8 +65,7 @@ def image_to_video(image: Path, model: str, folder: Path, device: str, seed: int
         frames = getattr(made, "frames", None)
         if frames is None or not len(frames):
             raise InputError(f"--image-to-video-model {model} makes no video: give an image-to-video pipeline.")
-        with atomic_path(path) as temporary:
-            _write_video([np.asarray(frame) for frame in frames[0]], temporary)
+        write_h264(path, (_as_bytes(np.asarray(frame)) for frame in frames[0]), VIDEO_FPS, crf=12)
     return path
 
 
@@ -109,16 +109,6 @@ def _call(pipeline: Any, model: str, flag: str, **arguments: Any) -> Any:
         raise InputError(f"{flag} {model} does not take {', '.join(arguments)} ({error}): give another one.") from error
 
 
-def _write_video(frames: list[np.ndarray], path: Path) -> None:
-    import av
-
-    pictures = [f if f.dtype == np.uint8 else np.round(np.clip(f, 0, 1) * 255).astype(np.uint8) for f in frames]
-    height, width = (side // 2 * 2 for side in pictures[0].shape[:2])
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=VIDEO_FPS)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "12"}
-        for picture in pictures:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width, :3]), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+def _as_bytes(picture: np.ndarray) -> np.ndarray:
+    values = picture[..., :3]
+    return values if values.dtype == np.uint8 else np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)

@@ -7,8 +7,8 @@ from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
 from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting import losses
-from sv4d_ns.fitting.losses import LossWeights
-from sv4d_ns.fitting.objective import Batch
+from sv4d_ns.fitting.batch_sampler import Batch
+from sv4d_ns.fitting.settings import LossWeights
 
 SAMPLES = 128
 """Steps along the box's diagonal."""

@@ -4,8 +4,7 @@ None is shipped and nothing is downloaded unless the user asks (`fetch=True`, `s
 pinned identity: a hash, or the commit of the repository it lies in. A network that is not at hand raises
 `BackboneMissing`, whose sentence says what to do; the other metrics go on.
 
-- LPIPS backbones (AlexNet, VGG16): torchvision's weights; the digits of their sha256 are in their names.
-- LPIPS heads: inside the torchmetrics wheel.
+- LPIPS: `metrics/lpips.py`.
 - CLIP: `CLIP_MODELS` on huggingface.co, at a commit.
 - I3D (Kinetics-400, the TorchScript file of StyleGAN-V, Skorokhodov et al. 2022): `I3D_URL`, or its copy on
   huggingface.co, `I3D_MIRROR`; either way `I3D_SHA256`.
@@ -14,8 +13,6 @@ A TorchScript file is a program: torch.jit.load hands it to an interpreter that 
 it is never opened before its sha256 is the pinned one, or one the user gave on purpose.
 """
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sv4d_ns.metrics.lpips import BackboneMissing, Identity, sha256
 from sv4d_ns.utils.errors import InputError
 
-LpipsNet = Literal["alex", "vgg"]
 ClipVariant = Literal["ViT-B/32", "ViT-L/14"]
 
 CLIP_MODELS: dict[ClipVariant, tuple[str, str]] = {
@@ -43,85 +40,6 @@ I3D_MIN_FRAMES = 10
 """Shorter videos vanish in its temporal pooling (strides of 8 in all, then a window of 2)."""
 
 BATCH = 16
-
-
-class BackboneMissing(InputError):
-    """A network is not on this machine; the sentence says which, and how to get it."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What was looked through, for the report."""
-
-    name: str
-    source: str
-    files: dict[str, str]
-    """File name: sha256."""
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------------------- LPIPS
-
-
-class Lpips:
-    """Learned perceptual distance of pictures (Zhang et al. 2018, version 0.1) through torchmetrics."""
-
-    def __init__(self, net: nn.Module, identity: Identity) -> None:
-        self.net, self.identity = net.eval(), identity
-
-    @torch.no_grad()
-    def distance(self, made: Float[Tensor, "n 3 h w"], truth: Float[Tensor, "n 3 h w"]) -> Float[np.ndarray, " n"]:
-        """Of each pair of pictures in [0, 1]; 0 for equal ones."""
-        parts = [
-            self.net(a, b, normalize=True).reshape(-1)  # from [0, 1] to the [-1, 1] the network wants
-            for a, b in zip(made.split(BATCH), truth.split(BATCH), strict=True)
-        ]
-        return torch.cat(parts).double().numpy()
-
-
-def load_lpips(net: LpipsNet, fetch: bool = False) -> Lpips:
-    """LPIPS with torchvision's ImageNet backbone; raises `BackboneMissing` or `InputError` (a damaged file)."""
-    import torchmetrics
-    from torchvision.models import AlexNet_Weights, VGG16_Weights
-
-    url = {"alex": AlexNet_Weights, "vgg": VGG16_Weights}[net].IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
-        if not fetch:
-            raise BackboneMissing(
-                f"LPIPS ({net}) needs {path.name}: 'sv4d evaluate --fetch' downloads it, or put {url} into "
-                f"{path.parent}."
-            )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_pinned_digits(path), progress=True)
-        except (OSError, RuntimeError) as error:
-            raise BackboneMissing(f"LPIPS ({net}): {url} could not be fetched ({error}): go online.") from error
-    digest = sha256(path)
-    if not digest.startswith(_pinned_digits(path)):
-        raise InputError(f"{path} is damaged (its sha256 begins with {digest[:8]}): delete it and fetch it again.")
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
-    identity = Identity(
-        f"LPIPS {net}",
-        f"torchvision {path.name} + torchmetrics {torchmetrics.__version__}",
-        {path.name: digest, heads.name: sha256(heads)},
-    )
-    return Lpips(LearnedPerceptualImagePatchSimilarity(net_type=net).net, identity)
-
-
-def _pinned_digits(path: Path) -> str:
-    """torchvision ends the names of its files with the first digits of their sha256."""
-    return path.stem.rpartition("-")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLIP

@@ -9,14 +9,16 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sv4d_ns.evaluation.alignment import Alignment, Similarity, check_source_size, run_to_source, whole_picture
-from sv4d_ns.evaluation.backbones import sha256
 from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView
 from sv4d_ns.evaluation.protocols import CONSISTENT4D_AZIMUTHS, eval_files
 from sv4d_ns.evaluation.scores import Pictures
+from sv4d_ns.geometry.rays import project_array
+from sv4d_ns.metrics.lpips import sha256
 from sv4d_ns.runs.layout import checkpoint_steps
-from sv4d_ns.synthesis.base import Progress, resize_rgba
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import content_hash
+from sv4d_ns.utils.images import resize_rgba
 from sv4d_ns.views.grid import GRID_FILE, ViewGrid
 
 if TYPE_CHECKING:
@@ -281,11 +283,7 @@ def _seen_at(
     origin: Float[np.ndarray, " 3"], c2w: Float[np.ndarray, "4 4"], case: Case, scale: float, grid: ViewGrid
 ) -> tuple[Float[np.ndarray, " 2"], float]:
     """Where the grid's origin is in a case's picture (shares of its side) and how much larger than in the grid's."""
-    local = (origin - c2w[:3, 3]) @ c2w[:3, :3]
-    depth = -local[2]
-    centre = np.array(
-        [0.5 + case.focal_px / case.size * local[0] / depth, 0.5 - case.focal_px / case.size * local[1] / depth]
-    )
+    centre, depth = (value[0] for value in project_array(origin[None], c2w, case.focal_px / case.size, 1))
     in_case = case.focal_px / case.size * scale / depth
     in_grid = grid.plan.focal_px(1) / grid.plan.radius
     return centre, float(in_case / in_grid)

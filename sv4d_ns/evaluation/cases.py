@@ -21,8 +21,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import resize_rgba
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.images import resize_rgba
 from sv4d_ns.views.grid import ViewGrid
 
 CAMERAS_FILE = "cameras.json"

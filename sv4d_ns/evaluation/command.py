@@ -11,12 +11,12 @@ from typing import Annotated, Any, Optional
 import numpy as np
 import tyro
 
-from sv4d_ns.evaluation.backbones import sha256
 from sv4d_ns.evaluation.candidates import Opened, find_candidate, open_candidate
 from sv4d_ns.evaluation.cases import GEOMETRY_FILE, Case
 from sv4d_ns.evaluation.frechet import Estimate
 from sv4d_ns.evaluation.protocols import PROTOCOLS, Protocol, ProtocolName, load_truth
 from sv4d_ns.evaluation.scores import Backbones, Figures, load_backbones, picture_figures, summarise, video_figures
+from sv4d_ns.metrics.lpips import sha256
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash
 

@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from sv4d_ns.evaluation.backbones import ClipVariant, LpipsNet
+from sv4d_ns.evaluation.backbones import ClipVariant
 from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView, find_cases
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
+from sv4d_ns.metrics.lpips import LpipsNet
 from sv4d_ns.utils.errors import InputError
 
 ProtocolName = Literal["benchmark", "consistent4d", "objaversedy"]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white
 
 if TYPE_CHECKING:
     from sv4d_ns.evaluation.command import Side

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sv4d_ns.evaluation.backbones import BackboneMissing, Clip, Identity, Lpips, RandomVideoFeatures, VideoFeatures
+from sv4d_ns.evaluation.backbones import Clip, RandomVideoFeatures, VideoFeatures
 from sv4d_ns.evaluation.frechet import Estimate, frechet_distance, frechet_with_interval, mean_with_interval
 from sv4d_ns.evaluation.protocols import Protocol
 from sv4d_ns.evaluation.videos import ORDERS, frame_similarity, paired_similarity, videos
 from sv4d_ns.metrics.consistency import flicker, hull_agreement
 from sv4d_ns.metrics.images import on_white, psnr, silhouette_iou, ssim, union_box
+from sv4d_ns.metrics.lpips import BackboneMissing, Identity, Lpips
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,8 @@ def load_backbones(
     Raises:
         InputError: a file is there but is damaged or not the trusted one.
     """
-    from sv4d_ns.evaluation.backbones import load_clip, load_i3d, load_lpips
+    from sv4d_ns.evaluation.backbones import load_clip, load_i3d
+    from sv4d_ns.metrics.lpips import load_lpips
 
     found = Backbones()
     for net in protocol.lpips:
@@ -107,7 +109,7 @@ def load_backbones(
 @functools.cache
 def _lpips_at_hand() -> Lpips | None:
     """LPIPS (AlexNet, as nerfstudio's own models use) if its weights are on this machine; said once if not."""
-    from sv4d_ns.evaluation.backbones import load_lpips
+    from sv4d_ns.metrics.lpips import load_lpips
 
     try:
         return load_lpips("alex")

@@ -1,14 +1,14 @@
 """The 4D field: one canonical hash-grid object and a deformation that says where each observed point came from.
 
 SV4D (Xie et al. 2024) section 4: canonical Instant-NGP grid with density and colour heads, a deformation, the canonical
-field queried at x + dx. Its deformation MLP over (position, annealed time frequencies) is one of two motion models
-here; the default keeps the offsets of each frame in grids (`motion.py`). Sizes, activations and the appearance residual
-are not in the papers; they are our own decisions, measured in docs/optimisation.md.
+field queried at x + dx. The deformation keeps the offsets of each frame in grids (`motion.py`). Sizes, activations and
+the appearance residual are not in the papers; they are our own decisions, measured in docs/optimisation.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sv4d_ns.field.encoding import HashEncoding
 from sv4d_ns.field.hash_grid import HashGrid
-from sv4d_ns.field.motion import FrequencyMotion, KeyframeGrid, mlp
+from sv4d_ns.field.motion import KeyframeGrid
 from sv4d_ns.utils.errors import InputError
 
 EMPTY = -10.0
@@ -50,27 +50,16 @@ class DeformableFieldConfig:
     """Cells a side of the grid that bounds the canonical object (see `DeformableField.confine`)."""
     keyframes: int = 21
     """Moments the motion and the appearance residual know, evenly over [0, 1]: one for every frame of the clip."""
-    motion: Literal["keyframes", "frequencies"] = "keyframes"
-    """The deformation: grids of offsets per frame, or SV4D's MLP over position and annealed time frequencies."""
     motion_resolutions: tuple[int, ...] = (2, 4, 8, 16, 32)
-    """Cells a side of the levels of the keyframe grids; their sum is the offset."""
+    """Cells a side of the levels of the deformation's grids; their sum is the offset."""
     appearance_resolutions: tuple[int, ...] = (4, 16)
     """The same for colour: what light and shadow of each moment add to the canonical colour's logit; () for none."""
     density_resolutions: tuple[int, ...] = (12, 48)
     """The same for the density's logit: what of a moment's shape no motion of the canonical shape explains; () for
     none. Closed until `open_residual`, and never part of the exported mesh. The canonical moment has a share too: its
     shape is what all moments together make of it."""
-    deformation_width: int = 64
-    deformation_layers: int = 3
-    """Hidden layers of the deformation MLP (motion "frequencies")."""
-    space_frequencies: int = 4
-    time_frequencies: int = 5
-    """Octaves of the positional encodings of position (in half extents) and time (motion "frequencies")."""
     canonical_time: float = 0.0
     """The time whose shape is the canonical shape, that of a keyframe; the deformation is exactly zero there."""
-    gate_width: float = 0.05
-    """The deformation MLP is multiplied by tanh(|t - canonical_time| / gate_width): exactly zero at the canonical time,
-    so the canonical mesh is the object at that time, and free one frame (1/20) away from it."""
     encoding_backend: Literal["numba", "torch", "tinycudann"] = "numba"
     """Who evaluates the canonical hash grid. "tinycudann" also takes tiny-cuda-nn's layout (`hash_grid.HashGrid`), so a
     field keeps the one it was trained with; the motion grids are then the numba kernel's, or torch's on a GPU."""
@@ -88,6 +77,14 @@ class FieldSample:
     canonical: Float[Tensor, "n 3"]
     residual: Float[Tensor, " n"] | None = None
     """What the moment adds to the density's logit; None while the residual is closed."""
+
+
+def mlp(widths: list[int]) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
 
 
 class DeformableField(nn.Module):
@@ -121,7 +118,7 @@ class DeformableField(nn.Module):
         backend: Literal["numba", "torch"] = "torch" if config.encoding_backend == "torch" else "numba"
         self.density_head = mlp([self.encoding.out_dim, config.hidden_width, 1 + config.geometry_features])
         self.color_head = mlp([config.geometry_features, config.hidden_width, 3])
-        self.motion = self._motion(config, backend)
+        self.motion = KeyframeGrid(config.keyframes, config.motion_resolutions, 3, True, backend)
         self.appearance = (
             KeyframeGrid(config.keyframes, config.appearance_resolutions, backend=backend)
             if config.appearance_resolutions
@@ -133,7 +130,7 @@ class DeformableField(nn.Module):
             else None
         )
         for grid in (self.motion, self.appearance):
-            if isinstance(grid, KeyframeGrid):  # what the others' place and light are measured from
+            if grid is not None:  # what the others' place and light are measured from
                 grid.keyframes[round(position)].requires_grad_(False)
         for layer in self.density_head:
             if isinstance(layer, nn.Linear):  # so that the untrained density is initial_logit's, whatever the seed
@@ -162,14 +159,6 @@ class DeformableField(nn.Module):
             backend=config.encoding_backend,
         )
 
-    @staticmethod
-    def _motion(config: DeformableFieldConfig, backend: Literal["numba", "torch"]) -> KeyframeGrid | FrequencyMotion:
-        if config.motion == "keyframes":
-            return KeyframeGrid(config.keyframes, config.motion_resolutions, 3, True, backend)
-        return FrequencyMotion(
-            config.deformation_width, config.deformation_layers, config.space_frequencies, config.time_frequencies
-        )
-
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Groups with their own learning rates: "encoding", "heads", "deformation", "appearance" (if there is one)."""
         groups = {
@@ -196,44 +185,34 @@ class DeformableField(nn.Module):
             raise InputError(f"the hull has {hull.shape[0]} cells a side but bounds_resolution={len(self.bounds)}.")
         self.bounds.copy_(hull)
 
-    def set_progress(self, fraction: float) -> None:
-        """Open the time frequencies of the deformation MLP: 0 = the lowest octave only, 1 = all (the default)."""
-        if isinstance(self.motion, FrequencyMotion):
-            self.motion.progress.fill_(min(max(fraction, 0.0), 1.0))
-
     @torch.no_grad()
     def admit(self, new: int, known: int, shift: Float[Tensor, " 3"]) -> bool:
         """Let keyframe `new` start from the motion and appearance of `known`, the object moved by `shift` (world units)
         since; whether it did.
 
-        A keyframe starts once: a longer schedule comes by the frames of a finished run again, and they stay. The
-        deformation MLP is one function of time and has nothing to start.
+        A keyframe starts once: a longer schedule comes by the frames of a finished run again, and they stay.
         """
         if bool(self.admitted[new]):
             return False
         self.admitted[new] = True
-        if isinstance(self.motion, KeyframeGrid):
-            cubes = shift / (2 * self.config.half_extent)
-            self.motion.start_from(new, known, cubes)
-            # what is seen at x came from x - shift, and from there as before
-            coarsest = int((self.motion.levels[0][0] + 1) ** 3)
-            self.motion.keyframes[new][:coarsest] -= cubes * float(self.motion.levels[0][0])
+        cubes = shift / (2 * self.config.half_extent)
+        self.motion.start_from(new, known, cubes)
+        # what is seen at x came from x - shift, and from there as before
+        coarsest = int((self.motion.levels[0][0] + 1) ** 3)
+        self.motion.keyframes[new][:coarsest] -= cubes * float(self.motion.levels[0][0])
         if self.appearance is not None:
             self.appearance.start_from(new, known)
         return True
 
     def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
         """World-unit offset from observed points at time t in [0, 1] to canonical points (zero at canonical_time)."""
-        c = self.config
-        if isinstance(self.motion, KeyframeGrid):
-            return 2 * c.half_extent * self.motion(self._unit(x), t)
-        return torch.tanh((t - c.canonical_time).abs() / c.gate_width) * self.motion(x / c.half_extent, t)
+        return 2 * self.config.half_extent * self.motion(self._unit(x), t)
 
     def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> FieldSample:
         """Everything but colour, with the deformation evaluated once.
 
-        Gradients reach `x` (corrected cameras ask for them) through the canonical point alone, as if the moment's grids
-        were constant around it: their own slopes are small, and theirs is a faster kernel without.
+        Gradients reach `x` through the canonical point alone, as if the moment's grids were constant around it: their
+        own slopes are small, and theirs is a faster kernel without.
         """
         # Nothing moves at the canonical time: the static phase does without the deformation.
         still = bool((t == self.config.canonical_time).all())
@@ -284,19 +263,9 @@ class DeformableField(nn.Module):
         sample = self.sample(x, t)
         return sample.density, self.color_from_geometry(sample.geometry)
 
-    def canonical_logit(self, xc: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
-        """Density logit at canonical points: the surface is its zero level, and it is close to linear across it,
-        which is what marching cubes interpolates. At least -10, and -10 wherever density is impossible."""
-        logit = self._canonical(xc)[0].clamp(min=EMPTY)
-        return torch.where(self._possible(xc), logit, logit.new_tensor(EMPTY))
-
     def canonical_density(self, xc: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
         """Density per world unit at canonical points; zero outside the box and outside `bounds`."""
         return self._density(self._canonical(xc)[0]) * self._possible(xc)
-
-    def canonical_color(self, xc: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
-        """sRGB colour in [0, 1] at canonical points."""
-        return torch.sigmoid(self.color_head(self._canonical(xc)[1]))
 
     def normals(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], epsilon: float = 0.01) -> Float[Tensor, "n 3"]:
         """Unit outward normals at observed points and times (world space; the deformation's Jacobian is included)."""

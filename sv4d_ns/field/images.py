@@ -1,6 +1,5 @@
 """Pictures of a fitted field: at the cameras of a view grid, and the contact sheet at the end of a run."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +9,16 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from sv4d_ns.field.volume_rendering import pixel_rays, render_rays_chunked
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.field.volume_rendering import render_rays_chunked
+from sv4d_ns.geometry.rays import picture_rays
+from sv4d_ns.metrics.images import pooled_iou, pooled_psnr
+from sv4d_ns.utils.callbacks import Progress
+from sv4d_ns.utils.images import over_white, resize_rgba, tiled
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from sv4d_ns.field.deformable import DeformableField
     from sv4d_ns.field.occupancy import OccupancyGrid
-
-Progress = Callable[[int, int], None]
 
 SHEET_SIZE = 160
 SHEET_COLUMNS = 6
@@ -39,14 +40,9 @@ def render_rgba(
         focal: pixels; the principal point is the centre.
         time: in [0, 1].
     """
-    device = field.aabb.device
-    centres = torch.arange(size, device=device) + 0.5
-    xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)
-    count = len(xy)
-    matrix = torch.as_tensor(c2w, dtype=torch.float32, device=device).expand(count, 4, 4)
-    shape = torch.tensor([[size, size]], device=device).expand(count, 2)
-    origins, directions = pixel_rays(xy, matrix, torch.full((count,), focal, device=device), shape)
-    times = torch.full((count, 1), time, device=device)
+    matrix = torch.as_tensor(c2w, dtype=torch.float32, device=field.aabb.device)
+    origins, directions = picture_rays(matrix, focal, size)
+    times = torch.full_like(origins[:, :1], time)
     out = render_rays_chunked(field, occupancy, origins, directions, times)
     alpha = out["alpha"][:, None].clamp(0, 1)
     colour = (out["rgb"] - (1 - alpha)) / alpha.clamp(min=1e-3)
@@ -84,35 +80,6 @@ def render_grid(
     return renders
 
 
-def agreement(
-    renders: UInt8[np.ndarray, "t v h w 4"], refined: UInt8[np.ndarray, "t v h w 4"], sharpness: float
-) -> UInt8[np.ndarray, "t v h w"]:
-    """Per-pixel confidence of refined views, 0..255: exp(-sharpness |render - refined|) on white.
-
-    Where the diffusion model keeps what the 3D-consistent render showed, both believe it. The exponential of the
-    difference follows the weighting a third party found to help SV4D 2.0 views (with 16).
-    """
-    difference = np.abs(over_white(renders).astype(np.float32) - over_white(refined).astype(np.float32)) / 255.0
-    return np.round(255.0 * np.exp(-sharpness * difference.mean(-1))).astype(np.uint8)
-
-
-def joint_confidence(*parts: UInt8[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
-    """Product of confidences in 0..255."""
-    product = np.prod([part.astype(np.float32) / 255.0 for part in parts], axis=0)
-    return np.round(255.0 * product).astype(np.uint8)
-
-
-def psnr(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
-    return float(-10.0 * np.log10(max(float(np.mean((a - b) ** 2)), 1e-10)))
-
-
-def silhouette_iou(a: UInt8[np.ndarray, "*n"], b: UInt8[np.ndarray, "*n"]) -> float:
-    """Intersection over union of alpha >= 128."""
-    first, second = a >= 128, b >= 128
-    return float((first & second).sum() / max((first | second).sum(), 1))
-
-
 @dataclass(frozen=True, eq=False)
 class ResultSheet:
     """What came out of a run."""
@@ -145,15 +112,13 @@ def result_sheet(
             time = float(grid.times[frame])
             renders[column, row] = render_rgba(field, occupancy, c2w[view], focal, SHEET_SIZE, time)
             progress(column * len(shown) + row + 1, renders.shape[0] * renders.shape[1])
-    from sv4d_ns.synthesis.base import resize_rgba
-
     inputs = resize_rgba(grid.input_frames[frames], SHEET_SIZE)
     truth, made = over_white(inputs) / 255.0, over_white(renders[:, 0]) / 255.0
     rows = [over_white(inputs), *over_white(renders).swapaxes(0, 1)]
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    sheet = tiled(rows)
     summary = {
-        "input_view_psnr": psnr(truth, made),
-        "input_view_iou": silhouette_iou(inputs[..., 3], renders[:, 0, ..., 3]),
+        "input_view_psnr": pooled_psnr(truth, made),
+        "input_view_iou": pooled_iou(inputs[..., 3], renders[:, 0, ..., 3]),
         "frames_compared": frames.tolist(),
         "novel_views_shown": [grid.plan.azimuths_deg[view - 1] for view in shown[1:]],
     }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
+from sv4d_ns.geometry.rays import project
 from sv4d_ns.utils.errors import InputError
 
 DISTANCE_REACH = 0.15
@@ -38,17 +39,6 @@ class HullView:
     """Pixels; the principal point is the image centre."""
     vote: float = 1.0
     """A point is carved once the votes of the views whose (dilated) mask misses it reach 1."""
-
-
-def project(
-    points: Float[Tensor, "n 3"], camera_to_world: Float[Tensor, "4 4"], focal: float, height: int, width: int
-) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:
-    """Continuous pixel coordinates (x right, y down, pixel centres at i + 0.5) and depth along the optical axis."""
-    local = (points - camera_to_world[:3, 3]) @ camera_to_world[:3, :3]
-    depth = -local[:, 2]
-    u = width / 2 + focal * local[:, 0] / depth
-    v = height / 2 - focal * local[:, 1] / depth
-    return torch.stack([u, v], -1), depth
 
 
 class OccupancyGrid(nn.Module):

@@ -6,6 +6,7 @@ Source: 4Diffusion (arXiv 2405.20674) section 3.3 and aejion/4Diffusion @ 627d0c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +17,6 @@ from torch.nn import functional
 
 from sv4d_ns.field.deformable import FieldSample
 from sv4d_ns.field.hash_grid import HashGrid
-from sv4d_ns.field.motion import frequency_encoding
 from sv4d_ns.utils.errors import InputError
 
 SPACE_OCTAVES, TIME_OCTAVES = 3, 3
@@ -103,18 +103,14 @@ class SpaceTimeField(nn.Module):
     def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
         """Offset from points at times to where their matter is at `canonical_time`, world units."""
         c = self.config
-        place = frequency_encoding(x / c.half_extent, SPACE_OCTAVES, SPACE_OCTAVES)
-        moment = frequency_encoding(t, TIME_OCTAVES, TIME_OCTAVES)
+        place = frequency_encoding(x / c.half_extent, SPACE_OCTAVES)
+        moment = frequency_encoding(t, TIME_OCTAVES)
         gate = torch.tanh((t - c.canonical_time).abs() / c.gate_width)
         return gate * c.half_extent * self.motion_net(torch.cat([place, moment], -1))
 
     def canonical_density(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
         """Density at `canonical_time`."""
         return self.density(x, torch.full_like(x[:, :1], self.config.canonical_time))
-
-    def canonical_color(self, x: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
-        """Colour at `canonical_time`."""
-        return self.color_from_geometry(self.features(x, torch.full_like(x[:, :1], self.config.canonical_time)))
 
     def features(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n f"]:
         """The sum of both grids' features at points of the box and times in [0, 1]."""
@@ -174,6 +170,18 @@ class SpaceTimeField(nn.Module):
     def _bias_gradient(self, x: Tensor) -> Tensor:
         c = self.config
         return -c.blob_density / c.blob_radius * functional.normalize(x, dim=-1)
+
+
+def frequency_encoding(x: Float[Tensor, "n d"], octaves: int) -> Float[Tensor, "n e"]:
+    """x, then sin and cos of pi 2^k x for k < octaves."""
+    # Doubling the angle (sin 2a = 2 sin a cos a, cos 2a = 1 - 2 sin^2 a) costs two products where sin and cos cost
+    # twenty, and float32 keeps six digits over the few octaves used.
+    sin, cos = torch.sin(math.pi * x), torch.cos(math.pi * x)
+    features = [x, sin, cos]
+    for _ in range(octaves - 1):
+        sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
+        features += [sin, cos]
+    return torch.cat(features, -1)
 
 
 def _motion(width: int) -> nn.Sequential:

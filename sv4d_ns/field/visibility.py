@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sv4d_ns.field.deformable import DeformableField
-from sv4d_ns.field.occupancy import OccupancyGrid, project
-from sv4d_ns.field.volume_rendering import pixel_rays, render_rays_chunked
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.volume_rendering import render_rays_chunked
+from sv4d_ns.geometry.rays import picture_rays, project
 from sv4d_ns.utils.images import smoothstep
 
 
@@ -87,18 +88,14 @@ def surface_map(
     field: DeformableField, occupancy: OccupancyGrid, camera_to_world: Tensor, focal: float, size: int, time: float
 ) -> SurfaceMap:
     """What a camera sees of the field at a time in [0, 1], in a square picture; size and focal length in pixels."""
-    axis = torch.arange(size, device=camera_to_world.device) + 0.5
-    xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
-    n = len(xy)
-    origins, directions = pixel_rays(
-        xy, camera_to_world.expand(n, 4, 4), xy.new_full((n,), focal), xy.new_full((n, 2), float(size))
-    )
-    out = render_rays_chunked(field, occupancy, origins, directions, xy.new_full((n, 1), time), n_samples=96)
+    origins, directions = picture_rays(camera_to_world, focal, size)
+    times = torch.full_like(origins[:, :1], time)
+    out = render_rays_chunked(field, occupancy, origins, directions, times, n_samples=96)
     hit = (out["alpha"] > 0.5).nonzero()[:, 0]
     points = origins + out["depth"][:, None] * directions
     normals = torch.zeros_like(points)
     if len(hit):
-        normals[hit] = field.normals(points[hit], xy.new_full((len(hit), 1), time), epsilon=0.015)
+        normals[hit] = field.normals(points[hit], times[hit], epsilon=0.015)
     return SurfaceMap(out["alpha"].reshape(size, size), out["depth"].reshape(size, size), points, normals)
 
 

@@ -332,17 +332,3 @@ def render_rays_chunked(
         for name, value in (("rgb", out.rgb), ("alpha", out.alpha), ("depth", out.depth), ("motion", motion)):
             parts[name].append(value)
     return {name: torch.cat(values) for name, values in parts.items()}
-
-
-def pixel_rays(
-    xy: Float[Tensor, "n 2"],
-    camera_to_world: Float[Tensor, "n 4 4"],
-    focal: Float[Tensor, " n"],
-    size: Int[Tensor, "n 2"],
-) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
-    """Origins and unit directions of rays through continuous pixel positions (pixel centres at i + 0.5, principal
-    point in the middle of the (width, height) image, OpenGL cameras)."""
-    offset = (xy - size / 2) / focal[:, None]
-    local = torch.stack([offset[:, 0], -offset[:, 1], -torch.ones_like(focal)], -1)
-    directions = torch.nn.functional.normalize((camera_to_world[:, :3, :3] @ local[..., None])[..., 0], dim=-1)
-    return camera_to_world[:, :3, 3], directions

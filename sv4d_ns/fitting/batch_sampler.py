@@ -1,15 +1,14 @@
-"""What each optimisation step looks at. Stateless: everything follows from (seed, step), so resuming needs no
-generator state and a killed run continues with the batches it would have seen.
+"""The rays of a step. Stateless: everything follows from (seed, step) and the weights of the views, so a killed run
+continues with the batches it would have seen.
 
-Progressive frame sampling and the names of the phases: SV4D section 4 and the abstract of SV4D 2.0. The schedule's
-numbers, "orthogonal views" as base view plus those nearest +90, 180, 270 degrees, and the mask-aware pixel choice are
-our own decisions.
+"Orthogonal views" as base view plus those nearest +90, 180, 270 degrees, and the mask-aware pixel choice are our own
+decisions.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,73 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from sv4d_ns.field.deformable import DeformableField
+from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.visibility import view_weights
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window
+from sv4d_ns.fitting.train_views import INPUT_VIEW, TrainView
+from sv4d_ns.geometry.rays import pixel_rays
+from sv4d_ns.utils import randomness
 from sv4d_ns.utils.errors import InputError
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """When the optimisation sees what, in fractions of the whole stage."""
-
-    static_fraction: float = 0.12
-    """Only the canonical frame, deformation untouched (SV4D's phase A)."""
-    full_window_at: float = 0.65
-    """The frame window has grown to the whole clip (SV4D 2.0's progressive frame sampling)."""
-    open_frequencies_at: float = 0.7
-    """All frequencies of the deformation are open."""
-    residual_from: float = 0.65
-    """The density residual opens: once every frame has had its time to be explained by motion."""
-    canonical_probability: float = 0.25
-    """Chance that a step draws the canonical frame, so that the shape is not forgotten while the window grows."""
-    frontier_probability: float = 0.9
-    """Chance that a step draws the frames newest to the window, on both sides (the badly fitted ones): a frame is
-    newest for a few dozen steps only, and its motion is found in these. Once the clip is whole, no frame is."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """Inclusive range of frames."""
-
-    first: int
-    last: int
-    newest: tuple[int, ...] = ()
-    """Frames that came in last and are not fitted yet; none once the whole clip has had its time."""
-
-    def __len__(self) -> int:
-        return self.last - self.first + 1
-
-
-def generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
-    """The random numbers of one step; `stream` separates independent uses of the same step."""
-    return np.random.default_rng([seed, step, stream])
-
-
-def frame_window(fraction: float, n_frames: int, canonical: int, config: ScheduleConfig) -> Window:
-    """Frames in use at `fraction` of the stage: only `canonical`, then growing evenly to both sides until the whole
-    clip is in. A side that reaches its end waits for the other."""
-    if not 0 <= canonical < n_frames:
-        raise InputError(f"the canonical frame {canonical} is not among the clip's {n_frames} frames.")
-    span = config.full_window_at - config.static_fraction
-    grown = (fraction - config.static_fraction) / span if span > 0 else float(fraction >= config.static_fraction)
-    reach = 0 if grown < 0 else 1 + math.floor(grown * max(canonical, n_frames - 1 - canonical))
-    first, last = canonical - reach, canonical + reach
-    newest = tuple(frame for frame in (first, last) if 0 <= frame < n_frames and reach)
-    return Window(max(first, 0), min(last, n_frames - 1), newest)
-
-
-@dataclass(frozen=True)
-class Admission:
-    """A frame that enters the window, and the neighbour it starts from."""
-
-    new: int
-    known: int
-
-
-def admissions(before: Window, now: Window, canonical: int) -> list[Admission]:
-    """Frames of `now` that `before` has not, nearest to the canonical frame first."""
-    outward = [(f, -1) for f in range(before.first - 1, now.first - 1, -1)]
-    outward += [(f, 1) for f in range(before.last + 1, now.last + 1)]
-    outward.sort(key=lambda pair: abs(pair[0] - canonical))
-    return [Admission(frame, frame - direction) for frame, direction in outward]
 
 
 def sample_frames(
@@ -113,12 +53,6 @@ def orthogonal_views(azimuths: Sequence[float], base: int) -> list[int]:
         target = azimuths[base] + turn
         taken.append(min(free, key=lambda v: (abs((azimuths[v] - target + 180) % 360 - 180), v)))
     return taken
-
-
-def frequency_progress(fraction: float, config: ScheduleConfig) -> float:
-    """Argument of `DeformableField.set_progress` at `fraction` of the stage."""
-    span = config.open_frequencies_at - config.static_fraction
-    return min(max((fraction - config.static_fraction) / span, 0.0), 1.0) if span > 0 else 1.0
 
 
 class PixelSampler:
@@ -171,6 +105,177 @@ class PixelSampler:
         )
 
 
-def uniform(seed: int, step: int, shape: Sequence[int], stream: int) -> Float[Tensor, ...]:
-    """Uniform [0, 1) float32 tensor of one step."""
-    return torch.from_numpy(generator(seed, step, stream).random(tuple(shape), dtype=np.float32))
+@dataclass(frozen=True)
+class BatchConfig:
+    """What a step draws."""
+
+    rays: int = 1536
+    """Single rays, in addition to the patches."""
+    patches: int = 4
+    """Square patches for the structural loss; the first is of the input view while that alone is trusted."""
+    patch_side: int = 16
+    input_share: float = 0.5
+    """Share of the single rays that look through the input camera, while it is the only view to be trusted."""
+    frames_per_step: int = 4
+    """As many as SV4D draws, and views."""
+    orthogonal: bool = True
+    """Whether the views of a step are a base view and those nearest to quarter turns from it; else four by chance."""
+    spread: bool = False
+    """Whether single rays go through any point of their pixel, not its middle: for point clouds, which would hold each
+    middle many times. Their targets are the pixel's all the same."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """n rays and their targets: the single rays first, then the patches, row by row."""
+
+    origins: Float[Tensor, "n 3"]
+    directions: Float[Tensor, "n 3"]
+    times: Float[Tensor, "n 1"]
+    rgb: Float[Tensor, "n 3"]
+    """On `background`."""
+    alpha: Float[Tensor, " n"]
+    weight: Float[Tensor, " n"]
+    background: Float[Tensor, " 3"]
+    """A new colour in every step: on a fixed one, an object of that colour might as well be transparent."""
+    jitter: Float[Tensor, " n"]
+    normals: Float[Tensor, "n 3"] | None
+    """Estimated unit normals in world space, zero where unknown; None where there is no estimator."""
+    view: Int[Tensor, " n"]
+    """Number of each ray's view in the grid; 0 is the input."""
+    agreeing: bool
+    """Whether all views are trusted: pictures of one object."""
+    frames: tuple[int, ...]
+    """The frames drawn, of `n_frames`."""
+    n_frames: int
+    rays: int
+    patches: int
+    patch_side: int
+
+
+class BatchSampler:
+    """Draws the rays of a step: its batch follows from (seed, step) and the weights of the views."""
+
+    def __init__(self, views: list[TrainView], config: BatchConfig, schedule: ScheduleConfig, seed: int) -> None:
+        self.views, self.config, self.schedule, self.seed = views, config, schedule, seed
+        self.agreeing = all(view.trusted for view in views)
+        self.azimuths = [view.azimuth_deg for view in views]
+        self.pixels = [PixelSampler(view.alpha) for view in views]
+        self.visibility: dict[int, Tensor] = {}
+        """What `update_visibility` found last for each frame, [v, s, s]; what a resumed run has to be given."""
+
+    def with_seed(self, seed: int) -> BatchSampler:
+        """The same views and weights, of which other rays are drawn."""
+        other = copy(self)
+        other.seed = seed
+        return other
+
+    def draw(self, step: int, window: Window, canonical: int) -> Batch:
+        """The batch of a step whose frames lie in `window`; orthogonal views, most pixels near the object."""
+        config = self.config
+        rng = randomness.generator(self.seed, step)
+        frames = sample_frames(rng, config.frames_per_step, window, canonical, self.schedule)
+        turn = self._draw_views(rng)
+        from_input = 0 if self.agreeing else int(config.rays * config.input_share)
+        view = np.concatenate([np.full(from_input, INPUT_VIEW), np.resize(turn, config.rays - from_input)])
+        frame = rng.choice(frames, config.rays)
+        row, column = np.empty(config.rays, np.int64), np.empty(config.rays, np.int64)
+        for number in np.unique(view):
+            at = view == number
+            row[at], column[at] = self.pixels[number].draw(rng, frame[at])
+        patches = self._draw_patches(rng, frames, turn)
+        view, frame, row, column = (
+            np.concatenate([single, patch]) for single, patch in zip((view, frame, row, column), patches, strict=True)
+        )
+        return self._gather(step, view, frame, row, column, tuple(sorted(set(frames.tolist()))))
+
+    def update_visibility(self, field: DeformableField, occupancy: OccupancyGrid, frame: int) -> None:
+        """Weight the generated pixels of a frame by what the field's surface says of their visibility.
+
+        Done for one frame now and then, not for every ray: the surface moves slowly.
+        """
+        generated = [view for view in self.views if not view.trusted]
+        if not generated:
+            return
+        size, time = generated[0].rgb.shape[2], frame / max(generated[0].rgb.shape[0] - 1, 1)
+        cameras = torch.stack([view.c2w for view in generated])
+        half_width = size / 2 / generated[0].focal
+        maps = view_weights(field, occupancy, self.views[INPUT_VIEW].c2w, cameras, half_width, size, time)
+        self.use_visibility(frame, maps)
+
+    def use_visibility(self, frame: int, maps: Float[Tensor, "v s s"]) -> None:
+        """Weight the generated pixels of a frame by maps of their visibility, in [0, 1]."""
+        generated = [view for view in self.views if not view.trusted]
+        self.visibility[frame] = maps
+        size = generated[0].rgb.shape[2]
+        full = functional.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        for view, visibility in zip(generated, full, strict=True):
+            view.weight[frame] = view.confidence[frame] * visibility
+
+    def _draw_views(self, rng: np.random.Generator) -> list[int]:
+        base = int(rng.integers(len(self.views)))
+        if self.config.orthogonal:
+            return orthogonal_views(self.azimuths, base)
+        return rng.choice(len(self.views), min(4, len(self.views)), replace=False).tolist()
+
+    def _draw_patches(
+        self, rng: np.random.Generator, frames: Int[np.ndarray, " f"], turn: list[int]
+    ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
+        count, side = self.config.patches, self.config.patch_side
+        first = rng.choice(turn, 1) if self.views[-1].trusted else [INPUT_VIEW]
+        views = np.concatenate([first, rng.choice(turn, max(count - 1, 0))])[:count].astype(np.int64)
+        chosen = rng.choice(frames, count)
+        pairs = zip(views, chosen, strict=True)
+        drawn = [self.pixels[view].draw_patches(rng, np.array([frame]), side) for view, frame in pairs]
+        rows = np.concatenate([rows.reshape(-1) for rows, _ in drawn] or [np.empty(0, np.int64)])
+        columns = np.concatenate([columns.reshape(-1) for _, columns in drawn] or [np.empty(0, np.int64)])
+        return np.repeat(views, side * side), np.repeat(chosen, side * side), rows, columns
+
+    def _gather(
+        self,
+        step: int,
+        view: Int[np.ndarray, " n"],
+        frame: Int[np.ndarray, " n"],
+        row: Int[np.ndarray, " n"],
+        column: Int[np.ndarray, " n"],
+        frames: tuple[int, ...],
+    ) -> Batch:
+        count, first = len(view), self.views[0]
+        device = first.rgb.device
+        rgb = torch.empty(count, 3, device=device)
+        alpha, weight, focal = (torch.empty(count, device=device) for _ in range(3))
+        c2w, size = torch.empty(count, 4, 4, device=device), torch.empty(count, 2, device=device)
+        normals = None if all(view.normals is None for view in self.views) else torch.zeros_like(rgb)
+        for number in np.unique(view):
+            source = self.views[number]
+            at = torch.from_numpy(np.flatnonzero(view == number)).to(device)
+            index = tuple(torch.from_numpy(values[view == number]).to(device) for values in (frame, row, column))
+            rgb[at], alpha[at], weight[at] = source.rgb[index], source.alpha[index], source.weight[index]
+            c2w[at], focal[at] = source.c2w, source.focal
+            if normals is not None and source.normals is not None:
+                normals[at] = source.normals[index]
+            size[at] = torch.tensor([source.rgb.shape[2], source.rgb.shape[1]], device=device).float()
+        xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float()
+        xy = xy + (randomness.uniform(self.seed, step, (count, 2), stream=5).to(device) if self.config.spread else 0.5)
+        origins, directions = pixel_rays(xy, c2w, focal, size)
+        background = randomness.uniform(self.seed, step, (3,), stream=4).to(device)
+        times = torch.from_numpy(frame / max(first.rgb.shape[0] - 1, 1)).to(device).float()
+        return Batch(
+            origins=origins,
+            directions=directions,
+            times=times[:, None],
+            # the views are on white: exchange it behind the object
+            rgb=rgb + (1.0 - alpha[:, None]) * (background - 1.0),
+            alpha=alpha,
+            weight=weight,
+            background=background,
+            jitter=randomness.uniform(self.seed, step, (count,), stream=1).to(device),
+            normals=normals,
+            view=torch.from_numpy(np.array([source.number for source in self.views])[view]).to(device),
+            agreeing=self.agreeing,
+            frames=frames,
+            n_frames=first.rgb.shape[0],
+            rays=self.config.rays,
+            patches=self.config.patches,
+            patch_side=self.config.patch_side,
+        )

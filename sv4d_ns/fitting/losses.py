@@ -6,8 +6,6 @@ structural loss on patches, needs none. The printout of a run says which it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,24 +13,12 @@ from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.volume_rendering import RaySamples, sum_before
-from sv4d_ns.fitting.settings import LossWeights as LossWeights
-
-Perceptual = Callable[[Float[Tensor, "p 3 h w"], Float[Tensor, "p 3 h w"]], Float[Tensor, " p"]]
-"""Distance of each pair of pictures in [0, 1]."""
+from sv4d_ns.metrics.lpips import Perceptual
 
 
-def photometric(
-    rendered: Float[Tensor, "n 3"],
-    target: Float[Tensor, "n 3"],
-    weight: Float[Tensor, " n"],
-    robust_scale: float | None = None,
-) -> Tensor:
-    """Weighted mean squared error (SV4D L_mse). With `robust_scale` c the Geman-McClure form e / (1 + e / c^2) per
-    pixel (e = mean square over channels): errors well above c stop pulling, which is what a view that contradicts the
-    others needs."""
+def photometric(rendered: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"], weight: Float[Tensor, " n"]) -> Tensor:
+    """Weighted mean squared error (SV4D L_mse)."""
     error = (rendered - target).square().mean(-1)
-    if robust_scale is not None:
-        error = error / (1 + error / robust_scale**2)
     return (weight * error).sum() / weight.sum().clamp(min=1e-8)
 
 
@@ -75,15 +61,6 @@ def normal(rendered: Float[Tensor, "n 3"], estimated: Float[Tensor, "n 3"], weig
     return (weight * (1 - (rendered * estimated).sum(-1))).sum() / weight.sum().clamp(min=1e-8)
 
 
-def depth_smoothness(depth: Float[Tensor, "p s s"], seen: Bool[Tensor, "p s s"]) -> Tensor:
-    """Mean squared difference of neighbouring depths of patches (SV4D L_depth, from RegNeRF, Niemeyer et al. 2022), in
-    pixels of `depth` on the surface only: against the background it would be about the outline."""
-    across, down = seen[:, :, 1:] & seen[:, :, :-1], seen[:, 1:] & seen[:, :-1]
-    square_across, square_down = (depth[:, :, 1:] - depth[:, :, :-1]).square(), (depth[:, 1:] - depth[:, :-1]).square()
-    total = square_across[across].sum() + square_down[down].sum()
-    return total / (across.sum() + down.sum()).clamp(min=1)
-
-
 def bilateral_normal(
     normals: Float[Tensor, "p s s 3"], image: Float[Tensor, "p s s 3"], seen: Bool[Tensor, "p s s"]
 ) -> Tensor:
@@ -107,11 +84,6 @@ def _sobel(values: Float[Tensor, "p s s c"]) -> Float[Tensor, "p t t"]:
     return (squares + 1e-8).sqrt() - 1e-4
 
 
-def opacity_entropy(alpha: Float[Tensor, " n"]) -> Tensor:
-    """Mean of 4 alpha (1 - alpha): rays should be empty or opaque (the role of 4Diffusion's opaque loss)."""
-    return (4 * alpha * (1 - alpha)).mean()
-
-
 def distortion(weights: Float[Tensor, " m"], samples: RaySamples) -> Tensor:
     """How spread out along its ray what is seen is: Barron et al. 2022 (mip-NeRF 360) eq. 15 in world units for packed
     samples, sum_ij w_i w_j |s_i - s_j| + step / 3 sum_i w_i^2.
@@ -122,12 +94,8 @@ def distortion(weights: Float[Tensor, " m"], samples: RaySamples) -> Tensor:
     rays = samples.ray_indices
     alpha = weights.new_zeros(samples.n_rays).index_add(0, rays, weights)
     w, s = (weights / alpha.clamp(min=1e-3)[rays]).double(), samples.distances.double()
-
-    def before(v: Tensor) -> Tensor:
-        return sum_before(v, rays)
-
     # Samples are ordered by distance, so |s_i - s_j| needs no absolute value: i after j.
-    per_sample = 2 * (w * s * before(w) - w * before(w * s)) + samples.step / 3 * w.square()
+    per_sample = 2 * (w * s * sum_before(w, rays) - w * sum_before(w * s, rays)) + samples.step / 3 * w.square()
     share = alpha.detach() / alpha.detach().sum().clamp(min=1e-6)
     return (share[rays] * per_sample).sum().to(weights.dtype)
 
@@ -153,13 +121,6 @@ def deformation_rigidity(
     stretch = moved.norm(dim=-1) / offset.norm(dim=-1).clamp(min=1e-8) - 1
     # Geman-McClure: joints and self-contacts stretch by nature and must not dominate.
     return (stretch.square() / (1 + stretch.square())).mean()
-
-
-def deformation_time(
-    before: Float[Tensor, "n 3"], here: Float[Tensor, "n 3"], after: Float[Tensor, "n 3"], interval: float
-) -> Tensor:
-    """Mean squared second difference in time divided by the interval squared (acceleration times the interval)."""
-    return ((before - 2 * here + after) / interval).square().sum(-1).mean()
 
 
 def registration(

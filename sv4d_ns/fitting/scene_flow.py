@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
-from sv4d_ns.field.occupancy import project
+from sv4d_ns.geometry.rays import project, sample_picture
 
 LARGEST_SIDE = 256
 """Pixels a side of the pictures flow is found in: pictures are brought to it."""
@@ -108,12 +107,6 @@ def optical_flow(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "h 
     return flow
 
 
-def _sample(picture: Float[Tensor, "c h w"], uv: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-    """Bilinear values at positions in [0, 1]^2 (x right, y down)."""
-    found = functional.grid_sample(picture[None], (2 * uv - 1)[None, None], padding_mode="border", align_corners=False)
-    return found[0, :, 0].T
-
-
 class SceneFlow:
     """Displacements between neighbouring frames; each pair is worked out when it is first asked for."""
 
@@ -135,7 +128,9 @@ class SceneFlow:
     def _inside(self, frame: int, x: Tensor) -> Tensor:
         inside = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for view in self.views:
-            inside[inside.clone()] = _sample(view.alpha[frame][None], self._uv(view, x[inside])[0])[:, 0] > 0.5
+            inside[inside.clone()] = (
+                sample_picture(view.alpha[frame][..., None], self._uv(view, x[inside])[0])[:, 0] > 0.5
+            )
         return inside
 
     def _surface(self, frame: int) -> tuple[Tensor, Tensor]:
@@ -180,13 +175,12 @@ class SceneFlow:
         for number, view in enumerate(self.views):
             first, second = grey(view.rgb[known], view.alpha[known]), grey(view.rgb[new], view.alpha[new])
             there, back = (
-                torch.from_numpy(flow).to(x).permute(2, 0, 1)
-                for flow in (optical_flow(first, second), optical_flow(second, first))
+                torch.from_numpy(flow).to(x) for flow in (optical_flow(first, second), optical_flow(second, first))
             )
             uv, depth = self._uv(view, x)
-            flow = _sample(there, uv)
+            flow = sample_picture(there, uv)
             aspect = flow.new_tensor([1.0, first.shape[1] / first.shape[0]])
-            cycle = PIXELS * (flow + _sample(back, uv + flow * aspect)).norm(dim=-1)
+            cycle = PIXELS * (flow + sample_picture(back, uv + flow * aspect)).norm(dim=-1)
             weights.append(torch.exp(-((cycle / CYCLE_PIXELS) ** 2)) * self._sees(view, number, owner, uv, depth))
             jacobians.append(PIXELS * self._jacobian(view, x))
             flows.append(PIXELS * flow)

@@ -31,13 +31,9 @@ class LossWeights:
     Not measured."""
     normal: float = 0.02
     """Against estimated normals on patches (SV4D L_normal), with --pipeline.datamanager.normals. Not measured."""
-    depth_smoothness: float = 0.0
-    """Of rendered depth on patches (SV4D L_depth); off: docs/optimisation.md has what little was measured."""
     bilateral_normal: float = 0.02
     """Smoothness of rendered normals on patches except at edges of the picture (SV4D L_bilateral); measured on two
     cases."""
-    opacity: float = 0.0
-    """Alpha away from 1/2. Off: limbs a few pixels wide are mostly edge, where alpha is a fraction; 1 dB."""
     sparsity: float = 0.05
     """Matter that rays see, of views that contradict each other: what they do not need goes, what lies behind a surface
     is spared. Not asked of true views, whose thin limbs it eats."""
@@ -57,29 +53,11 @@ class LossWeights:
     """Rigidity of the motion at surface points; 0.3 of it where the flow of true views says how they move."""
     band_rigidity: float = 0.1
     """Rigidity around the hulls, rendered or not; 0.3 of it likewise."""
-    deformation_time: float = 0.0
-    """Off: it asks places in space, not material, to move evenly, and ties the newest frame to one not yet begun."""
 
 
-@dataclass(frozen=True)
-class CorrectionConfig:
-    """What is done about generated views that are not quite where or what they should be; never to the input view.
+def __getattr__(name: str) -> type:
+    if name == "CorrectionConfig":  # older runs' config.yml names it
+        from sv4d_ns.utils.moved import Gone
 
-    Our own design; docs/optimisation.md has what each is worth on a corrupted grid.
-    """
-
-    pose: bool = False
-    """Learn a small rotation about the object and a scale for the camera of each generated view. Off: where cameras are
-    right, a leaping frog lost 0.75 dB to it."""
-    pose_range_deg: float = 3.0
-    """Largest angle of that rotation about each axis, degrees."""
-    scale_range: float = 0.06
-    """Largest relative change of a camera's distance."""
-    color: bool = False
-    """Learn an affine map of the field's colours for each generated view."""
-    robust: bool = False
-    """Weigh views by how well they agree with the field: one bad view among good ones stops pulling."""
-    robust_tolerance: float = 2.0
-    """A view counts in full up to so many times the median view's error."""
-    penalty: float = 0.001
-    """Weight of the squares of all corrections, in shares of their ranges."""
+        return Gone
+    raise AttributeError(name)

@@ -71,8 +71,6 @@ class ViewPlan:
     fov_deg: float = FIELD_OF_VIEW_DEG
     """Field of view over the width (and height) of the square pictures, degrees."""
 
-    OFFICIAL_4: ClassVar["ViewPlan"]
-    """The four views of the released 4-view model: 60, 120, 180, 240 degrees."""
     OFFICIAL_8: ClassVar["ViewPlan"]
     """The eight views of the released 8-view model: 30, 75, 120, 165, 210, 255, 300, 330 degrees."""
     BUNDLED: ClassVar["ViewPlan"]
@@ -130,13 +128,6 @@ class ViewPlan:
         """Focal length in pixels of a square picture `size` pixels wide; the principal point is its centre."""
         return 0.5 * size / math.tan(math.radians(self.fov_deg) / 2)
 
-    def angular_distance_deg(self) -> Float[np.ndarray, " v+1"]:
-        """Angle at the origin between each camera and the input camera, degrees in [0, 180]; row 0 is 0."""
-        directions = self.c2w()[:, :3, 2]
-        # atan2 of the cross and dot products stays exact near 0 and 180, where arccos loses half its digits
-        cross = np.linalg.norm(np.cross(directions, directions[:1]), axis=-1)
-        return np.rad2deg(np.arctan2(cross, directions @ directions[0]))
-
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable description; `from_dict` is its inverse."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -154,6 +145,5 @@ class ViewPlan:
             raise InputError(f"The view plan holds something that is not a number ({error}).") from error
 
 
-ViewPlan.OFFICIAL_4 = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
 ViewPlan.OFFICIAL_8 = ViewPlan.ring((30.0, 75.0, 120.0, 165.0, 210.0, 255.0, 300.0, 330.0))
 ViewPlan.BUNDLED = ViewPlan.ring((40.0, 80.0, 120.0, 160.0, 200.0, 240.0, 280.0, 320.0))

@@ -5,8 +5,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
 
 from sv4d_ns.geometry.cameras import OBJECT_BOX
+from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.metrics.images import OPAQUE
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white
 
 HULL_RESOLUTION = 64
 """Cells along each side of the box that a hull is carved in."""
@@ -68,9 +69,8 @@ def _pixels(
     points: Float[np.ndarray, "n 3"], c2w: Float[np.ndarray, "4 4"], focal_px: float, size: int
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Column and row of the pixel each world point falls on, its depth, and whether it is in the picture (OpenGL)."""
-    view = (points - c2w[:3, 3]) @ c2w[:3, :3]
-    depth = np.maximum(-view[:, 2], 1e-6)
-    column = np.floor(size / 2 + focal_px * view[:, 0] / depth)
-    row = np.floor(size / 2 - focal_px * view[:, 1] / depth)
+    pixels, depth = project_array(points, c2w, focal_px, size)
+    column, row = np.floor(pixels).T
+    depth = np.maximum(depth, 1e-6)
     seen = (column >= 0) & (column < size) & (row >= 0) & (row < size)
     return np.where(seen, column, 0).astype(int), np.where(seen, row, 0).astype(int), depth, seen

@@ -1,12 +1,17 @@
 """Picture metrics on white: PSNR, SSIM, and the overlap of silhouettes."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional
 
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white
 
+WINDOW, SIGMA = 11, 1.5
+"""Side and standard deviation of SSIM's Gaussian window, pixels."""
 IDENTICAL_DB = 100.0
 """PSNR of identical pictures, and the cap of all others; the true value is infinite."""
 OPAQUE = 128
@@ -63,3 +68,41 @@ def silhouette_iou(made: UInt8[np.ndarray, "n h w"], truth: UInt8[np.ndarray, "n
     a, b = made >= OPAQUE, truth >= OPAQUE
     union = (a | b).sum((-2, -1))
     return np.where(union > 0, (a & b).sum((-2, -1)) / np.maximum(union, 1), 1.0)
+
+
+def pooled_psnr(made: Float[np.ndarray, "..."], truth: Float[np.ndarray, "..."]) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], all pixels taken as one picture's."""
+    return float(-10.0 * np.log10(max(float(np.mean((made - truth) ** 2)), 1e-10)))
+
+
+def pooled_iou(made: UInt8[np.ndarray, "*n"], truth: UInt8[np.ndarray, "*n"]) -> float:
+    """Intersection over union of silhouettes, all pixels taken as one picture's."""
+    a, b = made >= OPAQUE, truth >= OPAQUE
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+@lru_cache(maxsize=4)
+def gaussian_window(size: int = WINDOW, sigma: float = SIGMA) -> Float[Tensor, "size size"]:
+    """A normalised Gaussian of `sigma` pixels."""
+    distance = torch.arange(size, dtype=torch.float64) - size // 2
+    line = torch.exp(-distance.square() / (2 * sigma**2))
+    line = (line / line.sum()).float()
+    return torch.outer(line, line)
+
+
+def padded_ssim(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
+    """Mean structural similarity (Wang et al. 2004) with gradients, zeros beyond the border.
+
+    Gaussian window of 11 pixels; `ssim` leaves the border out, which gives other values.
+    """
+    channels, c1, c2 = a.shape[1], 0.01**2, 0.03**2
+    kernel = gaussian_window().to(a).expand(channels, 1, -1, -1)
+
+    def mean(x: Tensor) -> Tensor:
+        return functional.conv2d(x, kernel, padding=WINDOW // 2, groups=channels)
+
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()

@@ -1,13 +1,110 @@
-"""LPIPS as a loss of the 4D optimisation, where its network is on this machine. Nothing is downloaded."""
+"""LPIPS (Zhang et al. 2018) where its networks are on this machine: as a metric, and as a loss of either method.
 
+The backbones (AlexNet, VGG16) are torchvision's, whose file names end in the digits of their sha256; the heads lie in
+the torchmetrics wheel. Nothing is downloaded unless the user asks (`fetch=True`).
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from sv4d_ns.evaluation.backbones import BackboneMissing, load_lpips
-from sv4d_ns.fitting.losses import Perceptual
+from sv4d_ns.utils.errors import InputError
+
+LpipsNet = Literal["alex", "vgg"]
+
+BATCH = 16
+
+Perceptual = Callable[[Float[Tensor, "p 3 h w"], Float[Tensor, "p 3 h w"]], Float[Tensor, " p"]]
+"""Distance of each pair of pictures in [0, 1]."""
+MeanPerceptual = Callable[[Float[Tensor, "n 3 h w"], Float[Tensor, "n 3 h w"]], Float[Tensor, ""]]
+"""Mean distance of pairs of pictures in [0, 1]."""
+
+
+class BackboneMissing(InputError):
+    """A network is not on this machine; the sentence says which, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What was looked through, for the report."""
+
+    name: str
+    source: str
+    files: dict[str, str]
+    """File name: sha256."""
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Lpips:
+    """Learned perceptual distance of pictures (Zhang et al. 2018, version 0.1) through torchmetrics."""
+
+    def __init__(self, net: nn.Module, identity: Identity) -> None:
+        self.net, self.identity = net.eval(), identity
+
+    @torch.no_grad()
+    def distance(self, made: Float[Tensor, "n 3 h w"], truth: Float[Tensor, "n 3 h w"]) -> Float[np.ndarray, " n"]:
+        """Of each pair of pictures in [0, 1]; 0 for equal ones."""
+        parts = [
+            self.net(a, b, normalize=True).reshape(-1)  # from [0, 1] to the [-1, 1] the network wants
+            for a, b in zip(made.split(BATCH), truth.split(BATCH), strict=True)
+        ]
+        return torch.cat(parts).double().numpy()
+
+
+def load_lpips(net: LpipsNet, fetch: bool = False) -> Lpips:
+    """LPIPS with torchvision's ImageNet backbone; raises `BackboneMissing` or `InputError` (a damaged file)."""
+    import torchmetrics
+    from torchvision.models import AlexNet_Weights, VGG16_Weights
+
+    url = {"alex": AlexNet_Weights, "vgg": VGG16_Weights}[net].IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        if not fetch:
+            raise BackboneMissing(
+                f"LPIPS ({net}) needs {path.name}: 'sv4d evaluate --fetch' downloads it, or put {url} into "
+                f"{path.parent}."
+            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=_pinned_digits(path), progress=True)
+        except (OSError, RuntimeError) as error:
+            raise BackboneMissing(f"LPIPS ({net}): {url} could not be fetched ({error}): go online.") from error
+    digest = sha256(path)
+    if not digest.startswith(_pinned_digits(path)):
+        raise InputError(f"{path} is damaged (its sha256 begins with {digest[:8]}): delete it and fetch it again.")
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
+    identity = Identity(
+        f"LPIPS {net}",
+        f"torchvision {path.name} + torchmetrics {torchmetrics.__version__}",
+        {path.name: digest, heads.name: sha256(heads)},
+    )
+    return Lpips(LearnedPerceptualImagePatchSimilarity(net_type=net).net, identity)
+
+
+def _pinned_digits(path: Path) -> str:
+    """torchvision ends the names of its files with the first digits of their sha256."""
+    return path.stem.rpartition("-")[2]
 
 
 def perceptual_network(device: torch.device | str) -> tuple[Perceptual | None, str]:
-    """LPIPS (Zhang et al. 2018, VGG16, which still sees something in patches of 16 pixels), and a sentence about it.
+    """LPIPS (VGG16, which still sees something in patches of 16 pixels) as a loss, and a sentence about it.
 
     None without VGG16's weights; the sentence then says what takes its place and how to get them.
 
@@ -17,5 +114,21 @@ def perceptual_network(device: torch.device | str) -> tuple[Perceptual | None, s
     try:
         network = load_lpips("vgg").net.to(device).requires_grad_(False)
     except BackboneMissing as missing:
-        return None, (f"Perceptual loss: left out, D-SSIM on patches takes its place. {missing}")
+        return None, f"Perceptual loss: left out, D-SSIM on patches takes its place. {missing}"
     return lambda a, b: network(a, b, normalize=True).reshape(-1), "Perceptual loss: LPIPS (VGG16) on patches."
+
+
+def anchor_lpips(device: torch.device | str) -> tuple[MeanPerceptual | None, str]:
+    """LPIPS (VGG16) of the anchor's pictures, and what to say without VGG16's weights.
+
+    The pictures are mapped to the [-1, 1] the network was made for, as where LPIPS measures (4Diffusion's reference
+    hands them on as they are).
+
+    Raises:
+        InputError: the weights are damaged.
+    """
+    try:
+        network = load_lpips("vgg").net.to(device).requires_grad_(False)
+    except BackboneMissing as missing:
+        return None, f"Anchor loss: LPIPS is left out, the squared error of pixels takes its place. {missing}"
+    return lambda a, b: network(a, b, normalize=True).mean(), "Anchor loss: LPIPS (VGG16)."

@@ -140,7 +140,7 @@ def canonical_time(run: Any) -> float:
     """The moment an orbit shows: the field's canonical one, or of a field without one where the object is largest."""
     if hasattr(run.field.config, "canonical_time"):
         return float(run.field.config.canonical_time)
-    from sv4d_ns.fitting.objective import largest_silhouette
+    from sv4d_ns.fitting.train_views import largest_silhouette
 
     return float(run.views.times[largest_silhouette(run.views)])
 

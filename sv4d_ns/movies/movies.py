@@ -7,7 +7,6 @@ them when it is finished; `sv4d render` makes one of any size.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,9 +16,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sv4d_ns.geometry.cameras import look_at_cameras
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_path, content_hash
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.utils.files import content_hash
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.video.writer import write_h264
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from sv4d_ns.video import Clip, Framing
@@ -36,8 +38,6 @@ ORBIT_FPS = 12.0
 """Rate of a movie in which time stands still; movies in which it passes have the clip's own."""
 LONGEST_SIDE = 640
 """Pixels along the longer side of the overlay of a run: larger sources are scaled down."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def movie(preset: Preset, subject: Subject, options: MovieOptions) -> Movie:
 
 def _side_by_side(subject: Subject, options: MovieOptions) -> Movie:
     """The input video beside the field at the input camera."""
-    from sv4d_ns.synthesis.base import resize_rgba
+    from sv4d_ns.utils.images import resize_rgba
 
     grid = subject.grid
 
@@ -265,7 +265,7 @@ def paste_in_source(
 
 
 def write_movie(path: Path, movie: Movie, key: str, progress: Callable[[int], None]) -> None:
-    """Write H.264 (yuv420p, BT.709, index first) as a whole or not at all.
+    """Write H.264 as a whole or not at all.
 
     Args:
         key: kept in the file's comment, so that a later run knows what it shows.
@@ -274,42 +274,7 @@ def write_movie(path: Path, movie: Movie, key: str, progress: Callable[[int], No
     Raises:
         InputError: the file cannot be written.
     """
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
-
-    try:
-        with (
-            atomic_path(path) as temporary,
-            av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container,
-        ):
-            container.metadata["comment"] = key
-            stream: Any = None
-            for number, picture in enumerate(movie.pictures(), start=1):
-                picture = _even(picture)
-                if stream is None:
-                    stream = container.add_stream("libx264", rate=Fraction(movie.fps).limit_denominator(1001))
-                    stream.height, stream.width = picture.shape[:2]
-                    stream.pix_fmt = "yuv420p"
-                    stream.options = {"crf": "18"}
-                    # without these a player has to guess the matrix
-                    context = stream.codec_context
-                    context.colorspace, context.color_primaries, context.color_trc, context.color_range = 1, 1, 1, 1
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame = frame.reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-                )
-                container.mux(stream.encode(frame))
-                progress(number)
-            container.mux(stream.encode())
-    except (OSError, av.error.FFmpegError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be written ({reason}): choose a writable folder with free space.") from error
-
-
-def _even(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """With an even number of rows and columns, as 4:2:0 needs; the last one is repeated."""
-    height, width = picture.shape[:2]
-    return np.ascontiguousarray(np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+    write_h264(path, movie.pictures(), movie.fps, comment=key, on_written=progress)
 
 
 def movie_key(path: Path) -> str | None:

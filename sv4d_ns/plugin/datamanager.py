@@ -29,8 +29,9 @@ from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
-    from sv4d_ns.fitting.batch_sampler import Window
-    from sv4d_ns.fitting.objective import Batch, BatchSampler, TrainView
+    from sv4d_ns.fitting.batch_sampler import Batch, BatchSampler
+    from sv4d_ns.fitting.schedule import Window
+    from sv4d_ns.fitting.train_views import TrainView
     from sv4d_ns.geometry.cameras import ViewPlan
     from sv4d_ns.synthesis.base import ViewSynthesizer
     from sv4d_ns.video import ObjectVideo
@@ -146,7 +147,7 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
         Raises:
             InputError: the model cannot run on the device.
         """
-        from sv4d_ns.synthesis.base import MODELS, choose_model
+        from sv4d_ns.synthesis.choice import MODELS, choose_model
 
         if self.synthesis == "fourdm":
             return "4DM, because --pipeline.datamanager.synthesis fourdm."
@@ -202,7 +203,7 @@ def grid_dataset(
         views_and_frames: (view, frame) pairs; view 0 is the input.
         downscale_factor: how many times smaller than the input view the pictures are.
     """
-    from sv4d_ns.fitting.objective import largest_silhouette
+    from sv4d_ns.fitting.train_views import largest_silhouette
     from sv4d_ns.views.grid import image_name
 
     c2w = torch.from_numpy(grid.plan.c2w()[:, :3]).float()
@@ -239,7 +240,7 @@ class GridImages(InputDataset):
     views are smaller than the input."""
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
-        from sv4d_ns.synthesis.base import resize_rgba
+        from sv4d_ns.utils.images import resize_rgba
 
         return resize_rgba(super().get_numpy_image(image_idx)[None], int(self.cameras.height[image_idx]))[0]
 
@@ -314,7 +315,7 @@ class SV4DDataManager(VanillaDataManager):
         self._synthesizer = None
 
     def _load_synthesizer(self) -> "ViewSynthesizer":
-        from sv4d_ns.synthesis.base import load_synthesizer
+        from sv4d_ns.synthesis.choice import load_synthesizer
 
         if self.config.synthesis == "fourdm":
             from sv4d_ns.synthesis.fourdm import load_fourdm_synthesizer
@@ -363,8 +364,8 @@ class SV4DDataManager(VanillaDataManager):
 
     def _generate_grid(self, run_dir: Path) -> "ViewGrid":
         from sv4d_ns.diffusion.seams import drift_line
-        from sv4d_ns.synthesis.base import resize_rgba
         from sv4d_ns.utils.files import content_hash
+        from sv4d_ns.utils.images import resize_rgba
         from sv4d_ns.utils.progress import bar
         from sv4d_ns.views.grid import ViewGrid
 
@@ -410,7 +411,7 @@ class SV4DDataManager(VanillaDataManager):
         self.eval_dataparser_outputs = self.eval_dataset._dataparser_outputs
 
     def _say_what_is_left_out(self) -> None:
-        from sv4d_ns.fitting.objective import views_to_fit
+        from sv4d_ns.fitting.train_views import views_to_fit
 
         azimuths = (0.0, *self.grid.plan.azimuths_deg)
         kept = views_to_fit(self.grid, self.config.leave_out)
@@ -465,8 +466,9 @@ class SV4DDataManager(VanillaDataManager):
         return self._batch_sampler
 
     def _make_sampler(self, rays: int, patches: int, spread: bool = False) -> "BatchSampler":
-        from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-        from sv4d_ns.fitting.objective import BatchConfig, BatchSampler, train_views
+        from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+        from sv4d_ns.fitting.schedule import ScheduleConfig
+        from sv4d_ns.fitting.train_views import train_views
 
         config = BatchConfig(rays=rays, patches=patches, spread=spread)
         views = train_views(self.grid, self.device, self.config.leave_out)
@@ -486,7 +488,7 @@ class SV4DDataManager(VanillaDataManager):
 
     def _first_frame_rays(self) -> RayBundle:
         """What ns-export pointcloud and poisson fuse: one moment, seen from everywhere."""
-        from sv4d_ns.fitting.batch_sampler import Window
+        from sv4d_ns.fitting.schedule import Window
 
         assert self.train_pixel_sampler is not None
         rays = self.train_pixel_sampler.num_rays_per_batch

@@ -14,12 +14,12 @@ from nerfstudio.models.base_model import Model
 from torch import Tensor
 from torch.nn import Parameter
 
-from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.plugin.model import SV4DModel, SV4DModelConfig
 
 if TYPE_CHECKING:
     from sv4d_ns.distillation.rendering import RenderSettings
-    from sv4d_ns.fitting.batch_sampler import Window
+    from sv4d_ns.fitting.schedule import Window
     from sv4d_ns.views.grid import ViewGrid
 
 
@@ -33,10 +33,8 @@ class FourDiffusionModelConfig(SV4DModelConfig):
     field_size: Literal["auto", "small", "reference"] = "auto"
     """Hash grids of 8 levels to resolution 128 (small, for a CPU) or 16 levels to 4096 (reference, 28 million
     parameters); auto takes the one for the device, which is then part of the run's configuration."""
-    occupancy: Literal["per_frame", "shared"] = "per_frame"
-    """Empty-space grid: one for each frame, which leaves less to evaluate, or the reference's one for all times."""
     carve: bool = True
-    """Bound the object by the visual hull of the views' silhouettes (not in the reference; per_frame only)."""
+    """Bound the object by the visual hull of the views' silhouettes (not in the reference)."""
     train_samples: int = 0
     """Steps along the box's diagonal in training, of which those in occupied space are evaluated; 0 takes 256, as the
     reference, for the reference field and 128 for the small one."""
@@ -49,8 +47,6 @@ class FourDiffusionModelConfig(SV4DModelConfig):
     """Unused: the space-time field has a hash grid of its own."""
     losses: tyro.conf.Suppress[LossWeights] = field(default_factory=LossWeights)
     """Unused: the losses are the pipeline's."""
-    corrections: tyro.conf.Suppress[CorrectionConfig] = field(default_factory=CorrectionConfig)
-    """Unused: there are no generated views to be corrected."""
 
 
 class FourDiffusionModel(SV4DModel):
@@ -65,9 +61,7 @@ class FourDiffusionModel(SV4DModel):
         from dataclasses import replace
 
         from sv4d_ns.field.occupancy import OccupancyGrid
-        from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
         from sv4d_ns.field.space_time import SpaceTimeField
-        from sv4d_ns.geometry.cameras import OBJECT_BOX
 
         Model.populate_modules(self)
         torch.set_flush_denormal(True)
@@ -76,11 +70,7 @@ class FourDiffusionModel(SV4DModel):
         small = self.is_small
         canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
         self.field = SpaceTimeField(replace(field_config(small), canonical_time=canonical_time))
-        self.occupancy = (
-            OccupancyGrid(self.num_frames)
-            if self.config.occupancy == "per_frame"
-            else SharedOccupancyGrid(half_extent=OBJECT_BOX)
-        )
+        self.occupancy = OccupancyGrid(self.num_frames)
         self._pictures_without_time = 0
 
     @property
@@ -98,7 +88,7 @@ class FourDiffusionModel(SV4DModel):
 
     def frame_window(self, step: int) -> "Window":
         """All frames."""
-        from sv4d_ns.fitting.batch_sampler import Window
+        from sv4d_ns.fitting.schedule import Window
 
         return Window(0, self.num_frames - 1)
 
@@ -106,21 +96,16 @@ class FourDiffusionModel(SV4DModel):
         """The field's parameters in groups, each with a learning rate of its own."""
         return self.field.parameter_groups()
 
-    def update_to_step(self, step: int) -> None:
-        """Nothing of the field depends on the step."""
-
     def _before_step(self, step: int) -> None:
-        if self.config.occupancy == "shared":
-            self.occupancy.refresh(self.field, step)
-        elif step % self.config.occupancy_every == 0:
+        if step % self.config.occupancy_every == 0:
             self.occupancy.update(self.field, step // self.config.occupancy_every % self.num_frames)
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the silhouettes of a grid; those of an input whose camera is a guess do not count."""
-        from sv4d_ns.distillation.anchor import KNOWN_POSE
-        from sv4d_ns.fitting.objective import hull_views, train_views
+        from sv4d_ns.fitting.train_views import hull_views, train_views
+        from sv4d_ns.synthesis.fourdm import KNOWN_POSE
 
-        if self.config.occupancy == "shared" or not self.config.carve:
+        if not self.config.carve:
             return
         views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
         self.occupancy.carve(hull_views(views if grid.provenance.get(KNOWN_POSE, True) else views[1:]))
@@ -142,7 +127,7 @@ def field_config(small: bool) -> Any:
     """`SpaceTimeFieldConfig` for this package's world: the object's box, the density blob of the reference's frame."""
     from dataclasses import replace
 
-    from sv4d_ns.distillation.cameras import WORLD_SCALE
+    from sv4d_ns.diffusion.fourdm.frame import WORLD_SCALE
     from sv4d_ns.field.space_time import SpaceTimeFieldConfig
     from sv4d_ns.geometry.cameras import OBJECT_BOX
 

@@ -41,8 +41,6 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """Unused: score distillation looks at the views anew in every step, so there is no second stage."""
     refine_strength: tyro.conf.Suppress[float | None] = None
     """Unused, like `refine_steps`."""
-    refine_agreement: tyro.conf.Suppress[float] = 0.0
-    """Unused, like `refine_steps`."""
     visibility_every: tyro.conf.Suppress[int] = 0
     """Unused: the anchor is one view."""
     anchor_view: int | None = None
@@ -56,8 +54,6 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """Share of the steps in which the field is first fitted to the grid's views pixel by pixel; distillation then
     starts where the reference is after its first tenth. None takes 0 with 4DM, as the reference, and half with an SV4D
     model."""
-    keep_views: bool = False
-    """Go on fitting the grid's views while distilling; the reference does not."""
 
     def warm_up_steps(self, total: int) -> int:
         """Of `total` steps, those of the warm-up."""
@@ -151,7 +147,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         terms: dict[str, Tensor] = {}
         psnr = 0.0
         warm_up_steps = self._warm_up_steps()
-        if step < warm_up_steps or self.config.keep_views:
+        if step < warm_up_steps:
             from sv4d_ns.distillation.warm_start import view_terms
 
             batch = self.datamanager.training_sampler().draw(step, self.space_model.frame_window(step), 0)
@@ -174,7 +170,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         from sv4d_ns.distillation.anchor import choose_anchor
         from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anchor
         from sv4d_ns.distillation.schedules import own_weights
-        from sv4d_ns.metrics.anchor_lpips import MISSING, load_lpips
+        from sv4d_ns.metrics.lpips import anchor_lpips
 
         grid, model = self.datamanager.grid, self.space_model
         prior = self._make_prior()
@@ -182,9 +178,9 @@ class FourDiffusionPipeline(SV4DPipeline):
         azimuth = (0.0, *grid.plan.azimuths_deg)[view]
         named = "the input video itself" if view == 0 else f"view {view} of the grid, at azimuth {azimuth:g} degrees"
         say(f"Anchor: {named} (--pipeline.anchor-view chooses another).")
-        lpips = load_lpips(self.device)
+        lpips, sentence = anchor_lpips(self.device)
         if lpips is None:
-            say(MISSING)
+            say(sentence)
         size = self.config.anchor_size or min(2 * prior.image_size, 256)
         frames = self.config.frames_per_step
         if frames is None and str(self.device) == "cpu":

@@ -88,9 +88,9 @@ def unseen(
         rendered: alpha of the field at some novel views and frames.
         generated: alpha of the novel views stage 1 began with, there.
     """
-    from sv4d_ns.field.images import silhouette_iou
+    from sv4d_ns.metrics.images import pooled_iou
 
-    agreement = silhouette_iou(rendered, generated) if generated.size else None
+    agreement = pooled_iou(rendered, generated) if generated.size else None
     made = grid.provenance.get("model") is not None
     return Unseen(seen_share(field, occupancy, grid), agreement, made)
 

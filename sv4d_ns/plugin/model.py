@@ -18,14 +18,14 @@ from nerfstudio.models.base_model import Model, ModelConfig
 from torch import Tensor
 from torch.nn import Parameter
 
-from sv4d_ns.fitting.settings import CorrectionConfig, LossWeights
+from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.utils.progress import say
 
 if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
-    from sv4d_ns.fitting.batch_sampler import Window
-    from sv4d_ns.fitting.losses import Perceptual
     from sv4d_ns.fitting.scene_flow import SceneFlow
+    from sv4d_ns.fitting.schedule import Window
+    from sv4d_ns.metrics.lpips import Perceptual
     from sv4d_ns.plugin.render_outputs import GridWitnesses
     from sv4d_ns.views.grid import ViewGrid
 
@@ -56,8 +56,6 @@ class SV4DModelConfig(ModelConfig):
     """Training steps between updates of the occupancy grid (one moment each)."""
     losses: LossWeights = field(default_factory=LossWeights)
     """Weights of the losses."""
-    corrections: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """What is done about generated views that are wrong as a whole."""
     seed: int = 0
     """Seed of the points the smoothness losses look at."""
 
@@ -77,8 +75,7 @@ class SV4DModel(Model):
         """Make the field and the occupancy grid (one bin for every frame of the clip)."""
         from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
         from sv4d_ns.field.occupancy import OccupancyGrid
-        from sv4d_ns.fitting.batch_sampler import ScheduleConfig
-        from sv4d_ns.fitting.corrections import ViewCorrections
+        from sv4d_ns.fitting.schedule import ScheduleConfig
 
         super().populate_modules()
         # subnormal second moments of rarely touched grid entries would slow Adam down
@@ -92,7 +89,6 @@ class SV4DModel(Model):
             )
         )
         self.occupancy = OccupancyGrid(self.num_frames)
-        self.corrections = ViewCorrections(self.kwargs["metadata"]["num_views"] + 1, self.config.corrections)
         self.schedule = ScheduleConfig()
         self._flow: SceneFlow | None = None
         self._perceptual: tuple[Perceptual | None, str] | None = None
@@ -100,8 +96,8 @@ class SV4DModel(Model):
         self._pictures_without_time = 0
 
     def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """The parameters of field and corrections in groups, each with a learning rate of its own."""
-        return self.field.parameter_groups() | self.corrections.parameter_groups()
+        """The field's parameters in groups, each with a learning rate of its own."""
+        return self.field.parameter_groups()
 
     def fraction(self, step: int) -> float:
         """Where `step` is in the schedule, 0..1."""
@@ -109,7 +105,7 @@ class SV4DModel(Model):
 
     def frame_window(self, step: int) -> "Window":
         """Frames in use at `step` (progressive frame sampling)."""
-        from sv4d_ns.fitting.batch_sampler import frame_window
+        from sv4d_ns.fitting.schedule import frame_window
 
         return frame_window(self.fraction(step), self.num_frames, self.canonical_frame, self.schedule)
 
@@ -120,7 +116,7 @@ class SV4DModel(Model):
         return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._before_step)]
 
     def _before_step(self, step: int) -> None:
-        from sv4d_ns.fitting.objective import advance
+        from sv4d_ns.fitting.schedule import advance
 
         self.step = step
         total, every = max(self.config.schedule_steps, 1), self.config.occupancy_every
@@ -128,7 +124,7 @@ class SV4DModel(Model):
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the visual hull of a grid's silhouettes."""
-        from sv4d_ns.fitting.objective import hull_views, surface_flow, train_views
+        from sv4d_ns.fitting.train_views import hull_views, surface_flow, train_views
 
         views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
         self.occupancy.carve(hull_views(views))
@@ -165,13 +161,11 @@ class SV4DModel(Model):
         from sv4d_ns.field.volume_rendering import render_rays
 
         assert ray_bundle.times is not None
-        view = ray_bundle.metadata["view"][:, 0]
-        origins, directions = self.corrections.rays(ray_bundle.origins, ray_bundle.directions, view)
         return render_rays(
             self.field,
             self.occupancy,
-            origins,
-            directions,
+            ray_bundle.origins,
+            ray_bundle.directions,
             ray_bundle.times,
             self.config.train_samples,
             background=ray_bundle.metadata["background"],
@@ -180,7 +174,7 @@ class SV4DModel(Model):
 
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> Any:
-        """One picture, its channels by name (`channels.camera_channels`).
+        """One picture, its channels by name (`render_outputs.camera_channels`).
 
         Only what lies in `obb_box` is shown. Cameras without a time are played: each is one 24th of a second after the
         last, in a loop. nerfstudio's
@@ -217,19 +211,17 @@ class SV4DModel(Model):
         """The weighted losses of a training step."""
         from sv4d_ns.fitting.objective import loss_terms
 
-        rendered, seen = self.corrections.corrected(outputs["rendered"], batch["batch"])
-        terms = loss_terms(
+        return loss_terms(
             self.field,
             self.occupancy,
             self._flow,
-            rendered,
-            seen,
+            outputs["rendered"],
+            batch["batch"],
             self.config.losses,
             self.config.seed,
             self.step,
             self._perceptual_loss(),
         )
-        return terms | self.corrections.penalties()
 
     def _perceptual_loss(self) -> "Perceptual | None":
         """LPIPS, if its network is at hand; looked for at the first training step, and said aloud."""

@@ -1,4 +1,4 @@
-"""The optimizer of the field, and a learning-rate schedule whose checkpoints are plain.
+"""The optimizers of the fields, and a learning-rate schedule whose checkpoints are plain.
 
 nerfstudio 1.1.5's `ExponentialDecayScheduler` puts numpy scalars into the optimizer state, and torch >= 2.6 refuses to
 load those (`weights_only=True`): ns-viewer, ns-eval, ns-render and --load-dir all fail. This one keeps Python floats.
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from nerfstudio.engine.optimizers import OptimizerConfig
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 LEARNING_RATES = {
@@ -17,10 +17,9 @@ LEARNING_RATES = {
     "deformation": 1e-2,
     "appearance": 2e-2,
     "density_residual": 3e-2,
-    "views": 1e-2,
 }
 """Adam's rate for each parameter group of the field (SV4D: 0.01 for all), measured in docs/optimisation.md. That of the
-deformation is in grid cells a step, that of the corrections of views in shares of their ranges."""
+deformation is in grid cells a step."""
 
 
 @dataclass
@@ -36,6 +35,23 @@ class FusedAdamConfig(OptimizerConfig):
     """Decay of the two running moments."""
     fused: bool = True
     """One kernel for the whole update: a table of a million entries is otherwise read and written many times."""
+
+
+@dataclass
+class FusedAdamWConfig(OptimizerConfig):
+    """AdamW with the constants of 4Diffusion's reference, in one pass over the parameters."""
+
+    _target: type = AdamW
+    lr: float = 1e-2
+    """Learning rate."""
+    eps: float = 1e-15
+    """Small, because gradients of rarely seen grid entries are."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the two running moments."""
+    weight_decay: float = 0.01
+    """torch's default, which the reference leaves as it is, also for the hash tables."""
+    fused: bool = True
+    """One kernel for the whole update."""
 
 
 @dataclass

@@ -66,9 +66,6 @@ class SV4DPipelineConfig(VanillaPipelineConfig):
     refine_strength: float | None = None
     """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again; None takes what suits
     the model (0.4 for the official one; the paper does not say)."""
-    refine_agreement: float = 0.0
-    """Sharpness k of the weight exp(-k |render - refined|) of refined pixels, colours in [0, 1]; 0 leaves it out, which
-    measured better with the bundled model: it holds back just the pixels that stage 2 changes."""
     movies: tuple[Literal["orbit", "time", "orbit-time", "side-by-side", "overlay"], ...] = (
         "orbit",
         "time",
@@ -251,9 +248,9 @@ class SV4DPipeline(VanillaPipeline):
 
     def _make_refined_views(self, number: int) -> "ViewGrid":
         from sv4d_ns.diffusion.seams import drift_line
-        from sv4d_ns.field.images import agreement, joint_confidence, render_grid
-        from sv4d_ns.synthesis.base import resize_rgba
+        from sv4d_ns.field.images import render_grid
         from sv4d_ns.utils.files import content_hash
+        from sv4d_ns.utils.images import resize_rgba
         from sv4d_ns.utils.progress import bar
         from sv4d_ns.views.grid import ViewGrid
 
@@ -265,7 +262,6 @@ class SV4DPipeline(VanillaPipeline):
         seed = config.seed + number
         strength = self.config.refine_strength or self.datamanager.synthesizer().refine_strength
         settings = {"strength": strength, "seed": seed}
-        sharpness = self.config.refine_agreement
         key = content_hash(frames, renders, grid.plan.to_dict(), self.datamanager.synthesizer().describe(), settings)
         with bar(f"Stage 2, round {number}: noising and denoising the renders") as progress:
             refined = self.datamanager.synthesizer().refine(
@@ -285,11 +281,11 @@ class SV4DPipeline(VanillaPipeline):
             novel_views=refined.images,
             plan=grid.plan,
             fps=grid.fps,
-            confidence=joint_confidence(refined.confidence, agreement(renders, refined.images, sharpness)),
+            confidence=refined.confidence,
             framing=grid.framing,
             provenance={
                 **grid.provenance,
-                f"refine_{number}": {**settings, "agreement": sharpness, "drift": drift},
+                f"refine_{number}": {**settings, "drift": drift},
             },
         )
 
@@ -345,7 +341,7 @@ class SV4DPipeline(VanillaPipeline):
 
     def _what_is_unseen(self, sheet: "ResultSheet") -> "Unseen":
         from sv4d_ns.plugin.honesty import unseen
-        from sv4d_ns.synthesis.base import resize_rgba
+        from sv4d_ns.utils.images import resize_rgba
         from sv4d_ns.views.grid import ViewGrid
 
         # those of stage 1: stage 2's were made from renders of the field and agree with it by their making

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from sv4d_ns.field.images import render_rgba, surface_normals
 from sv4d_ns.field.visibility import VisibilityConfig, soft_visibility, unoccluded
-from sv4d_ns.field.volume_rendering import Bounds, pixel_rays, render_rays_chunked
-from sv4d_ns.views.grid import ViewGrid, over_white
+from sv4d_ns.field.volume_rendering import Bounds, render_rays_chunked
+from sv4d_ns.geometry.rays import picture_rays, project, sample_picture
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle
@@ -287,8 +289,6 @@ class Witnesses:
 
     def project(self, points: Float[Tensor, "m 3"], view: int) -> Float[Tensor, "m 2"]:
         """Places of points in a view's square picture, each coordinate in [0, 1]."""
-        from sv4d_ns.field.occupancy import project
-
         return project(points, self.cameras[view], self.grid.plan.focal_px(1), 1, 1)[0]
 
     def picture(self, view: int) -> np.ndarray:
@@ -342,22 +342,10 @@ def _depth_map(
     field: Any, occupancy: Any, grid: ViewGrid, camera: Float[Tensor, "4 4"], time: float
 ) -> Float[Tensor, "s s"]:
     size = DEPTH_MAP_SIZE
-    axis = torch.arange(size, device=camera.device) + 0.5
-    xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
-    n = len(xy)
-    focal = xy.new_full((n,), grid.plan.focal_px(size))
-    origins, directions = pixel_rays(xy, camera.expand(n, 4, 4), focal, xy.new_full((n, 2), float(size)))
-    times = xy.new_full((n, 1), time)
+    origins, directions = picture_rays(camera, grid.plan.focal_px(size), size)
+    times = torch.full_like(origins[:, :1], time)
     out = render_rays_chunked(field, occupancy, origins, directions, times, n_samples=96)
     return out["depth"].reshape(size, size)
-
-
-def sample_picture(picture: Float[Tensor, "h w c"], uv: Float[Tensor, "m 2"]) -> Float[Tensor, "m c"]:
-    """Bilinear samples at places in [0, 1] from the left and the top; the border goes on outside."""
-    sampled = torch.nn.functional.grid_sample(
-        picture.movedim(-1, 0)[None], (2 * uv - 1)[None, None], align_corners=False, padding_mode="border"
-    )
-    return sampled[0, :, 0].t()
 
 
 def _colormap(values: Float[Tensor, " m"], name: str) -> Float[Tensor, "m 3"]:

@@ -73,7 +73,6 @@ LIMITS = (
         f"at most {MAX_REFINE_ROUNDS} steps above 0, each later than the one before, or none for stage 1 alone",
     ),
     Limit("pipeline.refine-strength", lambda value: 0 < value <= 1, "a share above 0 and at most 1"),
-    Limit("pipeline.refine-agreement", _between(0, 1000), "0 (off) to 1000"),
     Limit(
         "pipeline.movie-size", lambda value: 16 <= value <= 4096 and value % 2 == 0, "an even size, 16 to 4096 pixels"
     ),

@@ -305,8 +305,7 @@ def _look_through(event: Any) -> None:
 
 def thumbnails(grid: "ViewGrid", frame: int, views: Sequence[int]) -> "dict[int, UInt8[np.ndarray, 's s 3']]":
     """Pictures on white of some views at a frame, by view; 0 is the input."""
-    from sv4d_ns.synthesis.base import resize_rgba
-    from sv4d_ns.views.grid import over_white
+    from sv4d_ns.utils.images import over_white, resize_rgba
 
     pictures = {view: grid.input_frames[frame] if view == 0 else grid.novel_views[frame, view - 1] for view in views}
     return {view: over_white(resize_rgba(picture[None], THUMBNAIL_SIZE)[0]) for view, picture in pictures.items()}

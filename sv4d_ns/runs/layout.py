@@ -207,7 +207,7 @@ def _same_runs(runs: Path, fingerprint: str) -> Iterator[Path]:
 NO_INFLUENCE = frozenset({"data", "masks", "run_dir", "movies", "movie_size"})
 """Fields that do not decide the field: paths (their content counts), what the run fills in itself, and what is made
 from the finished field (a run that is found again makes what is missing of it)."""
-STAGE_2 = frozenset({"refine_steps", "refine_strength", "refine_agreement"})
+STAGE_2 = frozenset({"refine_steps", "refine_strength"})
 """Fields that decide nothing before stage 2 begins."""
 
 

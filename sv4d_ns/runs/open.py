@@ -21,7 +21,7 @@ class FinishedRun:
     field: Any
     """A `sv4d_ns.export.surface.extraction.AnimatedField`; 4Diffusion's has `density` and `aabb` alone."""
     occupancy: Any
-    """The renderer's empty-space grid; `renders.render_rgba` takes it beside the field."""
+    """The renderer's empty-space grid; `field.images.render_rgba` takes it beside the field."""
     views: "ViewGrid"
     """What the field was fitted to: times, frame rate, cameras, provenance."""
     name: str
@@ -37,7 +37,7 @@ class FinishedRun:
     def canonical_frame(self) -> int:
         """The frame whose shape is the canonical one; where the field has none, the frame that shows most."""
         if not self.deforms:
-            from sv4d_ns.fitting.objective import largest_silhouette
+            from sv4d_ns.fitting.train_views import largest_silhouette
 
             return largest_silhouette(self.views)
         return int(abs(self.views.times - float(self.field.config.canonical_time)).argmin())

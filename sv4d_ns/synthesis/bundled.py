@@ -10,7 +10,8 @@ import torch
 from jaxtyping import UInt8
 
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import BUNDLED, BUNDLED_SIZE, Progress, Views, from_model_space
+from sv4d_ns.synthesis.base import BUNDLED, BUNDLED_SIZE, Views, from_model_space
+from sv4d_ns.utils.callbacks import Progress
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline

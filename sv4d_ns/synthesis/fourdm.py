@@ -14,21 +14,28 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional
 
+from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.diffusion.sv4d.windows import plan_windows
 from sv4d_ns.diffusion.window_store import WindowStore, code_fingerprint
-from sv4d_ns.distillation.anchor import KNOWN_POSE, nearest_view
-from sv4d_ns.distillation.cameras import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.base import Progress, Views, from_model_space, resize_rgba, to_model_space
+from sv4d_ns.metrics.images import padded_ssim
+from sv4d_ns.synthesis.base import Views, from_model_space, to_model_space
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import content_hash
+from sv4d_ns.utils.images import resize_rgba
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
 
 VIEW_STEP_DEG = 90.0
 NUM_VIEWS = 4
+COMPARED_SIZE = 32
+"""Pixels a side at which views are compared with the input: fine enough for limbs, too coarse for texture."""
+KNOWN_POSE = "input_pose_known"
+"""Entry of a grid's provenance: false where the input camera's azimuth is only a guess (4DM's own frame)."""
 
 
 def fourdm_plan(front_deg: float = 0.0) -> ViewPlan:
@@ -215,3 +222,26 @@ def load_fourdm_synthesizer(
     if num_inference_steps is not None:
         synthesizer.num_inference_steps = num_inference_steps
     return synthesizer, f"Views come from 4DM at {synthesizer.image_size}x{synthesizer.image_size}: {report.sentence()}"
+
+
+def nearest_view(frames: UInt8[np.ndarray, "t h w 4"], views: UInt8[np.ndarray, "t v s s 4"]) -> int:
+    """Which of the views looks most like the input frames, in structure and outline, whatever its size and place."""
+    mine = _normalised(frames)
+    likeness = [padded_ssim(mine, _normalised(views[:, view])) for view in range(views.shape[1])]
+    return int(torch.stack(likeness).argmax())
+
+
+def _normalised(rgba: UInt8[np.ndarray, "t h w 4"]) -> Float[Tensor, "t 4 s s"]:
+    """Premultiplied colour and alpha, cropped to a square around what is opaque in any frame, small."""
+    alpha = rgba[..., 3].max(0) >= 128
+    if not alpha.any():
+        alpha[:] = True
+    rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+    side = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    values = torch.from_numpy(rgba).float().movedim(-1, 1) / 255.0
+    premultiplied = torch.cat([values[:, :3] * values[:, 3:], values[:, 3:]], 1)
+    padded = functional.pad(premultiplied, [int(side)] * 4)
+    top = int((rows[0] + rows[-1] + 1 - side) // 2 + side)
+    left = int((columns[0] + columns[-1] + 1 - side) // 2 + side)
+    crop = padded[:, :, top : top + side, left : left + side]
+    return functional.interpolate(crop, (COMPARED_SIZE, COMPARED_SIZE), mode="bilinear", antialias=True)

@@ -16,7 +16,6 @@ positions through an index of their headers, never unpacked: a step's batch then
 import errno
 import io
 import json
-import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from PIL import Image
 
 from sv4d_ns.training_data.orbits import Orbit
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.utils.files import atomic_folder, atomic_path
 
 DATASET_FILE = "dataset.json"
 OBJECT_FILE = "object.json"
@@ -122,17 +121,10 @@ def write_object(folder: Path, record: ObjectRecord, pictures: Iterator[tuple[st
         record: its description.
         pictures: (file name, PNG bytes).
     """
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk_errors(folder):
-        try:
-            temporary.mkdir(parents=True)
-            for name, content in pictures:
-                (temporary / name).write_bytes(content)
-            (temporary / OBJECT_FILE).write_text(json.dumps(record.__dict__, indent=1))
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with disk_errors(folder), atomic_folder(folder, OBJECT_FILE, "a rendered object") as temporary:
+        for name, content in pictures:
+            (temporary / name).write_bytes(content)
+        (temporary / OBJECT_FILE).write_text(json.dumps(record.__dict__, indent=1))
 
 
 def png(picture: np.ndarray) -> bytes:

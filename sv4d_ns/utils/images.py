@@ -1,7 +1,37 @@
-"""The one curve that turns measures into weights."""
+"""Pictures as arrays: straight-alpha RGBA on white, resized, and the curve that turns measures into weights."""
 
-from jaxtyping import Float
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional
+
+
+def over_white(rgba: UInt8[np.ndarray, "*batch 4"]) -> UInt8[np.ndarray, "*batch 3"]:
+    """Straight-alpha pictures composited on white in sRGB, rounded to the nearest level."""
+    colour, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.ndarray, "*batch size size 4"]:
+    """Antialiased bilinear resize on premultiplied colour, so that edges take no colour from empty pixels."""
+    if rgba.shape[-3] == size and rgba.shape[-2] == size:
+        return rgba
+    batch = rgba.shape[:-3]
+    values = torch.from_numpy(rgba.reshape(-1, *rgba.shape[-3:])).float().movedim(-1, 1) / 255.0
+    premultiplied = torch.cat([values[:, :3] * values[:, 3:], values[:, 3:]], 1)
+    small = functional.interpolate(premultiplied, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    alpha = small[:, 3:].clamp(0, 1)
+    colour = torch.where(alpha > 1e-3, small[:, :3] / alpha.clamp(min=1e-3), torch.ones_like(small[:, :3]))
+    straight = torch.cat([colour.clamp(0, 1), alpha], 1)
+    return (straight * 255).round().byte().movedim(1, -1).numpy().reshape(*batch, size, size, 4)
+
+
+def tiled(rows: Iterable[Iterable[UInt8[np.ndarray, "h w c"]]]) -> UInt8[np.ndarray, "H W c"]:
+    """One picture of rows of equally large pictures."""
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 
 def smoothstep(x: Float[Tensor, "*n"], low: float, high: float) -> Float[Tensor, "*n"]:

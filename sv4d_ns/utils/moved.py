@@ -2,9 +2,11 @@
 
 `config.yml` of a run and `model_index.json` of a saved pipeline name classes by their module. This package's modules
 have moved since older ones were written, and so have the readers of such files: nerfstudio's yaml loader and diffusers
-import what a file names. A finder makes the old names importable, as the same module objects, and nothing else.
+import what a file names. A finder makes the old names importable, as the same module objects, and nothing else. A
+class that no longer exists is read as `Gone`.
 """
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
@@ -18,18 +20,25 @@ MOVED = {
     "sv4d_ns.fit_settings": "sv4d_ns.fitting.settings",
     "sv4d_ns.four_diffusion": "sv4d_ns.distillation",
     "sv4d_ns.four_diffusion.model": "sv4d_ns.plugin.distillation_model",
-    "sv4d_ns.four_diffusion.optimizer": "sv4d_ns.plugin.distillation_optimizer",
+    "sv4d_ns.four_diffusion.optimizer": "sv4d_ns.plugin.optimizers",
     "sv4d_ns.four_diffusion.pipeline": "sv4d_ns.plugin.distillation_pipeline",
     "sv4d_ns.four_diffusion.trainer": "sv4d_ns.plugin.distillation_trainer",
     "sv4d_ns.model": "sv4d_ns.plugin.model",
+    "sv4d_ns.plugin.distillation_optimizer": "sv4d_ns.plugin.optimizers",
     "sv4d_ns.pipeline": "sv4d_ns.plugin.pipeline",
     "sv4d_ns.schedulers": "sv4d_ns.plugin.optimizers",
     "sv4d_ns.trainer": "sv4d_ns.plugin.trainer",
     # saved diffusion pipelines
+    "sv4d_ns.diffusion.embedded": "sv4d_ns.diffusion.sv4d",
     "sv4d_ns.diffusion.embedded.modules": "sv4d_ns.diffusion.sv4d.small_components",
     "sv4d_ns.diffusion.unet": "sv4d_ns.diffusion.sv4d.unet",
     "sv4d_ns.diffusion.pipeline": "sv4d_ns.diffusion.sv4d.pipeline",
 }
+
+
+@dataclasses.dataclass
+class Gone:
+    """Settings of something that was taken out; nothing reads them."""
 
 
 class _MovedModules(MetaPathFinder, Loader):

@@ -24,6 +24,7 @@ from PIL import Image
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_folder, atomic_path, content_hash
+from sv4d_ns.utils.images import over_white, tiled
 
 GRID_FILE = "grid.json"
 TRANSFORMS_FILE = "transforms.json"
@@ -202,12 +203,6 @@ class ViewGrid:
                     yield "confidence", view + 1, frame, self.confidence[frame, view]
 
 
-def over_white(rgba: UInt8[np.ndarray, "*batch 4"]) -> UInt8[np.ndarray, "*batch 3"]:
-    """Straight-alpha pictures composited on white in sRGB, rounded to the nearest level."""
-    colour, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
 def contact_sheet(grid: ViewGrid, every: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """One picture of the grid on white: a row for each view (the input first), a column for each chosen frame.
 
@@ -220,7 +215,7 @@ def contact_sheet(grid: ViewGrid, every: int | None = None) -> UInt8[np.ndarray,
         [np.asarray(Image.fromarray(over_white(frame)).resize((size, size))) for frame in grid.input_frames[::every]],
         *over_white(grid.novel_views[::every]).swapaxes(0, 1),
     ]
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+    return tiled(rows)
 
 
 def save_contact_sheet(grid: ViewGrid, path: Path, every: int | None = None) -> Path:

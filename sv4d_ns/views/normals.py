@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from sv4d_ns.synthesis.base import Progress
+from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash
-from sv4d_ns.views.grid import ViewGrid, image_name, over_white
+from sv4d_ns.utils.images import over_white
+from sv4d_ns.views.grid import ViewGrid, image_name
 
 SMALLEST = 0.5
 """Maps whose vectors are shorter than this say nothing there."""

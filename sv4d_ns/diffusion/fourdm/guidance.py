@@ -107,18 +107,6 @@ def reconstruction_target(
     return rescale_std(wanted, reconstruct(noisy, conditional, alpha_bar), share) if share > 0 else wanted
 
 
-def noise_residual_target(
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    unconditional: Float[Tensor, "n c h w"],
-    conditional: Float[Tensor, "n c h w"],
-    alpha_bar: float,
-    scale: float = GUIDANCE_SCALE,
-) -> Float[Tensor, "n c h w"]:
-    """DreamFusion's form, weighted by 1 - alpha_bar: a target whose `sds_loss` has the gradient of plain SDS."""
-    return latents - (1 - alpha_bar) * (guided(unconditional, conditional, scale) - noise)
-
-
 def sds_loss(latents: Float[Tensor, "n c h w"], target: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
     """Half the squared distance to the (constant) target per image; its gradient is (latents - target) / n."""
     return 0.5 * (latents - target.detach()).square().sum() / len(latents)

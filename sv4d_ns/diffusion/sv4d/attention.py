@@ -78,7 +78,7 @@ class Conditions:
         return self.context.shape[0], self.context.shape[1], self.view_embedding.shape[1]
 
 
-class Mixer(nn.Module):
+class AlphaBlender(nn.Module):
     """sigmoid(mix_factor) * first + (1 - sigmoid(mix_factor)) * second.
 
     The reference's AlphaBlender also takes an image-only indicator, which it multiplies by zero everywhere.
@@ -320,8 +320,8 @@ class MultiViewTransformer(nn.Module):
         self.view_embed = TimestepEmbedding(embedding_dim, 4 * channels, out_dim=channels)
         self.frame_position = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.frame_embed = TimestepEmbedding(channels, 4 * channels, out_dim=channels)
-        self.view_mixer = Mixer(0.0)
-        self.frame_mixer = Mixer(0.5)
+        self.view_mixer = AlphaBlender(0.0)
+        self.frame_mixer = AlphaBlender(0.5)
         self.proj_out = nn.Linear(channels, channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)

@@ -31,7 +31,8 @@ from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
 from sv4d_ns.utils.errors import InputError
 
 OWN_COMPONENTS = "sv4d_ns.diffusion.sv4d.small_components"
-OLDER_UNET = "sv4d_ns.diffusion.unet"  # what pipelines saved by earlier versions name (utils/moved.py)
+OLDER_NAMES = ("sv4d_ns.diffusion.unet", "sv4d_ns.diffusion.embedded.modules")
+"""Modules that pipelines saved by earlier versions name (utils/moved.py)."""
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 Generators = torch.Generator | list[torch.Generator]
 # JSON types, which is what diffusers compares a saved pipeline with
@@ -149,7 +150,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
     ) -> "StableVideo4D2Pipeline":
         """A saved pipeline; only safetensors weights are read. Arguments as in diffusers."""
         # diffusers finds component classes only in modules that are imported already
-        for module in (OWN_COMPONENTS, OLDER_UNET):
+        for module in (OWN_COMPONENTS, *OLDER_NAMES):
             import_module(module)
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sv4d_ns.diffusion.memory import Chunks
-from sv4d_ns.diffusion.sv4d.attention import CameraAttention, Conditions, Mixer, MultiViewTransformer, head_count
+from sv4d_ns.diffusion.sv4d.attention import AlphaBlender, CameraAttention, Conditions, MultiViewTransformer, head_count
 
 RESNET_EPS = 1e-5
 
@@ -72,7 +72,7 @@ class ImageResBlock(ResnetBlock2D):
         return y
 
 
-class FilmResBlock(TemporalResnetBlock):
+class TemporalResBlock(TemporalResnetBlock):
     """The same along the flattened (t v) axis; its group norm is over all images of a sample."""
 
     def __init__(self, channels: int, embedding_dim: int):
@@ -98,8 +98,8 @@ class SpatioTemporalResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int):
         super().__init__()
         self.spatial_res_block = ImageResBlock(in_channels, out_channels, embedding_dim)
-        self.temporal_res_block = FilmResBlock(out_channels, embedding_dim)
-        self.time_mixer = Mixer(0.0)
+        self.temporal_res_block = TemporalResBlock(out_channels, embedding_dim)
+        self.time_mixer = AlphaBlender(0.0)
         zero_(self.spatial_res_block.conv2)
         zero_(self.temporal_res_block.conv2)
 

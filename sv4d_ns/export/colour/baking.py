@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from scipy import ndimage, sparse
 
-from sv4d_ns.export.colour.raster import project, rasterise
+from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.surface.extraction import smooth_fill, vertex_graph
+from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.compiled import njit
 
 DEPTH_SIZE = 512
@@ -86,7 +87,9 @@ def gather(
     color, weight = np.zeros((len(points.face), 3)), np.zeros(len(points.face))
     for picture in pictures:
         moved, turned = positions[picture.frame], normals[picture.frame]
-        depth = rasterise(*project(moved, picture.c2w, picture.fov_focal * DEPTH_SIZE, DEPTH_SIZE), faces, DEPTH_SIZE)
+        depth = rasterise(
+            *project_array(moved, picture.c2w, picture.fov_focal * DEPTH_SIZE, DEPTH_SIZE), faces, DEPTH_SIZE
+        )
         _accumulate(
             points.face.astype(np.int64),
             points.barycentric.astype(np.float32),

@@ -77,13 +77,3 @@ def _rasterise(pixels, depth, faces, shown, barycentric, nearest):  # type: igno
                     barycentric[row, column, 0] = u / total
                     barycentric[row, column, 1] = v / total
                     barycentric[row, column, 2] = w / total
-
-
-def project(
-    points: Float[np.ndarray, "n 3"], c2w: Float[np.ndarray, "4 4"], focal: float, size: int
-) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " n"]]:
-    """Continuous pixel coordinates and depth along the optical axis of world points in a square OpenGL camera."""
-    local = (points - c2w[:3, 3]) @ c2w[:3, :3]
-    depth = -local[:, 2]
-    safe = np.where(depth > 1e-9, depth, 1e-9)
-    return 0.5 * size + focal * np.stack([local[:, 0], -local[:, 1]], axis=-1) / safe[:, None], depth

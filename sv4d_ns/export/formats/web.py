@@ -21,7 +21,7 @@ from PIL import Image
 from sv4d_ns import __version__
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.files import atomic_path
-from sv4d_ns.views.grid import over_white
+from sv4d_ns.utils.images import over_white
 
 LARGEST_FRAME = 512
 """Pixels along the side of the embedded video frames."""

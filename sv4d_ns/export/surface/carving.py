@@ -17,8 +17,8 @@ from scipy.sparse import coo_matrix, csgraph
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.colour.baking import Picture
-from sv4d_ns.export.colour.raster import project
 from sv4d_ns.export.surface.extraction import GRID_BLUR, OpacityGrid
+from sv4d_ns.geometry.rays import project_array
 
 PICTURE = 128
 """Pixels along the side of the pictures coverage is judged in: about one node of the grid each."""
@@ -50,7 +50,7 @@ class Silhouette:
     def at(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """Signed distance of world points in the picture; beyond its edge as at the edge."""
         size = len(self.distance)
-        pixels, _ = project(points, self.picture.c2w, self.picture.fov_focal * size, size)
+        pixels, _ = project_array(points, self.picture.c2w, self.picture.fov_focal * size, size)
         return ndimage.map_coordinates(self.distance, pixels[:, ::-1].T - 0.5, order=1, mode="nearest")
 
 
@@ -80,7 +80,7 @@ def completed(
         film: the input camera's picture at the canonical frame.
     """
     size = len(film.rgba)
-    pixels, depth = project(_nodes(grid), film.c2w, film.fov_focal * size, size)
+    pixels, depth = project_array(_nodes(grid), film.c2w, film.fov_focal * size, size)
     column, row = (np.floor(pixels).astype(np.int64).clip(0, size - 1)).T
     ray = row * size + column
     values = solid.ravel()
@@ -198,7 +198,7 @@ def _grid_edges(present: Bool[np.ndarray, "r r r"]) -> list[tuple[np.ndarray, np
 def _needed(shape: Silhouette, x: Float[np.ndarray, "m 3"], doubted: Bool[np.ndarray, " m"]) -> Bool[np.ndarray, " m"]:
     """Doubted nodes that stand for pixels of the silhouette which no other node is near."""
     picture = shape.picture
-    pixels, _ = project(x, picture.c2w, picture.fov_focal * PICTURE, PICTURE)
+    pixels, _ = project_array(x, picture.c2w, picture.fov_focal * PICTURE, PICTURE)
     place = np.floor(pixels).astype(np.int64)
     seen = ((place >= 0) & (place < PICTURE)).all(axis=1)
     place = place.clip(0, PICTURE - 1)

@@ -18,8 +18,9 @@ from scipy.spatial import cKDTree
 from skimage.measure import find_contours
 
 from sv4d_ns.export.colour.baking import Picture
-from sv4d_ns.export.colour.raster import Coverage, project, rasterise
+from sv4d_ns.export.colour.raster import Coverage, rasterise
 from sv4d_ns.export.surface.extraction import vertex_graph
+from sv4d_ns.geometry.rays import project_array
 
 RASTER = 512
 """Pixels along the side of the rasters the mesh's outline is read from."""
@@ -164,7 +165,7 @@ def fitted_to_outlines(
         x = positions[picture.frame].astype(np.float64)
         outline = film_outline(picture)
         for stiffness, reach in rounds:
-            coverage = rasterise(*project(x, picture.c2w, picture.fov_focal * RASTER, RASTER), faces, RASTER)
+            coverage = rasterise(*project_array(x, picture.c2w, picture.fov_focal * RASTER, RASTER), faces, RASTER)
             pulls = outline_pulls(coverage, outline, reach)
             if len(pulls.face):
                 x = membrane.moved(x, picture.c2w, picture.fov_focal, pulls, stiffness)
@@ -237,7 +238,7 @@ def fitted_to_film(
         outline = film_outline(picture)
         for stiffness, reach in TEXTURE_ROUNDS:
             fine, plain = (
-                rasterise(*project(x, picture.c2w, picture.fov_focal * side, side), faces, side)
+                rasterise(*project_array(x, picture.c2w, picture.fov_focal * side, side), faces, side)
                 for side in (RASTER, size)
             )
             pulls = _joined(outline_pulls(fine, outline, reach), texture_pulls(plain, shades, faces, picture, reach))

@@ -1,8 +1,8 @@
 """The reference's empty-space grid: one for all times, with nerfacc's rules.
 
 Source: nerfacc 0.5.2 (`OccGridEstimator`; its marching runs on CUDA only) as set up by aejion/4Diffusion @ 627d0cd. The
-package's own `OccupancyGrid` keeps a grid per moment, which leaves less to evaluate; this one is for comparison with
-the reference (`--pipeline.model.occupancy shared`).
+package's own `OccupancyGrid` keeps a grid per moment, which leaves less to evaluate; this one is what
+`four_diffusion.py speed` compares with, and the recordings of the reference are compared with it.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import RaySamples
+from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 
 SAMPLES = 256
 """Steps along the box's diagonal."""
@@ -110,9 +110,23 @@ class SharedOccupancyGrid(OccupancyGrid):
     def visible(self, samples: RaySamples, density: Float[Tensor, " m"]) -> Bool[Tensor, " m"]:
         """Samples worth evaluating with gradient: neither behind something opaque nor nearly empty."""
         optical = (density * samples.step).double()
-        total = optical.cumsum(0) - optical
-        first = torch.ones_like(samples.ray_indices, dtype=torch.bool)
-        first[1:] = samples.ray_indices[1:] != samples.ray_indices[:-1]
-        start = total[first][first.long().cumsum(0) - 1]
-        transmittance = torch.exp(-(total - start))
+        transmittance = torch.exp(-sum_before(optical, samples.ray_indices))
         return (transmittance >= EARLY_STOP) & (-torch.expm1(-optical) >= self.least_opacity())
+
+
+def reference_samples(
+    field: SpaceTimeField,
+    occupancy: SharedOccupancyGrid,
+    origins: Float[Tensor, "n 3"],
+    directions: Float[Tensor, "n 3"],
+    times: Float[Tensor, "n 1"],
+    step: float,
+    jitter: Float[Tensor, " n"],
+) -> RaySamples:
+    """Where the reference looks: once without gradient, and again where that showed something. Its step is its own."""
+    samples = occupancy.march(origins, directions, jitter)
+    index = samples.ray_indices
+    with torch.no_grad():
+        x = origins[index] + samples.distances[:, None] * directions[index]
+        keep = occupancy.visible(samples, field.density(x, times[index]))
+    return RaySamples(index[keep], samples.distances[keep], samples.step, samples.n_rays)
