@@ -216,7 +216,7 @@ def finished_run(tmp_path_factory) -> Path:
 
     run = tmp_path_factory.mktemp("outputs") / "ball" / "sv4d" / "now"
     plan = ViewPlan.ring((90.0,))
-    pictures = np.stack([ball_picture(plan, SHIFT * frame / (FRAMES - 1)) for frame in range(FRAMES)])
+    pictures = np.stack([ball_picture(plan, SHIFT * (frame > 0)) for frame in range(FRAMES)])
     sideways = np.stack([ball_picture(plan, 0.0)] * FRAMES)
     square = {"side": 300.0, "source_width": 640, "source_height": 360, "size": PICTURE}
     framing = {"center_x": [200.0, 220.0, 240.0, 260.0], "center_y": [180.0] * FRAMES, **square}
