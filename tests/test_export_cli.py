@@ -196,18 +196,34 @@ def fit_moving_ball(field) -> None:
         optimizer.step()
 
 
+PICTURE = 64
+
+
+def ball_picture(plan: ViewPlan, right: float) -> np.ndarray:
+    """uint8 RGBA [s, s, 4] of the ball so far to the right of the middle; the alpha of its edge is its coverage."""
+    focal, centres = plan.focal_px(PICTURE), np.arange(PICTURE) + 0.5 - PICTURE / 2
+    away = np.hypot(centres[None] - focal * right / plan.radius, centres[:, None])
+    radius = focal * RADIUS / np.sqrt(plan.radius**2 - RADIUS**2)
+    picture = np.zeros((PICTURE, PICTURE, 4), np.uint8)
+    picture[..., :3] = [204, 51, 26]
+    picture[..., 3] = np.round(255 * np.clip(radius - away + 0.5, 0, 1))
+    return picture
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
     """A run folder as ns-train leaves it, with a fitted ball instead of a trained video; returns its config.yml."""
     from nerfstudio.configs.method_configs import all_methods
 
     run = tmp_path_factory.mktemp("outputs") / "ball" / "sv4d" / "now"
-    pictures = np.full((FRAMES, 16, 16, 4), 255, np.uint8)
-    square = {"side": 300.0, "source_width": 640, "source_height": 360, "size": 16}
+    plan = ViewPlan.ring((90.0,))
+    pictures = np.stack([ball_picture(plan, SHIFT * (frame > 0)) for frame in range(FRAMES)])
+    sideways = np.stack([ball_picture(plan, 0.0)] * FRAMES)
+    square = {"side": 300.0, "source_width": 640, "source_height": 360, "size": PICTURE}
     framing = {"center_x": [200.0, 220.0, 240.0, 260.0], "center_y": [180.0] * FRAMES, **square}
     provenance = {"source": "ball.mp4", "model": "sv4d_ns bundled"}
     framing["side"] = [300.0] * FRAMES
-    grid = ViewGrid(pictures, pictures[:, None], ViewPlan.ring((90.0,)), FPS, framing=framing, provenance=provenance)
+    grid = ViewGrid(pictures, sideways[:, None], plan, FPS, framing=framing, provenance=provenance)
     grid.save(run / "views")
     config = copy.deepcopy(all_methods["sv4d"])  # tests share it
     config.output_dir, config.experiment_name, config.timestamp = run.parents[2], "ball", "now"
