@@ -93,7 +93,7 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
 
 def test_the_recipe_of_the_shipped_weights_is_one() -> None:
     kind, values = read_recipe(RECIPES / "bundled.yaml")
-    config = with_settings(BundledTrainConfig(), values, RECIPES / "bundled.yaml")
+    config = with_settings(BundledTrainConfig(), values, "bundled.yaml")
     assert kind == "bundled" and config.steps == values["steps"]
     assert sum(share for _, share in config.data) == pytest.approx(1.0)
 

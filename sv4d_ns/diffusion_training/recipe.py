@@ -27,7 +27,7 @@ def read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
     return kind, values
 
 
-def with_settings(config: Any, values: dict[str, Any], path: Path) -> Any:
+def with_settings(config: Any, values: dict[str, Any], path: str) -> Any:
     """A settings dataclass with a recipe's values, brought to the types of the defaults they replace.
 
     Raises:
@@ -40,7 +40,7 @@ def with_settings(config: Any, values: dict[str, Any], path: Path) -> Any:
     return replace(config, **{name: _like(getattr(config, name), value, name, path) for name, value in values.items()})
 
 
-def _like(default: Any, value: Any, name: str, path: Path) -> Any:
+def _like(default: Any, value: Any, name: str, path: str) -> Any:
     if isinstance(default, Path) and isinstance(value, str):
         return Path(value)
     if isinstance(default, tuple) and isinstance(value, list):

@@ -392,15 +392,15 @@ def train(config: TrainConfig) -> Path:
 def command(arguments: Sequence[str]) -> None:
     """`sv4d train`: parse the flags, on top of a recipe where `--config FILE` names one, and train."""
     recipe, rest = _split_recipe(list(arguments))
-    kind, values = read_recipe(recipe) if recipe is not None else ("sv4d", {})
+    kind, values = ("sv4d", {}) if recipe is None else read_recipe(recipe)
     if kind == "bundled":
         from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig
         from sv4d_ns.diffusion_training.bundled.train import Trainer as BundledTrainer
 
-        default = with_settings(BundledTrainConfig(), values, recipe)
+        default = with_settings(BundledTrainConfig(), values, str(recipe))
         BundledTrainer(tyro.cli(BundledTrainConfig, prog="sv4d train", default=default, args=rest)).run()
     else:
-        default = with_settings(TrainConfig(), values, recipe)
+        default = with_settings(TrainConfig(), values, str(recipe))
         train(tyro.cli(TrainConfig, prog="sv4d train", default=default, args=rest))
 
 

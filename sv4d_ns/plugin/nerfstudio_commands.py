@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from sv4d_ns.runs.layout import checkpoint_steps, newest_views
@@ -35,7 +35,7 @@ class Opening:
 def opening() -> Opening | None:
     """What nerfstudio reads at this moment, by the functions that are running; None where it reads nothing."""
     path, command, training = None, None, False
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         place = (frame.f_globals.get("__name__"), frame.f_code.co_name)
         if place == ("nerfstudio.utils.eval_utils", "eval_setup"):

@@ -88,8 +88,8 @@ class BundledSynthesizer:
         rgba = self.pipeline(
             frames, plan.azimuths_deg, plan.elevations_deg, plan.input_elevation_deg, size=self.image_size,
             radius=plan.radius, fov_deg=plan.fov_deg, generator=torch.Generator().manual_seed(seed), output_type="pt",
-            callback_on_step_end=on_step, **options,
-        ).frames  # fmt: skip
+            callback_on_step_end=on_step, return_dict=False, **options,
+        )[0]  # fmt: skip
         colour, alpha = rgba.split([3, 1], dim=2)
         return from_model_space(torch.cat([colour * alpha + 1.0 - alpha, alpha], dim=2))
 

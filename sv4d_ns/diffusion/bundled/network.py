@@ -248,9 +248,9 @@ class VolumeDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.profile = nn.Conv2d(first, image_size, 3, padding=1)
         self.sharpness = nn.Parameter(torch.zeros(2))
         for layer in (self.views_coarse, self.views_middle):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.density.bias, -1.0)
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+        nn.init.constant_(self.density.bias, -1.0)  # type: ignore[arg-type]
 
     def forward(
         self,

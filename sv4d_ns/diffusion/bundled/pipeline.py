@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -39,7 +39,7 @@ class BundledPipelineOutput(BaseOutput):
     volumes: Volume
 
 
-class BundledVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
+class BundledVideoPipeline(DiffusionPipeline):
     """Multi-view video by denoising volumes.
 
     Sampling is that of multistep consistency models (arXiv 2303.01469, algorithm 1): the network predicts a clean
@@ -53,8 +53,12 @@ class BundledVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         sigma_min: last noise level, from two steps on.
     """
 
-    model_cpu_offload_seq = "denoiser"
+    model_cpu_offload_seq: Any = "denoiser"
     _callback_tensor_inputs = ("views",)
+
+    # set by register_modules and register_to_config; untyped because diffusers adds their attributes at run time
+    denoiser: Any
+    config: Any
 
     def __init__(
         self,

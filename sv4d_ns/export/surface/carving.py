@@ -113,9 +113,9 @@ def _depths(values: np.ndarray, depth: np.ndarray, ray: np.ndarray, size: int, r
     """Depth of each pixel's most opaque node, infinite where all are below `FOG`; nodes count for pixels around."""
     some = np.flatnonzero(values > FOG)
     order = some[np.argsort(values[some])]
-    along, best = np.full(size * size, np.inf), np.zeros(size * size)
-    along[ray[order]], best[ray[order]] = depth[order], values[order]  # the last one of each pixel is the greatest
-    best = best.reshape(size, size)
+    along, greatest = np.full(size * size, np.inf), np.zeros(size * size)
+    along[ray[order]], greatest[ray[order]] = depth[order], values[order]  # the last one of each pixel is the greatest
+    best = greatest.reshape(size, size)
     highest = ndimage.maximum_filter(best, 2 * reach + 1)
     place = ndimage.distance_transform_edt((best < highest) | (best == 0), return_distances=False, return_indices=True)
     return np.where(highest > 0, along.reshape(size, size)[tuple(place)], np.inf)
