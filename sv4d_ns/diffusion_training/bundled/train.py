@@ -114,7 +114,7 @@ class Trainer:
         open_sources(config)  # bad data is named before anything is written
         self.state = fresh_state(config)
         self.model: VolumeDenoiser = self.state.parts  # type: ignore[assignment]
-        self.model.to(device=self.device)
+        torch.nn.Module.to(self.model, self.device)
         self.state.average.to(self.device)
         found = checkpoints(config.output_dir)
         if found:
