@@ -225,7 +225,6 @@ def fit(folder: Path, place: Path, settings: Quality) -> dict[str, Any]:
     arguments += ["--timestamp", "run", "--vis", "tensorboard", *stage, *shlex.split(settings.train_args)]
     config: Any = tyro.cli(AnnotatedBaseConfigUnion, args=arguments)
     config.set_timestamp()
-    config.pipeline.datamanager.data = config.data  # as nerfstudio.scripts.train.main does
     config.save_config()
     _set_random_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)

@@ -140,7 +140,7 @@ VIDEOS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "white.mp4": (white, "white.mp4 shows no visible object"),
     "transparent": (transparent, "transparent shows no visible object"),
     "opaque": (opaque, "covers all of"),
-    "noise": (noise, "noise has no plain background.*--pipeline.datamanager.masks"),
+    "noise": (noise, "noise shows no visible object"),
     "damaged picture": (one_damaged_picture, "1.png cannot be read as a picture"),
     "other files": (other_files, "other files has no pictures"),
     "text.png folder": (text_as_pictures, "0.png cannot be read as a picture"),

@@ -59,8 +59,8 @@ def test_a_batch_follows_from_seed_and_step_and_its_rays_show_its_pictures() -> 
 
 
 def test_noise_references_and_masks_follow_from_seed_and_step() -> None:
-    draws = [objective.draw(0, step, (8, 2, 3, 4, 8, 8)) for step in range(40)]
-    assert torch.equal(draws[3].noise, objective.draw(0, 3, (8, 2, 3, 4, 8, 8)).noise)
+    draws = [objective.draw(0, step, (8, 2, 3, 4, 8, 8), 0.25) for step in range(40)]
+    assert torch.equal(draws[3].noise, objective.draw(0, 3, (8, 2, 3, 4, 8, 8), 0.25).noise)
     sigma = torch.stack([draw.sigma for draw in draws])
     assert 0.1 < (sigma == objective.MOST_NOISE).float().mean() < 0.4
     assert 0.02 < (sigma == 0).float().mean() < 0.25

@@ -19,6 +19,7 @@ NOT_DECLARED = {
     "bpy": "the extra `render`, in a process of its own",
     "gsplat": "refines splats where it is installed (CUDA only)",
     "tinycudann": "has no release on PyPI; asked for by a flag",
+    "dask_jobqueue": "asked for by a file of its settings",
     "comet_ml": "nerfstudio's, looked at where --vis names it",
 }
 """Imported, and not ours to declare, with the reason."""

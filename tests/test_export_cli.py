@@ -128,7 +128,9 @@ def test_the_advised_command_is_the_one_that_works(script, command, tmp_path, mo
 # ------------------------------------------------------------------------------------- nerfstudio's own commands
 
 
-def test_every_command_of_nerfstudio_keeps_its_name_and_flags(monkeypatch):
+def test_every_command_of_nerfstudio_keeps_its_name_and_flags(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yml").touch()
     union = cli.commands()
     from nerfstudio.scripts import exporter
 
@@ -199,14 +201,15 @@ def fit_moving_ball(field) -> None:
 PICTURE = 64
 
 
-def ball_picture(plan: ViewPlan, right: float) -> np.ndarray:
-    """uint8 RGBA [s, s, 4] of the ball so far to the right of the middle; the alpha of its edge is its coverage."""
+def ball_picture(plan: ViewPlan, right: float, grown: float = 0.0) -> np.ndarray:
+    """uint8 RGBA [s, s, 4] of the ball so far to the right of the middle, `grown` pixels too large; its edge's alpha is
+    its coverage."""
     focal, centres = plan.focal_px(PICTURE), np.arange(PICTURE) + 0.5 - PICTURE / 2
     away = np.hypot(centres[None] - focal * right / plan.radius, centres[:, None])
     radius = focal * RADIUS / np.sqrt(plan.radius**2 - RADIUS**2)
     picture = np.zeros((PICTURE, PICTURE, 4), np.uint8)
     picture[..., :3] = [204, 51, 26]
-    picture[..., 3] = np.round(255 * np.clip(radius - away + 0.5, 0, 1))
+    picture[..., 3] = np.round(255 * np.clip(radius + grown - away + 0.5, 0, 1))
     return picture
 
 
@@ -217,7 +220,8 @@ def finished_run(tmp_path_factory) -> Path:
 
     run = tmp_path_factory.mktemp("outputs") / "ball" / "sv4d" / "now"
     plan = ViewPlan.ring((90.0,))
-    pictures = np.stack([ball_picture(plan, SHIFT * (frame > 0)) for frame in range(FRAMES)])
+    # the first frame shows most of the object, so that it is the canonical one, at rest
+    pictures = np.stack([ball_picture(plan, SHIFT * (frame > 0), 0.2 * (frame == 0)) for frame in range(FRAMES)])
     sideways = np.stack([ball_picture(plan, 0.0)] * FRAMES)
     square = {"side": 300.0, "source_width": 640, "source_height": 360, "size": PICTURE}
     framing = {"center_x": [200.0, 220.0, 240.0, 260.0], "center_y": [180.0] * FRAMES, **square}

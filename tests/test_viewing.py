@@ -238,7 +238,7 @@ def ball_picture(obb: object = None, background: torch.Tensor | None = None) -> 
     ball = model_with_a_ball()
     ball.config.eval_num_rays_per_chunk = 50
     ball.shown_channels, ball.device = None, "cpu"
-    plan, size = ViewPlan.OFFICIAL_4, 24
+    plan, size = ViewPlan.ring((60.0, 120.0, 180.0, 240.0)), 24
     camera = Cameras(
         torch.from_numpy(plan.c2w()[:1, :3]).float(), plan.focal_px(size), plan.focal_px(size), 12.0, 12.0, size, size,
         times=torch.full((1, 1), 0.5),

@@ -80,7 +80,6 @@ class SurfaceMap:
     alpha: Tensor
     depth: Tensor
     points: Tensor
-    normals: Tensor
 
 
 @torch.no_grad()
@@ -91,12 +90,18 @@ def surface_map(
     origins, directions = picture_rays(camera_to_world, focal, size)
     times = torch.full_like(origins[:, :1], time)
     out = render_rays_chunked(field, occupancy, origins, directions, times, n_samples=96)
-    hit = (out["alpha"] > 0.5).nonzero()[:, 0]
     points = origins + out["depth"][:, None] * directions
-    normals = torch.zeros_like(points)
+    return SurfaceMap(out["alpha"].reshape(size, size), out["depth"].reshape(size, size), points)
+
+
+def _normals(field: DeformableField, surface: SurfaceMap, time: float) -> Float[Tensor, "n 3"]:
+    """Of the map's points, smooth over a map's pixel; zero where there is no surface."""
+    normals = torch.zeros_like(surface.points)
+    hit = (surface.alpha.flatten() > 0.5).nonzero()[:, 0]
     if len(hit):
-        normals[hit] = field.normals(points[hit], times[hit], epsilon=0.015)
-    return SurfaceMap(out["alpha"].reshape(size, size), out["depth"].reshape(size, size), points, normals)
+        at = surface.points[hit]
+        normals[hit] = field.normals(at, torch.full_like(at[:, :1], time), epsilon=0.015)
+    return normals
 
 
 @torch.no_grad()
@@ -123,8 +128,9 @@ def view_weights(
     maps = []
     for camera in cameras:
         surface = surface_map(field, occupancy, camera, focal, side, time)
-        facing = soft_visibility(surface.points, surface.normals, camera[:3, 3], config.facing_edges)
-        by_input = soft_visibility(surface.points, surface.normals, input_camera[:3, 3], config.facing_edges)
+        normals = _normals(field, surface, time)
+        facing = soft_visibility(surface.points, normals, camera[:3, 3], config.facing_edges)
+        by_input = soft_visibility(surface.points, normals, input_camera[:3, 3], config.facing_edges)
         by_input = by_input * unoccluded(surface.points, seen.depth, input_camera, focal, config.occlusion_tolerance)
         weight = (config.facing_floor + (1 - config.facing_floor) * facing) * (1 - config.seen_by_input * by_input)
         weight = torch.where(surface.alpha.flatten() > 0.5, weight, torch.ones_like(weight))

@@ -57,7 +57,7 @@ def largest_silhouette(grid: ViewGrid) -> int:
 
 AGREEMENT = 0.98
 """Share of every silhouette that the hull of the others must be able to show for views to count as true pictures:
-1.00 for rendered truth, 0.78 for the worst view of the embedded model's samples."""
+1.00 for rendered truth, 0.78 for the worst view of a small view-predicting model's samples."""
 
 
 OUTLIERS = 4

@@ -124,6 +124,8 @@ def seen_share(field: Any, occupancy: "OccupancyGrid", grid: "ViewGrid") -> floa
     seen = [torch.zeros(0, 3, device=device)]
     for time in times:
         at = points(grid.plan.c2w()[0], time)
+        if not len(at):
+            continue
         seen.append(at + field.deformation(at, torch.full_like(at[:, :1], time)) if moves else at)
     found = torch.cat(seen).cpu().numpy()
     if not len(found):

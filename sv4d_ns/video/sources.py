@@ -93,7 +93,7 @@ def source_name(path: Path) -> str:
     if is_pattern(path):
         path = path.parent
         name = Path(os.path.abspath(path)).name  # noqa: PTH100  (`resolve` would follow links to another name)
-    elif path.is_dir():
+    elif os.path.isdir(path):  # noqa: PTH112  (false for a name the system cannot hold)
         name = Path(os.path.abspath(path)).name  # noqa: PTH100
     else:
         name = path.stem

@@ -107,6 +107,9 @@ RULES = (
     ),
     Rule(r"sv4d convert .*", "elsewhere", why="needs the released weights (12 GB, behind a licence)"),
     Rule(r"sv4d train .*", "elsewhere", why="hours of training; tests/test_training.py runs the command shortly"),
+    Rule(
+        r"sv4d batch films .*", "elsewhere", why="whole runs on a cluster; tests/test_batch.py runs the command shortly"
+    ),
     Rule(r"accelerate launch .*", "elsewhere", why="needs eight CUDA devices and the released weights"),
     Rule(r"python -m sv4d_ns\.diffusion_training\.evaluate .*", "elsewhere", why="needs a model trained for hours"),
     Rule(

@@ -39,6 +39,9 @@ class BundledTrainConfig:
     """Novel views of an object."""
     rays: int = 384
     """Pixels compared in each picture."""
+    most_noise_share: float = 0.25
+    """Share of samples under so much noise that the views say nothing, as where sampling starts: what is learned there
+    is what one input view tells of the whole. Elsewhere a network learns from the views, which is easier."""
     learning_rate: float = 1.5e-3
     """Reached by a linear warm-up, then constant, at the end a half cosine down to 2 percent."""
     warmup_steps: int = 100
@@ -86,5 +89,6 @@ def check(config: BundledTrainConfig) -> None:
     shares = [share for _, share in config.data]
     if not shares or min(shares) < 0 or sum(shares) <= 0:
         raise InputError("--data needs at least one source with a share above 0, for example creatures 1.")
-    if not 0 <= config.clip_share <= 1:
-        raise InputError(f"--clip-share is {config.clip_share}: give a value from 0 to 1.")
+    for name in ("clip_share", "most_noise_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give a value from 0 to 1.")

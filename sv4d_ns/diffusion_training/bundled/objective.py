@@ -16,8 +16,6 @@ MOST_NOISE = 40.0
 """Noise under which views say nothing: where sampling begins."""
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = 0.8, 1.1
 """Of the natural logarithm of the other samples' noise."""
-MOST_NOISE_SHARE = 0.25
-"""Share of samples at `MOST_NOISE`."""
 REFERENCE_SHARE = 0.25
 """Share of samples in which some views are clean references."""
 MASKED_SHARE = 0.15
@@ -43,13 +41,13 @@ class Draws:
     """Unit normal."""
 
 
-def draw(seed: int, step: int, shape: tuple[int, ...]) -> Draws:
-    """The draws of a step for views of `shape` (b, t, v, 4, s, s); they depend on (seed, step) alone."""
+def draw(seed: int, step: int, shape: tuple[int, ...], most_noise_share: float) -> Draws:
+    """The draws of a step for views of `shape` (b, t, v, 4, s, s); random numbers depend on (seed, step) alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     b, _, v = shape[:3]
     chance = torch.rand(b, 5, generator=generator)
     sigma = torch.exp(LOG_SIGMA_MEAN + LOG_SIGMA_STD * torch.randn(b, 1, generator=generator))
-    sigma = torch.where(chance[:, :1] < MOST_NOISE_SHARE, MOST_NOISE, sigma).expand(b, v)
+    sigma = torch.where(chance[:, :1] < most_noise_share, MOST_NOISE, sigma).expand(b, v)
     picked = torch.rand(b, v, generator=generator) < 0.4
     reference = picked & (chance[:, 1:2] < REFERENCE_SHARE)
     masked = (torch.rand(b, v, generator=generator) < 0.4) & (chance[:, 2:3] < MASKED_SHARE)

@@ -139,7 +139,7 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        draws = objective.draw(config.seed, state.step, tuple(batch.views.shape))
+        draws = objective.draw(config.seed, state.step, tuple(batch.views.shape), config.most_noise_share)
         draws = objective.Draws(**{name: value.to(self.device) for name, value in vars(draws).items()})
         use_bf16 = config.precision == "bf16"
         context = torch.autocast(self.device.type, torch.bfloat16) if use_bf16 else contextlib.nullcontext()
