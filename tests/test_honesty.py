@@ -57,7 +57,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
         depth = -b - root.clamp(min=0).sqrt()
         hit = (root > 0) & field.there
         points = origins + depth[:, None] * directions
-        return SurfaceMap(hit.float().reshape(size, size), depth.reshape(size, size), points, points)
+        return SurfaceMap(hit.float().reshape(size, size), depth.reshape(size, size), points)
 
     monkeypatch.setattr("sv4d_ns.plugin.honesty.surface_map", surface_map)
 
