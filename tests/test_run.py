@@ -78,7 +78,7 @@ def test_a_run_leaves_checkpoint_grids_sheet_and_summary(finished: Path) -> None
     assert finished.parent.parent.name == "creature", "the experiment is named after the video"
     assert checkpoint_steps(finished / "nerfstudio_models") == [STEPS - 1]
     generated, refined = ViewGrid.load(finished / "views"), ViewGrid.load(finished / "views_refined_1")
-    assert generated.num_frames == FRAMES and generated.novel_views.shape[1:] == (8, 64, 64, 4)
+    assert generated.num_frames == FRAMES and generated.novel_views.shape[1:] == (8, 128, 128, 4)
     assert refined.confidence is not None
     assert (refined.novel_views != generated.novel_views).any(), "stage 2 replaces the targets"
     assert (refined.input_frames == generated.input_frames).all(), "the input video stays what it is"
