@@ -80,12 +80,14 @@ class Rule:
     """It cannot run here, because."""
 
 
-TRAIN_LENGTH = "--max-num-iterations 3 --pipeline.movie-size 16"
+SMALL_MOVIES = "--pipeline.movie-size 16"
 MESH_LENGTH = "--resolution 24 --max-faces 200 --texture-size 64"
 
 RULES = (
     Rule(r"sv4d doctor video\.mp4", "quick"),
-    Rule(r"ns-train (sv4d|4diffusion) --data video\.mp4( --prompt .*)?", "quick", TRAIN_LENGTH),
+    # long enough that there is a surface to export
+    Rule(r"ns-train sv4d --data video\.mp4", "quick", f"--max-num-iterations 60 {SMALL_MOVIES}"),
+    Rule(r"ns-train 4diffusion --data video\.mp4( --prompt .*)?", "quick", f"--max-num-iterations 3 {SMALL_MOVIES}"),
     Rule(r"ns-viewer --load-config \S+", "quick"),
     Rule(
         r"ns-render interpolate --load-config \S+ --output-path \S+",
