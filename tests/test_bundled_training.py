@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sv4d_ns.diffusion.bundled import load_bundled_pipeline
 from sv4d_ns.diffusion.bundled.frustum import Frustum, pixel_directions, relative_poses
 from sv4d_ns.diffusion.bundled.rendering import Volume, render_rays
 from sv4d_ns.diffusion_training.bundled import objective
@@ -82,6 +83,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert (tmp_path / "whole" / "model" / "model_index.json").is_file()
     with pytest.raises(InputError, match="learning_rate"):
         Trainer(dataclasses.replace(whole, learning_rate=1.0))
+
+
+def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
+    shipped = load_bundled_pipeline().denoiser.state_dict()
+    begun = Trainer(small_config(tmp_path, start="bundled")).model.state_dict()
+    assert all(torch.equal(value, begun[name]) for name, value in shipped.items())
+    fresh = Trainer(small_config(tmp_path / "fresh")).model.state_dict()
+    assert not torch.equal(fresh["profile.weight"], begun["profile.weight"])
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

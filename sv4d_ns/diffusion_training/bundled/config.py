@@ -21,6 +21,8 @@ class BundledTrainConfig:
 
     output_dir: Path = Path("runs/bundled")
     """Checkpoints, losses, sample sheets and the exported model go here."""
+    start: Literal["scratch", "bundled"] = "scratch"
+    """Where the weights come from: a new network, or the shipped one."""
     data: tuple[tuple[str, float], ...] = (("creatures", 1.0),)
     """What to train on and how often each is drawn: "creatures" (made on the fly) or folders of GLB files."""
     seed: int = 2026

@@ -20,6 +20,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
+from sv4d_ns.diffusion.bundled import load_bundled_pipeline
 from sv4d_ns.diffusion.bundled.frustum import Frustum
 from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
 from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
@@ -85,10 +86,13 @@ class StepDataset(Dataset[Batch]):
 
 
 def fresh_state(config: BundledTrainConfig) -> TrainState:
-    """An untrained network that depends on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = VolumeDenoiser()
+    """The start's network: an untrained one depends on the seed alone."""
+    if config.start == "bundled":
+        model = load_bundled_pipeline().denoiser.train()
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = VolumeDenoiser()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=config.weight_decay
