@@ -16,7 +16,7 @@ MOST_NOISE = 40.0
 """Noise under which views say nothing: where sampling begins."""
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = 0.8, 1.1
 """Of the natural logarithm of the other samples' noise."""
-REFERENCE_SHARE = 0.25
+REFERENCE_SHARE = 0.1
 """Share of samples in which some views are clean references."""
 MASKED_SHARE = 0.15
 """Share of samples in which some views are not given at all."""
