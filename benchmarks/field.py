@@ -34,6 +34,7 @@ from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import march, render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.learning_rates import LEARNING_RATES, decay_factor
 from sv4d_ns.fitting.objective import loss_terms
 from sv4d_ns.fitting.schedule import ScheduleConfig, advance
 from sv4d_ns.fitting.settings import LossWeights
@@ -41,7 +42,6 @@ from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.metrics.images import pooled_psnr
-from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, decay_factor
 from sv4d_ns.utils.files import atomic_path
 from sv4d_ns.utils.images import over_white
 from sv4d_ns.views.grid import ViewGrid
@@ -187,7 +187,7 @@ class Ours:
         self.sampler = BatchSampler(views, BatchConfig(rays=rays), self.schedule, 0)
         self.weights = LossWeights()
         groups = self.field.parameter_groups()
-        self.decay = DecaySchedulerConfig(max_steps=steps)
+        self.steps = steps
         self.optimizer = torch.optim.Adam(
             [{"params": groups[name], "lr": lr} for name, lr in LEARNING_RATES.items() if name in groups],
             betas=(0.9, 0.99), eps=1e-15, fused=True,
@@ -199,7 +199,7 @@ class Ours:
         number = min(number, self.total)
         window = advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * decay_factor(self.decay, number)
+            group["lr"] = rate * decay_factor(number, self.steps)
         batch = self.sampler.draw(number, window, self.canonical)
         out = render_rays(
             self.field, self.occupancy, batch.origins, batch.directions, batch.times,

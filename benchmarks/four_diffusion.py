@@ -55,7 +55,6 @@ from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.metrics.images import pooled_psnr
 from sv4d_ns.plugin.distillation_model import field_config
 from sv4d_ns.plugin.distillation_pipeline import WARM_START
-from sv4d_ns.plugin.optimizers import DecaySchedulerConfig, decay_factor
 from sv4d_ns.synthesis.base import to_model_space
 from sv4d_ns.synthesis.choice import load_synthesizer
 from sv4d_ns.utils.files import atomic_path
@@ -159,11 +158,10 @@ def run_steps(case: Case, fit: Fit, arm: str, steps: range, total: int) -> None:
     """Some of the `total` steps of an arm."""
     objective = make_objective(case, fit, arm, len(steps)) if arm in (METHOD, NO_ANCHOR) else None
     sampler = make_sampler(case, arm)
-    decay = DecaySchedulerConfig(warmup_steps=0, max_steps=total)
     rates = [group.setdefault("initial_lr", group["lr"]) for group in fit.optimizer.param_groups]
     for step in steps:
         for group, rate in zip(fit.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * decay_factor(decay, step)
+            group["lr"] = rate * decay_factor(step, total, warmup_steps=0)
         if step % 2 == 0:
             fit.occupancy.update(fit.field, step // 2 % FRAMES)
         if objective is not None:

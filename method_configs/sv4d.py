@@ -3,9 +3,10 @@
 from nerfstudio.configs.base_config import LoggingConfig, ViewerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
+from sv4d_ns.fitting.learning_rates import LEARNING_RATES
 from sv4d_ns.plugin.bar_writer import BarWriterConfig
 from sv4d_ns.plugin.help import described
-from sv4d_ns.plugin.optimizers import LEARNING_RATES, DecaySchedulerConfig, FusedAdamConfig
+from sv4d_ns.plugin.optimizers import DecaySchedulerConfig, FusedAdamConfig
 from sv4d_ns.plugin.pipeline import SV4DPipelineConfig
 from sv4d_ns.plugin.trainer import SV4DTrainerConfig
 from sv4d_ns.utils.terminal import accept_any_encoding

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from sv4d_ns.field import encoding
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.encoding import HashEncoding
+from sv4d_ns.utils import threads
 from sv4d_ns.utils.errors import InputError
 
 
@@ -33,12 +35,12 @@ def test_fused_encoding_equals_torch_in_values_and_gradients(sizes: dict[str, in
     # Beyond the cube, on its faces and corners, and more points than one thread's share.
     x = torch.cat([torch.rand(5000, 3) * 1.2 - 0.1, torch.eye(3), torch.zeros(1, 3), torch.ones(1, 3)])
     results = []
-    for encoding in (fused, twin):
+    for each in (fused, twin):
         points = x.clone().requires_grad_()
-        out = encoding(points)
+        out = each(points)
         cotangent = torch.sin(torch.arange(out.numel(), dtype=torch.float32)).reshape(out.shape)
         (out * cotangent).sum().backward()
-        results.append((out, points.grad, encoding.table.grad))
+        results.append((out, points.grad, each.table.grad))
     # Kinks: at cell borders either one-sided derivative is right, so compare gradients of x off the borders only.
     for a, b, tolerance in zip(results[0], results[1], (1e-5, 2e-2, 1e-4), strict=True):
         assert a is not None and b is not None
@@ -60,19 +62,19 @@ def test_fused_gradient_matches_finite_differences() -> None:
             torch.testing.assert_close(x.grad[:, axis], numeric, rtol=2e-2, atol=5e-2)
 
 
-def test_encoding_is_safe_in_concurrent_threads_and_independent_of_their_number() -> None:
+def test_encoding_is_safe_in_concurrent_threads_and_independent_of_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fused, _ = encodings(levels=4, log2_table_size=12, base_resolution=4, max_resolution=64)
     x = torch.rand(20000, 3)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            fused.table.grad = None
-            fused(x).square().sum().backward()
-            results.append(fused.table.grad.clone())
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        for module in (threads, encoding):
+            monkeypatch.setattr(module, "workers", lambda count=count: count)
+        threads._pool.cache_clear()
+        fused.table.grad = None
+        fused(x).square().sum().backward()
+        results.append(fused.table.grad.clone())
     for other in results[1:]:
         assert torch.equal(results[0], other)
     with ThreadPoolExecutor(3) as pool, torch.no_grad():

@@ -95,7 +95,7 @@ def _load(model: str, device: str, flag: str) -> Any:
 
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        pipeline: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{flag} {model} cannot be loaded ({reason}): give a diffusers pipeline.") from error

@@ -56,10 +56,12 @@ class _Export:
         self.check()
         with output_folder(self.output_dir, self.overwrite) as folder:
             from sv4d_ns.export.terminal import Terminal
+            from sv4d_ns.utils.threads import torch_threads, useful_threads
 
             run = load_run(self.load_config)
             terminal = Terminal()
-            files, advice = self.write(run, folder, terminal)
+            with torch_threads(useful_threads()):
+                files, advice = self.write(run, folder, terminal)
             for line in [*(_described(file) for file in files), advice]:
                 terminal.say(line)
 

@@ -4,16 +4,14 @@ Formulas: Mueller et al. 2022 (Instant-NGP) section 3 - trilinear interpolation 
 of nested grids, the spatial hash `x*1 ^ y*2654435761 ^ z*805459861`. Levels whose corners fit into the table are
 indexed densely and take only the entries they need.
 
-Threads: the kernels release the GIL and run on a small pool of Python threads instead of numba's own threading layer.
-That layer spins between calls (which costs a 2-core machine real time beside torch's OpenMP threads), and its
-portable variant aborts the process when a viewer thread renders while the training thread works.
+Threads: the kernels release the GIL and run in `utils.threads` instead of numba's own threading layer, which spins
+between calls and whose portable variant aborts the process when a viewer thread renders while the training thread
+works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -24,26 +22,11 @@ from torch import Tensor, nn
 
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.threads import run_in_threads, workers
 
 _PRIME_Y = 2654435761
 _PRIME_Z = 805459861
 _POINTS_PER_TASK = 4096
-
-
-@lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="sv4d-encoding")
-
-
-def run_in_threads(tasks: list[Callable[[], Any]]) -> None:
-    """Run GIL-free tasks on as many threads as torch uses; the first exception is raised here."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(tasks) == 1:
-        for task in tasks:
-            task()
-        return
-    for future in [_pool(threads).submit(task) for task in tasks]:
-        future.result()
 
 
 @njit(inline="always")
@@ -173,7 +156,7 @@ class _FusedEncode(torch.autograd.Function):
         grad_table = torch.zeros_like(table)
         entries_grad = grad_table.numpy()
         # Levels own disjoint parts of the table, so threads that own levels never write the same entry.
-        groups = layout.level_groups(torch.get_num_threads())
+        groups = layout.level_groups(workers())
         grad_x = torch.zeros(len(groups), x.shape[0] if want_x else 0, 3)
 
         def task(group: int) -> Callable[[], Any]:

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sv4d_ns.field.encoding import run_in_threads
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.threads import run_in_threads
 
 PRIMES = (1, 2654435761, 805459861, 3674653429)
 FEATURES = 2
@@ -265,12 +265,12 @@ def _by_points(count: int, run: Callable[[int, int], None]) -> None:
 
 def _by_levels(levels: int, run: Callable[[int, int], None]) -> None:
     """In threads that own levels, whose table entries are disjoint."""
-    edges = np.linspace(0, levels, min(torch.get_num_threads(), levels) + 1).round().astype(int)
 
-    def task(group: int) -> Callable[[], None]:
-        return lambda: run(int(edges[group]), int(edges[group + 1]))
+    def task(level: int) -> Callable[[], None]:
+        return lambda: run(level, level + 1)
 
-    run_in_threads([task(group) for group in range(len(edges) - 1)])
+    # the finest first: they take longest
+    run_in_threads([task(level) for level in reversed(range(levels))])
 
 
 class _Encode(torch.autograd.Function):

@@ -8,7 +8,6 @@ annealed time frequencies, which fits 3.3 dB less in the same time.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -17,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sv4d_ns.field.encoding import run_in_threads
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.threads import run_in_threads
 
 _Levels = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Cells a side, first entry and unit of each level."""
@@ -127,15 +126,12 @@ class _FusedKeyframes(torch.autograd.Function):
         grad_table = torch.zeros(ctx.shape)
         arrays = (x.numpy(), slot.numpy(), weight.numpy(), *ctx.levels, grad.contiguous().numpy())
         target = grad_table.numpy()
+
         # Levels own disjoint entries, so threads that own levels never write the same one.
-        count = len(ctx.levels[0])
-        parts = min(torch.get_num_threads(), count)
-        edges = [round(k * count / parts) for k in range(parts + 1)]
+        def task(level: int):  # type: ignore[no-untyped-def]
+            return lambda: _backward_kernel(*arrays, target, level, level + 1)  # type: ignore[call-arg]
 
-        def task(first: int, last: int):  # type: ignore[no-untyped-def]
-            return lambda: _backward_kernel(*arrays, target, first, last)  # type: ignore[call-arg]
-
-        run_in_threads([task(a, b) for a, b in pairwise(edges)])
+        run_in_threads([task(level) for level in reversed(range(len(ctx.levels[0])))])
         return grad_table, None, None, None, None
 
 

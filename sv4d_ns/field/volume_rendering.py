@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sv4d_ns.field.deformable import DeformableField
-from sv4d_ns.field.encoding import run_in_threads
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.utils.threads import run_in_threads
 
 FAR_DEPTH = 1e3
 """Depth of rays that meet nothing. Large, because viewers composite by depth and a small value would hide the rest."""

@@ -39,12 +39,13 @@ class _Render:
         from sv4d_ns.movies.movies import MovieOptions, Subject, movie, write_movie
         from sv4d_ns.runs.open import load_run
         from sv4d_ns.utils.progress import bar
+        from sv4d_ns.utils.threads import torch_threads, useful_threads
 
         run = load_run(self.load_config)
         subject = Subject(run.field, run.occupancy, run.views, canonical_time(run))
         options = MovieOptions(size=self.size, fps=self.fps, **self.options())
         made = movie(self.preset, subject, options)  # type: ignore[arg-type]
-        with bar(f"Rendering {self.output_path.name}") as progress:
+        with torch_threads(useful_threads()), bar(f"Rendering {self.output_path.name}") as progress:
             write_movie(self.output_path, made, self.preset, lambda done: progress(done, made.count))
         print(f"{self.output_path}: {made.count} pictures at {made.fps:g} per second.", flush=True)
 

@@ -1,5 +1,6 @@
 """The trainer of 4Diffusion runs: SV4D's, and the ways to start from a picture or a sentence."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
 from sv4d_ns.plugin.trainer import FIRST_IN_HELP, SV4DTrainer, SV4DTrainerConfig
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 from sv4d_ns.utils.progress import say
+from sv4d_ns.utils.threads import torch_threads, workers
 
 CPU_STEPS = 500
 """Steps of a run with an SV4D model behind distillation: within 15 minutes on two CPU cores, by a step's CPU time."""
@@ -109,3 +111,7 @@ class FourDiffusionTrainer(SV4DTrainer):
     """Trainer of a 4Diffusion run."""
 
     config: FourDiffusionTrainerConfig
+
+    def _threads_of_step(self) -> AbstractContextManager[None]:
+        """The diffusion model's convolutions are large: they take all threads."""
+        return torch_threads(workers())

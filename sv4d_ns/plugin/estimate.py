@@ -123,15 +123,13 @@ def machine_speed() -> float:
     """Speed of this machine with torch's threads, relative to one thread of the reference machine."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    from sv4d_ns.utils.threads import torch_threads, workers
+
+    with torch_threads(1):
         a = torch.rand(768, 768)
         a @ a
         started = time.perf_counter()
         for _ in range(4):
             a @ a
         gflops = 4 * 2 * 768**3 / (time.perf_counter() - started) / 1e9
-    finally:
-        torch.set_num_threads(threads)
-    return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if threads > 1 else 1.0)
+    return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if workers() > 1 else 1.0)

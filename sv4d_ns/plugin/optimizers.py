@@ -11,15 +11,7 @@ from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-LEARNING_RATES = {
-    "encoding": 2e-2,
-    "heads": 1e-2,
-    "deformation": 1e-2,
-    "appearance": 2e-2,
-    "density_residual": 3e-2,
-}
-"""Adam's rate for each parameter group of the field (SV4D: 0.01 for all), measured in docs/optimisation.md. That of the
-deformation is in grid cells a step."""
+from sv4d_ns.fitting.learning_rates import ADAM_BETAS, ADAM_EPS, DECAY_FROM, FINAL_RATIO, WARMUP_STEPS, decay_factor
 
 
 @dataclass
@@ -29,9 +21,9 @@ class FusedAdamConfig(OptimizerConfig):
     _target: type = Adam
     lr: float = 1e-2
     """Learning rate after warm-up."""
-    eps: float = 1e-15
+    eps: float = ADAM_EPS
     """Small, because gradients of rarely seen grid entries are."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = ADAM_BETAS
     """Decay of the two running moments."""
     fused: bool = True
     """One kernel for the whole update: a table of a million entries is otherwise read and written many times."""
@@ -44,9 +36,9 @@ class FusedAdamWConfig(OptimizerConfig):
     _target: type = AdamW
     lr: float = 1e-2
     """Learning rate."""
-    eps: float = 1e-15
+    eps: float = ADAM_EPS
     """Small, because gradients of rarely seen grid entries are."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = ADAM_BETAS
     """Decay of the two running moments."""
     weight_decay: float = 0.01
     """torch's default, which the reference leaves as it is, also for the hash tables."""
@@ -59,22 +51,14 @@ class DecaySchedulerConfig(SchedulerConfig):
     """Linear warm-up, a plateau, then exponential decay from the optimizer's rate to `final_ratio` of it."""
 
     _target: type = field(default_factory=lambda: DecayScheduler)
-    warmup_steps: int = 30
+    warmup_steps: int = WARMUP_STEPS
     """Steps of linear warm-up from zero."""
-    decay_from: float = 0.4
+    decay_from: float = DECAY_FROM
     """Share of `max_steps` at full rate."""
     max_steps: int = 3600
     """Step at which the final rate is reached; it stays there. `ns-train sv4d` fills in its --max-num-iterations."""
-    final_ratio: float = 0.1
+    final_ratio: float = FINAL_RATIO
     """Final learning rate over the optimizer's."""
-
-
-def decay_factor(config: DecaySchedulerConfig, step: int) -> float:
-    """The learning rate of `step` over the optimizer's, a Python float in (0, 1]."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    done = (step / config.max_steps - config.decay_from) / (1.0 - config.decay_from)
-    return config.final_ratio ** min(max(done, 0.0), 1.0)
 
 
 class DecayScheduler(Scheduler):
@@ -83,4 +67,7 @@ class DecayScheduler(Scheduler):
     config: DecaySchedulerConfig
 
     def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> LRScheduler:
-        return LambdaLR(optimizer, lambda step: decay_factor(self.config, step))
+        c = self.config
+        return LambdaLR(
+            optimizer, lambda step: decay_factor(step, c.max_steps, c.warmup_steps, c.decay_from, c.final_ratio)
+        )

@@ -293,20 +293,12 @@ class SV4DPipeline(VanillaPipeline):
         """Write what of contact sheet, movies and summary is not there yet, and print what to do next."""
         from sv4d_ns.export.command import installed_command
         from sv4d_ns.plugin.honesty import Unseen
-        from sv4d_ns.utils.files import atomic_path
+        from sv4d_ns.utils.threads import torch_threads, useful_threads
 
         self.eval()
         trainer.bar.close()
-        identity = self._subject().identity()
-        summary = self._finished_summary(identity)
-        if summary is None:
-            made = {"steps": trainer.total_steps, **self._make_sheet(), "field": identity}
-            self._make_movies()
-            with atomic_path(self._run_dir / SUMMARY_FILE) as path:
-                path.write_text(json.dumps(made, indent=2))
-            summary = made
-        else:
-            self._make_movies()
+        with torch_threads(useful_threads()):
+            summary = self._results(trainer.total_steps)
         say(
             f"What the camera saw is repeated with PSNR {summary['input_view_psnr']:.1f} dB and silhouette IoU "
             f"{summary['input_view_iou']:.3f}."
@@ -317,6 +309,21 @@ class SV4DPipeline(VanillaPipeline):
         say("Finished. Next:")
         for command in next_commands(trainer.base_dir, trainer.config.experiment_name, installed_command()):
             say_whole(f"  {command}")
+
+    def _results(self, steps: int) -> dict[str, Any]:
+        """Contact sheet, movies and summary, made where they are not there yet; returns the summary."""
+        from sv4d_ns.utils.files import atomic_path
+
+        identity = self._subject().identity()
+        summary = self._finished_summary(identity)
+        if summary is not None:
+            self._make_movies()
+            return summary
+        made = {"steps": steps, **self._make_sheet(), "field": identity}
+        self._make_movies()
+        with atomic_path(self._run_dir / SUMMARY_FILE) as path:
+            path.write_text(json.dumps(made, indent=2))
+        return made
 
     def _finished_summary(self, identity: str) -> dict[str, Any] | None:
         """The figures of this very field, if they and the contact sheet were made before."""

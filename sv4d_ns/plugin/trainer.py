@@ -3,7 +3,7 @@
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -45,6 +45,7 @@ from sv4d_ns.utils.devices import DeviceChoice, choose_device
 from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.utils.files import TEMPORARY, check_zip
 from sv4d_ns.utils.progress import TrainingBar, clock, say
+from sv4d_ns.utils.threads import torch_threads, useful_threads
 from sv4d_ns.video.sources import local_path, source_name
 
 if TYPE_CHECKING:
@@ -319,10 +320,17 @@ class SV4DTrainer(Trainer):
         self._last_step: int | None = None
         self._in_step = False
         self._interrupted = False
+        self._threads = ExitStack()
+
+    def train_iteration(self, step: int) -> Any:
+        """nerfstudio's; what it returns is only written down, and writers warn of values that ask for gradients."""
+        loss, losses, metrics = super().train_iteration(step)
+        return loss.detach(), *({name: _detached(x) for name, x in each.items()} for each in (losses, metrics))
 
     def begin_step(self, step: int) -> None:
         """The first thing done in a step: an interrupt waits for the step's end, for half a step cannot be repeated."""
         self._in_step = True
+        self._threads.enter_context(self._threads_of_step())
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
@@ -331,6 +339,7 @@ class SV4DTrainer(Trainer):
         note = f"{self._shown_psnr():.1f} dB" + ("" if run is None else f", run {clock(run)}")
         self.bar.update("Fitting the 4D field", step + 1, self.total_steps, note, phase)
         self._last_step, self._in_step = step, False
+        self._threads.close()
         if self._interrupted:
             raise KeyboardInterrupt
 
@@ -344,8 +353,13 @@ class SV4DTrainer(Trainer):
         self._in_step = False
         if self._interrupted:
             raise KeyboardInterrupt
-        yield
+        with torch_threads(useful_threads()):
+            yield
         self._in_step = True
+
+    def _threads_of_step(self) -> AbstractContextManager[None]:
+        """A step is a thousand small operations: threads that meet after each of them cost more than they bring."""
+        return torch_threads(1)
 
     def _interrupt(self) -> None:
         again, self._interrupted = self._interrupted, True
@@ -355,6 +369,7 @@ class SV4DTrainer(Trainer):
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
         with one_sentence_errors():
+            torch.set_num_threads(useful_threads())
             self._stage_1 = self.config.stage_1()
             self._adopt_views()
             self._resume_in_place()
@@ -530,3 +545,7 @@ class SV4DTrainer(Trainer):
             for other in self.checkpoint_dir.glob("step-*.ckpt"):
                 if other != path:
                     other.unlink()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value

@@ -20,13 +20,15 @@ def choose_device(choice: DeviceChoice) -> tuple[Literal["cpu", "cuda"], str]:
     """
     import torch
 
+    from sv4d_ns.utils.threads import workers
+
     if choice == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda is not None
         remedy = "no CUDA device is visible" if built else "this torch build has no CUDA support"
         raise InputError(f"--device cuda cannot be used because {remedy}: use --device cpu, or --device auto.")
     if choice != "cpu" and torch.cuda.is_available():
         return "cuda", f"Device: cuda ({torch.cuda.get_device_name(0)}), because {_asked(choice, 'CUDA is available')}."
-    cores = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    cores = f"{platform.machine()}, {workers()} threads"
     return "cpu", f"Device: cpu ({cores}), because {_asked(choice, 'no CUDA device is available')}."
 
 

@@ -41,9 +41,9 @@ def load_bundled_pipeline(device: str = "cpu", folder: Path | None = None) -> "B
     folder = folder or bundled_folder()
     if (folder / "model_index.json").is_file():
         with _without_bar():
-            pipeline = BundledVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+            pipeline = BundledVideoPipeline.from_pretrained(folder, dtype=torch.float32)
     elif (folder / "config.json").is_file():
-        pipeline = BundledVideoPipeline(VolumeDenoiser.from_pretrained(folder, torch_dtype=torch.float32))
+        pipeline = BundledVideoPipeline(VolumeDenoiser.from_pretrained(folder, dtype=torch.float32))
     else:
         raise InputError(f"The bundled model is missing from {folder}: reinstall sv4d-ns or run 'sv4d train'.")
     pipeline.denoiser.eval()

@@ -165,7 +165,7 @@ def load_fourdm_pipeline(
     source = str(imagedream)
     try:
         pipeline = FourDMPipeline(
-            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, torch_dtype=dtype),
+            vae=AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True, dtype=dtype),
             text_encoder=CLIPTextModel.from_pretrained(
                 source, subfolder="text_encoder", use_safetensors=True, dtype=dtype
             ),
@@ -188,7 +188,7 @@ def _load_saved(
 ) -> tuple[FourDMPipeline, CheckpointReport]:
     """A pipeline that was saved as a whole."""
     try:
-        pipeline = FourDMPipeline.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+        pipeline = FourDMPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

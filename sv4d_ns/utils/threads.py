@@ -1,0 +1,83 @@
+"""Tasks that release the GIL, on all processors this process may use, without waiting in circles.
+
+OpenMP's threads (torch's, and those of numba's own layers) spin at the end of every small operation until the slowest
+is there. Where a training step is a thousand small operations, that doubles the processor time for nothing, and where
+another program holds a core, it makes two threads fifteen times slower than one (benchmarks/results/threads.md). Here
+the calling thread works on tasks itself, helpers take what is left, and helpers that have not begun are not waited for.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from time import perf_counter
+from typing import Any
+
+import torch
+
+
+@lru_cache(maxsize=1)
+def workers() -> int:
+    """Threads to work on: as many as torch had when it was first asked (processors, or OMP_NUM_THREADS)."""
+    return torch.get_num_threads()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch's operations on `count` threads inside, as before afterwards."""
+    workers()  # remembers what there was
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=4)
+def _pool(helpers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(helpers, thread_name_prefix="sv4d")
+
+
+def run_in_threads(tasks: Sequence[Callable[[], Any]]) -> None:
+    """Run tasks that release the GIL on `workers()` threads; the first exception is raised here."""
+    waiting = deque(tasks)
+
+    def work() -> None:
+        while True:
+            try:
+                task = waiting.popleft()
+            except IndexError:
+                return
+            task()
+
+    helpers = min(workers(), len(waiting)) - 1
+    futures = [_pool(workers() - 1).submit(work) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        begun = [future for future in futures if not future.cancel()]
+        for future in begun:
+            future.exception()
+    for future in begun:
+        future.result()
+
+
+PROBE_ROWS, PROBE_REPEATS = 4096, 12
+
+
+def useful_threads() -> int:
+    """How many threads torch's large operations are fastest on just now: all, or one where others keep cores busy."""
+    if workers() == 1:
+        return 1
+    values, weight = torch.ones(PROBE_ROWS, 64), torch.ones(64, 64)
+    seconds = {}
+    for count in (workers(), 1):
+        with torch_threads(count):
+            torch.relu(values @ weight)  # threads are made
+            began = perf_counter()
+            for _ in range(PROBE_REPEATS):
+                torch.relu(values @ weight)
+            seconds[count] = perf_counter() - began
+    return min(seconds, key=lambda count: seconds[count])
