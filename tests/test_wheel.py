@@ -69,15 +69,6 @@ def test_it_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     train = "from nerfstudio.scripts.train import entrypoint; entrypoint()"
     length = ["--max-num-iterations", "4", "--pipeline.datamanager.max-frames", "3", "--pipeline.movies"]
     flags = ["sv4d", "--data", "video.mp4", *length]
-        "sv4d",
-        "--data",
-        "video.mp4",
-        "--max-num-iterations",
-        "4",
-        "--pipeline.datamanager.max-frames",
-        "3",
-        "--pipeline.movies",
-    ]
     said = run([str(python), "-c", train, *flags], tmp_path)
     assert "Finished. Next:" in said
     (config,) = tmp_path.glob("outputs/video/sv4d/*/config.yml")

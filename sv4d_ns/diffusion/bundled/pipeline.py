@@ -122,6 +122,8 @@ class BundledVideoPipeline(DiffusionPipeline):
         """
         frames = _as_array(video)
         self.check_inputs(frames, azimuths_deg, elevations_deg, initial_views, strength, output_type)
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` may only name {self._callback_tensor_inputs}.")
         device = self._execution_device
         frustum = Frustum(radius, fov_deg)
         elevations = input_elevation_deg + np.array([0.0, *elevations_deg])
@@ -143,9 +145,7 @@ class BundledVideoPipeline(DiffusionPipeline):
             if step + 1 < len(sigmas):
                 views = to_diffusion_space(render_views(volumes, state_poses, side, frustum))
             if callback_on_step_end is not None:
-                tensors = {}
-                for name in callback_on_step_end_tensor_inputs:
-                    tensors[name] = {"views": views}[name]
+                tensors = {"views": views} if "views" in callback_on_step_end_tensor_inputs else {}
                 views = callback_on_step_end(self, step, sigma, tensors).get("views", views)
         made = None if output_type == "latent" else self._pictures(volumes, asked, size or side, frustum, output_type)
         self.maybe_free_model_hooks()

@@ -74,6 +74,14 @@ class Guidance:
         """Plain values for a JSON file."""
         return {**asdict(self), "kind": self.kind.value}
 
+    def between(self, min_scale: float | None, scale: float | None) -> "Guidance":
+        """The same shape with other ends; None keeps its own."""
+        return replace(
+            self,
+            min_scale=self.min_scale if min_scale is None else min_scale,
+            scale=self.scale if scale is None else scale,
+        )
+
     @property
     def needs_unconditional(self) -> bool:
         """Whether any image needs the unconditional prediction."""

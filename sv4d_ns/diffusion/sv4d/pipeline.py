@@ -29,6 +29,7 @@ from sv4d_ns.diffusion.sv4d.conditioning import GridCondition, camera_angles, ca
 from sv4d_ns.diffusion.sv4d.guidance import Guidance, guide
 from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.images import over_white
 
 OWN_COMPONENTS = "sv4d_ns.diffusion.sv4d.small_components"
 OLDER_NAMES = ("sv4d_ns.diffusion.unet", "sv4d_ns.diffusion.embedded.modules")
@@ -201,13 +202,15 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
     @torch.no_grad()
     def __call__(
         self,
-        video: Float[Tensor, "t c h w"],
+        video: Float[Tensor, "t c h w"] | Sequence[PIL.Image.Image],
         azimuths_deg: Sequence[float],
         elevations_deg: Sequence[float],
-        reference_views: Float[Tensor, "v c h w"] | None = None,
+        reference_views: Float[Tensor, "v c h w"] | Sequence[PIL.Image.Image] | None = None,
         initial_views: Float[Tensor, "t v c h w"] | None = None,
         strength: float = 1.0,
         num_inference_steps: int | None = None,
+        min_guidance_scale: float | None = None,
+        max_guidance_scale: float | None = None,
         guidance: Guidance | None = None,
         generator: Generators | None = None,
         latents: Float[Tensor, "t v c h w"] | None = None,
@@ -221,7 +224,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
         """Generate the views of one window.
 
         Args:
-            video: input frames in [0, 1]; channels as the autoencoder has them (3: RGB on white; 4: and alpha).
+            video: input frames in [0, 1]; channels as the autoencoder has them (3: RGB on white; 4: and alpha); or
+                pictures, whose transparent parts are put on white.
             azimuths_deg: azimuth of each view relative to the input view, degrees.
             elevations_deg: elevation of each view relative to the input view, degrees.
             reference_views: what the views of the first frame look like, in [0, 1], where an earlier window or call
@@ -230,6 +234,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
             strength: share of the noise schedule that is run, in (0, 1]; 1 starts from pure noise (plus
                 `initial_views` where given).
             num_inference_steps: steps of the whole schedule; the model's own number by default.
+            min_guidance_scale: smallest scale of the guidance's shape, instead of its own.
+            max_guidance_scale: largest scale, likewise.
             guidance: the model's own by default.
             generator: of the noise, or a list with one for each image in (t v) order; a CPU generator gives the same
                 noise on every device.
@@ -245,12 +251,16 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
         Raises:
             InputError: when an argument has the wrong shape or range.
         """
+        channels = self.vae.config.in_channels
+        video = _as_tensor(video, channels)
+        reference_views = None if reference_views is None else _as_tensor(reference_views, channels)
         self.check_inputs(
             video, azimuths_deg, elevations_deg, reference_views, initial_views, strength, num_inference_steps,
             output_type, callback_on_step_end_tensor_inputs, decode_chunk_size, reference_known,
         )  # fmt: skip
         frames, views = len(video), len(azimuths_deg)
         guidance = guidance or Guidance.from_config(self.config.guidance)
+        guidance = guidance.between(min_guidance_scale, max_guidance_scale)
         condition = self.encode_condition(
             video, azimuths_deg, elevations_deg, reference_views, decode_chunk_size, reference_known
         )
@@ -467,6 +477,20 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
         if tuple(given.shape) != (*grid, *shape[1:]):
             raise InputError(f"latents must be unit noise of shape {(*grid, *shape[1:])}, got {tuple(given.shape)}.")
         return given.flatten(0, 1).to(self._execution_device, torch.float32)
+
+
+def _as_tensor(images: Tensor | Sequence[PIL.Image.Image], channels: int) -> Float[Tensor, "n c h w"]:
+    """Pictures as the autoencoder reads them; tensors as they are."""
+    if isinstance(images, Tensor):
+        return images
+    if not images:
+        raise InputError("video must hold at least one picture.")
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise InputError(f"pictures of one video must have one size, not {', '.join(map(str, sorted(sizes)))}.")
+    rgba = np.stack([np.asarray(image.convert("RGBA")) for image in images])
+    values = np.concatenate([over_white(rgba), rgba[..., 3:]], axis=-1)[..., :channels]
+    return torch.from_numpy(values).movedim(-1, 1).float() / 255
 
 
 def _as_type(frames: Float[Tensor, "t v c h w"], output_type: str) -> Tensor | np.ndarray | list[list[PIL.Image.Image]]:
