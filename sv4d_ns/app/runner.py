@@ -16,6 +16,8 @@ from sv4d_ns.cli.batch import error_in
 from sv4d_ns.runs.layout import RUN_FILE, SUMMARY_FILE
 from sv4d_ns.utils.progress import PROGRESS_VARIABLE
 
+PROGRAM = ("-m", "sv4d_ns.app.work")
+"""What does the work: arguments of Python."""
 PROGRESS_FILE, TRAIN_LOG = "progress.json", "train.log"
 LOOK_SECONDS = 300
 """The doctor needs seconds; what takes longer is a video made to do so."""
@@ -175,7 +177,7 @@ class Runner:
         progress.unlink(missing_ok=True)
         with (folder / log).open("w") as file:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "sv4d_ns.app.work", *words),
+                *(sys.executable, *PROGRAM, *words),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -198,9 +200,10 @@ class Runner:
         return error_in(folder / log) or _of_code(code, log)
 
     @staticmethod
-    async def _end(process: asyncio.subprocess.Process, grace: float = GRACE_SECONDS) -> None:
+    async def _end(process: asyncio.subprocess.Process, grace: float | None = None) -> None:
         """Ctrl-C for the process and its children; where that does not help, the end of them."""
-        for sign, patience in ((signal.SIGINT, grace), (signal.SIGKILL, 10.0)):
+        patient = GRACE_SECONDS if grace is None else grace
+        for sign, patience in ((signal.SIGINT, patient), (signal.SIGKILL, 10.0)):
             if process.returncode is not None:
                 return
             with suppress(ProcessLookupError):

@@ -117,7 +117,7 @@ class _Guarded(RequestHandler):
 class _Page(_Guarded):
     """The page itself."""
 
-    def get(self, name: str) -> None:
+    def get(self, name: str | None = None) -> None:
         if name not in PAGE:
             raise HTTPError(404, "There is no such page here.")
         kind = {"html": "text/html", "js": "text/javascript", "css": "text/css"}[PAGE[name].rpartition(".")[2]]
@@ -320,7 +320,7 @@ async def serve(config: App, train: Sequence[str]) -> None:
     server = HTTPServer(application(place), max_body_size=BODY_BYTES, max_buffer_size=4_000_000)
     try:
         server.listen(config.port, config.host)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InputError(
             f"--host {config.host} --port {config.port} cannot be had ({error}): choose another port, or 0 for any."
         ) from error
@@ -361,6 +361,8 @@ def command(arguments: Sequence[str]) -> None:
     config = tyro.cli(App, prog="sv4d app", args=words[:split])
     if config.max_upload_mb <= 0:
         raise InputError(f"--max-upload-mb {config.max_upload_mb:g} lets nothing in: give a number above 0.")
+    if not 0 <= config.port < 1 << 16:  # tornado would take the lower 16 bits
+        raise InputError(f"--port {config.port} is no port: give one up to 65535, or 0 for any that is free.")
     config.out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(config.out / LOCK_FILE)
     try:
