@@ -432,7 +432,7 @@ SHORT = (
     *("--pipeline.datamanager.train-num-rays-per-batch", "512"),
 )
 COARSE = ("--resolution", "24", "--max-faces", "300", "--texture-size", "64")
-PATIENCE = 300
+PATIENCE = 600
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 
 

@@ -94,17 +94,21 @@ def _progress(folder: Path, run: Path | None) -> dict[str, Any]:
     """Phase, share and time left of a run that is under way."""
     shown = _json(folder / PROGRESS_FILE) or {}
     exporting = run is not None and (run / SUMMARY_FILE).is_file() and (folder / "export.log").is_file()
-    refined = run is not None and (run / VIEW_FOLDERS[1]).is_dir()
-    number = _phase(str(shown.get("phase", "")), exporting, refined)
+    views = 0 if run is None else sum((run / name).is_dir() for name in VIEW_FOLDERS[:2])
+    number = 6 if exporting else _phase(str(shown.get("phase", "")), views)
     about = next((line.removeprefix("Time: ") for line in _lines(folder / TRAIN_LOG) if line.startswith("Time: ")), "")
     return {"phase": number, "progress": shown, "about": about.partition(";")[0]}
 
 
-def _phase(bar: str, exporting: bool, refined: bool) -> int:
-    """Index into `PHASES` of what a bar shows."""
-    if exporting:
-        return 6
-    for beginning, phase in (("Stage 1", 1), ("Fitting", 4 if refined else 2), ("Stage 2", 3), ("Rendering", 5)):
+def _phase(bar: str, views: int) -> int:
+    """Index into `PHASES` of what a bar of training shows, with so many view grids made."""
+    fitting = 4 if views > 1 else 2
+    for beginning, phase in (
+        ("Stage 1", fitting if views else 1),  # the bar is full, and the fitting is being prepared
+        ("Fitting", fitting),
+        ("Stage 2", 3),
+        ("Rendering", 5),
+    ):
         if bar.startswith(beginning):
             return phase
     return 0

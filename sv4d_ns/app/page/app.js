@@ -157,8 +157,8 @@ function showProgress(job) {
   $("phase").textContent = `${job.phases[job.phase]}${phase && job.phase >= 5 ? `: ${phase.toLowerCase()}` : ""}`;
   if (done < total) $("bar").value = done / total; else $("bar").removeAttribute("value");
   const parts = [
-    left || left === 0 ? `this phase: ${clock(left)} left` : null,
-    runLeft ? `the run: ${clock(runLeft)} left, then the files` : job.phase < 2 && job.about ? `the whole run: ${job.about}` : null,
+    done < total && left !== null ? `this phase: ${clock(left)} left` : null,
+    runLeft ? `the run: ${clock(runLeft)} left, then the files` : job.phase < 3 && job.about ? `the whole run: ${job.about}` : null,
     note ? `likeness to the video ${note}` : null,
   ].filter(Boolean);
   $("left").textContent = parts.join(" · ") || "Starting takes some seconds.";
@@ -244,7 +244,7 @@ async function refresh() {
       $("framing").value = job.crop;
     }
     showJob(job);
-    if (changed) $("main").focus();
+    if (changed) $("main").focus({ preventScroll: true });
   } catch (error) { trouble(error.message); }
 }
 $("choices").onsubmit = (event) => {
