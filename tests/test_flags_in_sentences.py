@@ -74,6 +74,10 @@ def command_flags() -> dict[str, set[str]]:
     return {
         NERFSTUDIOS: exporters | fields(scripts / "render.py") | fields(scripts / "eval.py"),
         "sv4d batch": fields(PACKAGE / "cli" / "batch.py") | training_flags(),  # it hands on those of ns-train
+        "sv4d app": dataclasses_of(PACKAGE / "app" / "server.py")
+        | dataclasses_of(PACKAGE / "app" / "work.py")  # what it says to its own programs, as to the doctor
+        | doctor
+        | training_flags(),
         "ns-train": training_flags(),
         "ns-viewer": fields(scripts / "viewer" / "run_viewer.py")
         | below("viewer", fields(NERFSTUDIO / "configs" / "base_config.py", "ViewerConfig")),
@@ -101,6 +105,7 @@ def dataclasses_of(path: Path) -> set[str]:
 
 NERFSTUDIOS = "ns-viewer, ns-render, ns-eval or ns-export"
 SPEAKERS = {
+    "app": "sv4d app",
     "export": "ns-export",
     "movies": "sv4d render",
     "evaluation": "sv4d evaluate",

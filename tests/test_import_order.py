@@ -21,6 +21,7 @@ FLOORS = (
     ("training_data",),
     ("diffusion_training",),
     ("cli",),
+    ("app",),
     ("method_configs",),
 )
 """From the ground up. A room imports itself and lower floors, never its own floor's other room or a higher one."""

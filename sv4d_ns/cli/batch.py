@@ -121,18 +121,27 @@ def make_asset(video: str, name: str, out: str, method: str, settings: Sequence[
     finished = sorted((Path(out) / name / method).glob(f"*/{SUMMARY_FILE}"), key=lambda path: path.stat().st_mtime)
     if code == 0 and finished:
         return str(finished[-1].parent), ""
+    return "", error_in(log) or f"ns-train ended with code {code}; see {log}."
+
+
+def error_in(log: Path) -> str:
+    """The sentence a command ended with, from what it printed; empty where there is none."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("Error: ")), None)
-    return "", said.removeprefix("Error: ") if said else f"ns-train ended with code {code}; see {log}."
+    said = next((line for line in reversed(lines) if line.startswith("Error: ")), "")
+    return said.removeprefix("Error: ")
 
 
-def _train_until_the_parent_ends(arguments: Sequence[str]) -> None:
-    """`ns-train` in this process, which the system ends when the worker that started it is gone (Linux)."""
+def end_with_the_parent() -> None:
+    """Let the system end this process when the one that started it is gone (Linux)."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
-            return
+            raise SystemExit(1)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`ns-train` in this process."""
     from nerfstudio.scripts.train import entrypoint
 
     sys.argv = ["ns-train", *arguments]
@@ -250,4 +259,5 @@ def command(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _train_until_the_parent_ends(sys.argv[1:])
+    end_with_the_parent()
+    train(sys.argv[1:])

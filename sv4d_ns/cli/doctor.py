@@ -4,13 +4,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from jaxtyping import Bool, UInt8
 
 from sv4d_ns.utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from sv4d_ns.video import ObjectVideo
+    from sv4d_ns.video.checks import Finding
 
 
 def _as_in_training(name: str) -> Any:
@@ -47,14 +51,16 @@ def command(arguments: Sequence[str]) -> None:
     report(tyro.cli(Doctor, prog="sv4d doctor", args=list(arguments)))
 
 
-def report(settings: Doctor) -> None:
-    """Print what was read and chosen, and a line for each finding."""
-    from sv4d_ns.diffusion.bundled import REACH
+def examine(settings: Doctor) -> "ObjectVideo":
+    """The video, cut out and framed as a run does it, with what was found.
+
+    Raises:
+        InputError: the video cannot be used.
+    """
     from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
-    from sv4d_ns.utils.progress import say
     from sv4d_ns.video import CropRule, load_object_video
 
-    video = load_object_video(
+    return load_object_video(
         settings.video,
         INPUT_SIZE,
         frames_taken(settings.max_frames, settings.fps),
@@ -63,8 +69,21 @@ def report(settings: Doctor) -> None:
         matting=settings.matting,
         crop=CropRule(settings.crop),
     )
+
+
+def marks_of(findings: Sequence["Finding"]) -> dict[str, str]:
+    """The colour, of `MARKS`, for the name of each finding that can be pointed at."""
+    return dict(zip((f.name for f in findings if f.where is not None), itertools.cycle(MARKS), strict=False))
+
+
+def report(settings: Doctor) -> None:
+    """Print what was read and chosen, and a line for each finding."""
+    from sv4d_ns.diffusion.bundled import REACH
+    from sv4d_ns.utils.progress import say
+
+    video = examine(settings)
     say(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
-    marks = dict(zip((f.name for f in video.findings if f.where is not None), itertools.cycle(MARKS), strict=False))
+    marks = marks_of(video.findings)
     for message in video.messages:
         say(f"- {message}")
     for finding in video.findings:
@@ -74,8 +93,7 @@ def report(settings: Doctor) -> None:
         say("Nothing was found that would spoil the result.")
     say(f"How far the bundled model reaches, which a run on a CPU takes: {REACH}")
     if settings.picture is not None:
-        layers = [(MARKS[marks[f.name]], f.where) for f in video.findings if f.where is not None]
-        write_sheet(video.frames, settings.picture, layers)
+        write_marked_sheet(video, settings.picture)
         say(f"The cut-out frames: {settings.picture}")
 
 
@@ -87,6 +105,12 @@ MARKS = {
     "orange": (255, 130, 0),
 }
 """Colours in which findings are marked."""
+
+
+def write_marked_sheet(video: "ObjectVideo", path: Path) -> None:
+    """All cut-out frames, with what was found marked."""
+    marks = marks_of(video.findings)
+    write_sheet(video.frames, path, [(MARKS[marks[f.name]], f.where) for f in video.findings if f.where is not None])
 
 
 def write_sheet(

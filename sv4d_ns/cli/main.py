@@ -13,6 +13,7 @@ from sv4d_ns.utils.terminal import accept_any_encoding
 
 # command: (what it does, "module:function" that takes the arguments after the command's name)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "app": ("Open a page on this machine: drop a video, watch the run, play the result.", "sv4d_ns.app.server:command"),
     "batch": ("Make a 4D asset from each of many videos, on one machine or many.", "sv4d_ns.cli.batch:command"),
     "cache": ("List, verify and prune what runs have left on the disk.", "sv4d_ns.runs.cache:command"),
     "doctor": ("Say what the main job makes of a video, and what may spoil the result.", "sv4d_ns.cli.doctor:command"),

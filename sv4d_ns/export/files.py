@@ -47,6 +47,22 @@ def write_mesh(
         height: metres the object is to be tall; None keeps the run's scale.
     """
     mesh = make_asset(run, options, terminal)
+    return mesh_files(run, mesh, folder, animation, max_bones, usd, sequence, terminal, ground, height)
+
+
+def mesh_files(
+    run: FinishedRun,
+    mesh: AnimatedMesh,
+    folder: Path,
+    animation: Literal["morph", "skin"],
+    max_bones: int,
+    usd: Literal["none", "usdc", "usdz"],
+    sequence: Literal["none", "obj", "ply"],
+    terminal: "Terminal",
+    ground: bool = True,
+    height: float | None = None,
+) -> Written:
+    """`write_mesh` of an asset that is made already."""
     placement = grounded(mesh, height)
     if not ground:
         placement = replace(placement, lift=0.0)
@@ -175,11 +191,15 @@ def _gsplat(run: FinishedRun) -> Rasterise | None:
 
 def write_web(run: FinishedRun, options: Options, folder: Path, terminal: "Terminal") -> Written:
     """The asset and the input video in one page."""
+    return web_files(run, make_asset(run, options, terminal), folder)
+
+
+def web_files(run: FinishedRun, mesh: AnimatedMesh, folder: Path) -> Written:
+    """`write_web` of an asset that is made already."""
     import tempfile
 
     from sv4d_ns.export.formats.web import write_page
 
-    mesh = make_asset(run, options, terminal)
     page = folder / "index.html"
     with tempfile.TemporaryDirectory() as scratch:
         glb = Path(scratch) / GLB_NAME

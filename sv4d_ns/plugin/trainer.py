@@ -44,7 +44,7 @@ from sv4d_ns.runs.safe_config import open_paths_of_other_systems
 from sv4d_ns.utils.devices import DeviceChoice, choose_device
 from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.utils.files import TEMPORARY, check_zip
-from sv4d_ns.utils.progress import TrainingBar, clock, say
+from sv4d_ns.utils.progress import TrainingBar, say
 from sv4d_ns.utils.threads import torch_threads, useful_threads
 from sv4d_ns.video.sources import local_path, source_name
 
@@ -336,8 +336,7 @@ class SV4DTrainer(Trainer):
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
         left = None if self.remaining is None else self.remaining.after(step + 1)
         phase, run = (None, None) if left is None else left
-        note = f"{self._shown_psnr():.1f} dB" + ("" if run is None else f", run {clock(run)}")
-        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, note, phase)
+        self.bar.update("Fitting the 4D field", step + 1, self.total_steps, f"{self._shown_psnr():.1f} dB", phase, run)
         self._last_step, self._in_step = step, False
         self._threads.close()
         if self._interrupted:

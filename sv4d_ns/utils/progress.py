@@ -3,11 +3,18 @@
 The console is nerfstudio's own, so that a bar that is open knows of every line nerfstudio prints, and the other way
 round. nerfstudio fixes it at 120 columns; a bar wider than the terminal leaves a line behind at every refresh, so here
 it is as wide as the terminal is.
+
+Whoever starts a command and does not read its terminal names a file in the environment (`PROGRESS_VARIABLE`), and finds
+there what the open bar shows.
 """
 
+import json
+import os
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.console import Console
@@ -26,10 +33,16 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from sv4d_ns.utils.files import atomic_path
+
 REFRESHES = 4
 """Of a bar in a second; each takes the training thread's time."""
 WIDE, NARROW = 100, 56
 """Columns of the terminal from which a bar shows everything, and below which it shows the least."""
+PROGRESS_VARIABLE = "SV4D_PROGRESS"
+"""Environment variable that names the file which is to say what the open bar shows (JSON, whole at any moment)."""
+REPORT_SECONDS = 0.5
+"""At least so long from one writing of that file to the next, while the phase is the same."""
 
 
 def console() -> Console:
@@ -87,6 +100,38 @@ class _Remaining(ProgressColumn):
         return Text("" if left is None else f"{clock(left)} left", style="progress.remaining")
 
 
+class _Report:
+    """What the open bar shows, in the file that `PROGRESS_VARIABLE` names; nothing where it names none."""
+
+    def __init__(self) -> None:
+        self._phase, self._began, self._written = "", 0.0, 0.0
+
+    def write(
+        self,
+        phase: str,
+        done: int,
+        total: int,
+        note: str = "",
+        left: float | None = None,
+        run_left: float | None = None,
+    ) -> None:
+        """Seconds that are left are guessed from the mean speed so far where the caller does not know them."""
+        file, now = os.environ.get(PROGRESS_VARIABLE), time.monotonic()
+        if not file or (phase == self._phase and done < total and now - self._written < REPORT_SECONDS):
+            return
+        if phase != self._phase:
+            self._phase, self._began = phase, now
+        elif left is None and done > 0:
+            left = (now - self._began) * (total - done) / done
+        self._written = now
+        shown = {"phase": phase, "done": done, "total": total, "note": note, "left": left, "run_left": run_left}
+        with suppress(OSError), atomic_path(Path(file)) as temporary:  # a full disk must not end the work itself
+            temporary.write_text(json.dumps(shown))
+
+
+_REPORT = _Report()
+
+
 class Bars(Progress):
     """rich's bars on `console`, with as many columns as fit."""
 
@@ -121,7 +166,13 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar; the yielded function is called with (done, total)."""
     with Bars() as bars:
         task = bars.add(description, None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        _REPORT.write(description, 0, 0)
+
+        def show(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+            _REPORT.write(description, done, total)
+
+        yield show
 
 
 @contextmanager
@@ -139,13 +190,23 @@ class TrainingBar:
         self._bars: Bars | None = None
         self._extra = ""
 
-    def update(self, description: str, done: int, total: int, note: str, left: float | None = None) -> None:
-        """Show `done` of `total` steps, a short note (the loss) and the seconds that are left of the loop."""
+    def update(
+        self,
+        description: str,
+        done: int,
+        total: int,
+        note: str,
+        left: float | None = None,
+        run_left: float | None = None,
+    ) -> None:
+        """Show `done` of `total` steps, a short note (the PSNR) and the seconds left of the loop and of all."""
         if self._bars is None:
             self._bars = Bars()
             self._task = self._bars.add(description, total, done, note)
             self._bars.start()
-        shown = f"{note} {self._extra}".strip()
+        _REPORT.write(description, done, total, note, left, run_left)
+        of_run = "" if run_left is None else f", run {clock(run_left)}"
+        shown = f"{note}{of_run} {self._extra}".strip()
         self._bars.update(self._task, description=description, completed=done, note=shown, left=left)
 
     def also(self, extra: str) -> None:

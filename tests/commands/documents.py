@@ -112,6 +112,7 @@ RULES = (
     Rule(
         r"sv4d batch films .*", "elsewhere", why="whole runs on a cluster; tests/test_batch.py runs the command shortly"
     ),
+    Rule(r"sv4d app( .*)?", "elsewhere", why="it serves until Ctrl-C; tests/test_app.py starts it and drives its page"),
     Rule(r"accelerate launch .*", "elsewhere", why="needs eight CUDA devices and the released weights"),
     Rule(r"python -m sv4d_ns\.diffusion_training\.evaluate .*", "elsewhere", why="needs a model trained for hours"),
     Rule(
