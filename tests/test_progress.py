@@ -93,9 +93,7 @@ def test_durations_are_read_at_a_glance() -> None:
 
 def test_nerfstudios_table_becomes_figures_behind_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own table is as wide as it has figures, and steps back over lines a narrow terminal has broken."""
-    from nerfstudio.utils import writer
-
-    from sv4d_ns.plugin.bar_writer import BarWriterConfig
+    from sv4d_ns.plugin.bar_writer import BarWriterConfig, writer
     from sv4d_ns.utils.progress import TrainingBar
 
     events = [("Train Iter (time)", 0.1234), ("Train Rays / Sec", 21_500.0), ("ETA (time)", 90.0), ("other", 1.0)]
