@@ -504,6 +504,7 @@ def _with_targets(batch: "Batch") -> tuple[RayBundle, dict[str, Any]]:
         "jitter": batch.jitter[:, None],
         "background": batch.background.expand(len(bundle), 3),
         "view": batch.view[:, None],
+        "moments": batch.moments,
     }
     return bundle, {"batch": batch}
 

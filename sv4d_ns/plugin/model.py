@@ -170,6 +170,7 @@ class SV4DModel(Model):
             self.config.train_samples,
             background=ray_bundle.metadata["background"],
             jitter=ray_bundle.metadata["jitter"][:, 0],
+            moments=ray_bundle.metadata["moments"],
         )
 
     @torch.no_grad()
