@@ -18,10 +18,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 CUDA = torch.device("cuda", 0)
 META = torch.device("meta")
 """What C++ takes the card for: autograd runs such tensors in the calling thread, as a CPU's."""
-ACROSS = ("aten.copy_", "aten._to_copy", "aten.index.Tensor", "aten.index_put_", "aten.index_put", "aten._index_put_impl_")
+ACROSS = (
+    "aten.copy_",
+    "aten._to_copy",
+    "aten.index.Tensor",
+    "aten.index_put_",
+    "aten.index_put",
+    "aten._index_put_impl_",
+)
 """Operations that may see both devices on CUDA: copies, and indices that wait on the CPU."""
-READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal")
-"""A number is read: `float`, `int`, `bool`, `item`, `tolist` end in these."""
+READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten._linalg_check_errors")
+"""A number is read: `float`, `int`, `bool`, `item`, `tolist` end in these, inverses in the last."""
 COMPACTIONS = ("aten.nonzero", "aten.masked_select", "aten._unique", "aten.unique")
 """The size of the result depends on values."""
 
@@ -68,7 +75,12 @@ def compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elsewhere = [tensor for tensor in tensors if not isinstance(tensor, OnCard) and tensor.ndim > 0]
     if mine and elsewhere and not name.startswith(ACROSS):
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got cuda:0 and cpu.")
-    if name.startswith("aten.index") and not isinstance(args[0], OnCard) and mine and not name.startswith("aten.index_put"):
+    if (
+        name.startswith("aten.index")
+        and not isinstance(args[0], OnCard)
+        and mine
+        and not name.startswith("aten.index_put")
+    ):
         raise RuntimeError(f"{name}: indices should be on cpu as the indexed tensor is.")
     if name.startswith("aten._fused_sdp_choice"):
         return 0  # the formula: which fused kernel there would be depends on the card
@@ -99,6 +111,8 @@ class _Devices(TorchFunctionMode):
         if function is torch.Tensor.new_tensor and isinstance(args[0], OnCard):
             kwargs.setdefault("dtype", args[0].dtype)
             return torch.tensor(args[1], **kwargs).to(META)
+        if function is torch.device or function is torch.device.__init__:
+            return function(*args, **kwargs)
         if function is torch.Tensor.cuda:
             return args[0].to(META)
         if function is torch.Tensor.tolist and isinstance(args[0], OnCard):
@@ -130,7 +144,9 @@ def _wait(name: str, args: Any, kwargs: dict[str, Any]) -> str | None:
     if not any(mine):
         return None
     if name.startswith(("aten.index", "aten._index")):
-        indices = [index for index in args[1] if isinstance(index, torch.Tensor)] if isinstance(args[1], list | tuple) else []
+        indices = (
+            [index for index in args[1] if isinstance(index, torch.Tensor)] if isinstance(args[1], list | tuple) else []
+        )
         if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
             # writing one number where a mask says so is a masked fill
             return "compactions" if name.startswith("aten.index.") or args[2].ndim else None

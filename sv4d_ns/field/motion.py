@@ -27,7 +27,7 @@ _Levels = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Cells a side, first entry and unit of each level."""
 _POINTS_PER_TASK = 4096
 Moments = Sequence[float] | None
-"""All times a tensor of times may hold, where the caller knows them; None looks at the tensor, which waits for a GPU."""
+"""All times a tensor of times may hold, where the caller knows them; None reads the tensor, which waits for a GPU."""
 
 
 @njit(nogil=True, cache=True, fastmath=True, error_model="numpy")

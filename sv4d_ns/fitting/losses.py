@@ -17,7 +17,6 @@ from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 from sv4d_ns.metrics.lpips import Perceptual
 from sv4d_ns.utils.devices import upload
 
-
 SOBEL = np.array([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
 
 
@@ -75,7 +74,7 @@ def bilateral_normal(
     inside = -functional.max_pool2d(-seen[:, None].float(), 3, 1)[:, 0] > 0
     edge = torch.exp(-3 * _sobel(image))
     turning = (1 + _sobel(normals)).sqrt() - 1
-    return (edge * turning)[inside].sum() / inside.sum().clamp(min=1)
+    return (edge * turning * inside).sum() / inside.sum().clamp(min=1)
 
 
 def _sobel(values: Float[Tensor, "p s s c"]) -> Float[Tensor, "p t t"]:

@@ -41,8 +41,8 @@ def _asked(choice: DeviceChoice, otherwise: str) -> str:
 def upload(values: "np.ndarray | torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
     """Values of this process's memory on a device, without waiting for the work that is queued there.
 
-    PyTorch waits unless it is told not to. Of memory that is not pinned CUDA has taken the values when the call returns,
-    so they may change afterwards.
+    PyTorch waits unless it is told not to. Of memory that is not pinned CUDA has taken the values when the call
+    returns, so they may change afterwards.
     """
     import torch
 
