@@ -324,7 +324,7 @@ def field(setting: Setting, note: Note) -> None:
     reached = seconds_to(report["curve"], TARGET_PSNR)
     note("stage 1", {
         "steps/s": 1 / report["seconds_per_step"], f"seconds to {TARGET_PSNR:g} dB": reached,
-        "dB": report["curve"][-1]["psnr"], "peak GiB": peak,
+        "dB": report["curve"][-1]["psnr"] if report["curve"] else None, "peak GiB": peak,
         "encoding": "torch" if setting.on_gpu and encoding == "numba" else encoding,
         "rays": marcher(torch.zeros(1, 3, device=setting.device)),
     })  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import asset_pack
 import gpu
 
+from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
 from sv4d_ns.training_data.gltf_scene import load_scene
 from sv4d_ns.utils.errors import InputError
 
@@ -65,6 +67,8 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path, name: str) -> None:
 
 def test_training_goes_on_to_the_planned_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sv4d_ns.diffusion_training.bundled.train.sample_sheet", lambda *_: None)
+    small = partial(VolumeDenoiser, 16, (8, 8, 16, 16), (16, 16, 8), 8, 1)
+    monkeypatch.setattr("sv4d_ns.diffusion_training.bundled.train.VolumeDenoiser", small)
     part = gpu.PARTS[-1]
     (tmp_path / "plan.json").write_text(json.dumps({"steps": 2, "steps/s": 1.0}))
     gpu.run_part(part, measure(tmp_path).setting(2.0))

@@ -260,7 +260,7 @@ class BatchSampler:
             c2w[at], focal[at] = source.c2w, source.focal
             if normals is not None and source.normals is not None:
                 normals[at] = source.normals[index]
-            size[at] = upload(np.float32([source.rgb.shape[2], source.rgb.shape[1]]), device)
+            size[at] = upload(np.array([source.rgb.shape[2], source.rgb.shape[1]], np.float32), device)
 
         def uniform(stream: int, *shape: int) -> Tensor:
             return upload(randomness.uniform(self.seed, step, shape, stream), device)

@@ -144,7 +144,7 @@ def _surface_terms(
     if weights.deformation_rigidity:
         beside = [moment + shift for moment in batch.moments for shift in (-BESIDE, BESIDE)]
         places = torch.cat([x + 2 * offset, x.new_zeros(len(beside), 3)])
-        times = torch.cat([t, upload(np.float32(beside)[:, None], t.device)])
+        times = torch.cat([t, upload(np.array(beside, np.float32)[:, None], t.device)])
         neighbour = field.deformation(places, times, [*batch.moments, *beside])[: len(x)]
         terms["deformation_rigidity"] = losses.deformation_rigidity(moved, neighbour, 2 * offset)
     return terms
