@@ -190,22 +190,25 @@ def test_a_step_of_both_stages_is_the_same_on_the_card(tmp_path: Path, card: Car
     assert counts == {"reads": 1, "compactions": 3}, places
 
 
-def test_rendering_and_the_viewers_channels_on_the_card(tmp_path: Path, card: Card) -> None:
+def test_pictures_and_the_viewers_channels_on_the_card(
+    tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nerfstudio.cameras.cameras import Cameras
 
-    from sv4d_ns.field.images import render_grid, result_sheet
+    from sv4d_ns.field.images import render_rgba
 
+    monkeypatch.setattr("sv4d_ns.plugin.render_outputs.DEPTH_MAP_SIZE", 8)
     with card:
         *_, (pipeline, _) = step_of("sv4d", tmp_path, "cuda", 40)
-        model, grid = pipeline.model, pipeline.datamanager.grid
-        camera = Cameras(torch.eye(4)[None, :3], 16.0, 16.0, 8.0, 8.0, 16, 16, times=torch.zeros(1, 1)).to("cuda")
+        model, plan = pipeline.model, pipeline.datamanager.grid.plan
+        pose = torch.from_numpy(plan.c2w()[:1, :3]).float()
+        camera = Cameras(pose, 13.0, 13.0, 4.0, 4.0, 8, 8, times=torch.zeros(1, 1)).to("cuda")
         channels = model.get_outputs_for_camera(camera)
         pictures = {name: channels[name] for name in channels}
         assert {value.device for value in pictures.values()} == {CUDA}
-        assert model.get_rgba_image(pictures).shape == (16, 16, 4)
-        renders = render_grid(model.field, model.occupancy, grid, 16, lambda *_: None)
-        assert renders.shape == (3, 8, 16, 16, 4) and isinstance(renders, np.ndarray)
-        assert result_sheet(model.field, model.occupancy, grid, lambda *_: None).figures["input_view_iou"] >= 0
+        assert model.get_rgba_image(pictures).shape == (8, 8, 4)
+        picture = render_rgba(model.field, model.occupancy, plan.c2w()[1], plan.focal_px(8), 8, 0.5)
+        assert picture.shape == (8, 8, 4) and isinstance(picture, np.ndarray)
 
 
 def test_a_step_of_distillation_is_the_same_on_the_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
