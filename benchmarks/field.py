@@ -203,7 +203,7 @@ class Ours:
         batch = self.sampler.draw(number, window, self.canonical)
         out = render_rays(
             self.field, self.occupancy, batch.origins, batch.directions, batch.times,
-            background=batch.background, jitter=batch.jitter,
+            background=batch.background, jitter=batch.jitter, moments=batch.moments,
         )  # fmt: skip
         terms = loss_terms(self.field, self.occupancy, self.flow, out, batch, self.weights, 0, number)
         self.optimizer.zero_grad(set_to_none=True)

@@ -179,7 +179,7 @@ def fit(
         batch = sampler.draw(step, window, canonical)
         profile.lap("batch")
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, config.n_samples,
-                          background=batch.background, jitter=batch.jitter)  # fmt: skip
+                          background=batch.background, jitter=batch.jitter, moments=batch.moments)  # fmt: skip
         n_evaluated += len(out.weights)
         profile.lap("render")
         parts = loss_terms(field, occupancy, flow, out, batch, weights, config.seed, step)

@@ -126,7 +126,7 @@ class Translated(SpaceTimeField):
         density = 60 * torch.sigmoid(20 * (self.radius - (x - centre).norm(dim=-1)))
         return density, torch.sigmoid(8 * (x - centre))
 
-    def density(self, x, t):
+    def density(self, x, t, moments=None):
         return self.density_and_color(x, t)[0]
 
 

@@ -16,6 +16,7 @@ from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion_training.config import TrainConfig
 from sv4d_ns.diffusion_training.data import Batch, batch_images
 from sv4d_ns.diffusion_training.model import TrainedParts, camera_vectors_of
+from sv4d_ns.utils.devices import upload
 
 FIRST_LEVEL_SPREAD = 0.25
 """Standard deviation of ln(sigma) around the sampler's first noise level."""
@@ -67,6 +68,10 @@ class Draws:
     own: Bool[Tensor, " b"]
     known: Bool[Tensor, " b"]
     own_noise: Float[Tensor, "b v c h w"]
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same on another device."""
+        return Draws(**{name: upload(value, device) for name, value in vars(self).items()})
 
 
 def v_target(x: Float[Tensor, "..."], noise: Float[Tensor, "..."], sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -136,7 +141,7 @@ def _draw_one(
 @torch.no_grad()
 def encode(pipeline: StableVideo4D2Pipeline, batch: Batch, device: torch.device) -> Encoded:
     """Latents of a batch from its pictures."""
-    inputs, views = (part.to(device) for part in batch_images(batch, pipeline.vae.config.in_channels))
+    inputs, views = (upload(part, device) for part in batch_images(batch, pipeline.vae.config.in_channels))
     b, t, v = views.shape[:3]
     latents = encode_pictures(pipeline, views.flatten(0, 2)).unflatten(0, (b, t, v))
     condition = encode_pictures(pipeline, inputs.flatten(0, 1)).unflatten(0, (b, t))
@@ -160,7 +165,7 @@ def from_latents(
 ) -> Encoded:
     """Unscaled latents in the scales the network is given them."""
     factor = pipeline.config.conditioning_scaling_factor
-    cameras = camera_vectors_of(batch, tuple(pipeline.config.camera_dims)).to(views.device)
+    cameras = upload(camera_vectors_of(batch, tuple(pipeline.config.camera_dims)), views.device)
     return Encoded(
         views * pipeline.vae.config.scaling_factor, condition * factor, views * factor, images, embeddings, cameras,
         pictures,
@@ -185,24 +190,25 @@ def losses(
     """
     b, t, v = encoded.targets.shape[:3]
     x = encoded.targets.flatten(0, 2)
-    sigma = draws.log_sigma.exp().repeat_interleave(t * v)[:, None, None, None].to(x.device)
-    noise = draws.noise.flatten(0, 2).to(x.device)
-    known = draws.known.to(x.device)
+    any_own = bool(draws.own.any())  # before they are on the device
+    draws = draws.to(x.device)
+    sigma = draws.log_sigma.exp().repeat_interleave(t * v, output_size=b * t * v)[:, None, None, None]
+    noise, known = draws.noise.flatten(0, 2), draws.known
     noisy = (x + sigma * noise) / (sigma.square() + 1).sqrt()
     condition = encoded.condition * known[:, None, None, None, None]
     cameras = encoded.cameras.clone()
     cameras[~known, :, : pipeline.config.camera_dims[0]] = 0
-    references = encoded.views[:, 0] * draws.references[..., None, None, None].to(x.device)
-    if draws.own.any():
+    references = encoded.views[:, 0] * draws.references[..., None, None, None]
+    if any_own:
         own = own_references(pipeline, encoded, draws, first_level(pipeline))
-        mask = (draws.own[:, None] & draws.references)[..., None, None, None].to(x.device)
+        mask = (draws.own[:, None] & draws.references)[..., None, None, None]
         references = torch.where(mask, own, references)
     output = model(
         encoded.images,
         encoded.embeddings,
         known,
         torch.cat([noisy, condition.repeat_interleave(v, dim=1).flatten(0, 1)], dim=1),
-        draws.log_sigma.repeat_interleave(t * v).to(x.device) / 4,
+        draws.log_sigma.repeat_interleave(t * v, output_size=b * t * v) / 4,
         cameras[:, None].expand(b, t, v, -1).flatten(0, 2),
         references.flatten(0, 1),
     ).float()
@@ -236,13 +242,13 @@ def own_references(
     """What the network makes of every sample's first frame in one step, through pictures as in sampling."""
     b, _, v = encoded.targets.shape[:3]
     parts = TrainedParts(pipeline.unet, pipeline.image_encoder)
-    noise = draws.own_noise.flatten(0, 1).to(encoded.targets.device)
-    level = torch.tensor(sigma, device=noise.device)
+    noise = draws.own_noise.flatten(0, 1)
+    level = torch.full((), sigma, device=noise.device)
     noisy = noise * level / (level.square() + 1).sqrt()
     output = parts(
         None if encoded.images is None else encoded.images[:, :1],
         None if encoded.embeddings is None else encoded.embeddings[:, :1],
-        draws.known.to(noise.device),
+        draws.known,
         torch.cat([noisy, encoded.condition[:, :1].repeat_interleave(v, dim=1).flatten(0, 1)], dim=1),
         level.log().expand(b * v) / 4,
         encoded.cameras.flatten(0, 1),

@@ -226,7 +226,9 @@ class Trainer:
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach() / len(pieces)
         totals = {name: self.accelerator.reduce(value, "mean") for name, value in totals.items()}
         norm = self.accelerator.clip_grad_norm_(list(trainable(state.parts).values()), config.max_grad_norm)
-        finite = bool(torch.isfinite(totals["loss"]) & torch.isfinite(norm))
+        *read, grad_norm = torch.stack([*totals.values(), norm]).tolist()  # at once: a GPU is waited for to read
+        values = dict(zip(totals, read, strict=True))
+        finite = math.isfinite(values["loss"]) and math.isfinite(grad_norm)
         if finite or self.accelerator.scaler is not None:
             state.optimizer.step()  # with fp16, a step that overflows is left out, and the scale lowered, in there
         if finite:
@@ -238,10 +240,9 @@ class Trainer:
                 f"The loss was not finite for {self.skipped} steps in a row (step {state.step}): go on from the last "
                 "checkpoint with a lower --learning-rate (named in --changed) or --precision no."
             )
-        values = {name: value.item() for name, value in totals.items()}
         frames = batch.inputs.shape[1]
         return {
-            "step": state.step, **values, "grad_norm": norm.item(), "lr": rate, "frames": frames, "skipped": not finite
+            "step": state.step, **values, "grad_norm": grad_norm, "lr": rate, "frames": frames, "skipped": not finite
         }  # fmt: skip
 
     def run(self) -> Path:

@@ -13,6 +13,7 @@ from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
 from sv4d_ns.fitting import losses
 from sv4d_ns.utils import randomness
+from sv4d_ns.utils.devices import upload
 
 POINTS = 1024
 """Points of a step."""
@@ -41,7 +42,7 @@ def motion_loss(
     # the value of the residual with its gradient in the motion, and none in the field
     pulled = (moved * slope).sum()
     explained = residual + pulled - pulled.detach()
-    offset = torch.from_numpy(rng.normal(size=x.shape)).to(x) * NEIGHBOUR * field.config.half_extent
+    offset = upload(rng.normal(size=x.shape), x.device).to(x) * NEIGHBOUR * field.config.half_extent
     rigid = losses.deformation_rigidity(moved, field.deformation(x + offset, t), offset)
     rest = (moved / field.config.half_extent).square().sum(-1).mean()
     return explained + RIGIDITY * rigid + REST * rest

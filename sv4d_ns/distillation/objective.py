@@ -98,7 +98,8 @@ class Objective:
         self.field, self.occupancy, self.prior, self.anchor = space, occupancy, prior, anchor
         self.num_frames, self.config, self.lpips = num_frames, config, lpips
         self.device = space.aabb.device
-        self.anchor_psnr = 0.0
+        self.anchor_psnr = torch.zeros((), device=self.device)
+        """Of the last step's anchor, dB; not fetched here, because that would wait for the device."""
 
     def terms(self, step: int) -> dict[str, Float[Tensor, ""]]:
         """Every weighted term that is switched on at a step; their sum is what the step minimises."""
@@ -157,7 +158,7 @@ class Objective:
         picture = rendered.rgb.reshape(anchor.size, anchor.size, 3).movedim(-1, 0)[None]
         target = anchor.targets[frame].movedim(-1, 0)[None]
         error = (picture.detach() - target).square().mean().clamp(min=1e-10)
-        self.anchor_psnr = float(-10 * error.log10())
+        self.anchor_psnr = -10 * error.log10()
         terms = {"ssim": 1 - padded_ssim(picture, target), "pixels": (picture - target).square().mean()}
         if self.lpips is not None:
             terms["lpips"] = self.lpips(picture, target)

@@ -18,6 +18,7 @@ from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.diffusion.sv4d.conditioning import GridCondition, camera_angles, camera_vectors, embed_images
 from sv4d_ns.distillation.cameras import DrawnViews
 from sv4d_ns.distillation.schedules import ONE_STEP_NOISE, REFERENCE_NOISE, NoiseLevels
+from sv4d_ns.utils.devices import upload
 
 if TYPE_CHECKING:
     from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
@@ -74,7 +75,7 @@ class ViewPrior(Protocol):
 
 def unit_noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian noise drawn on the CPU, so that it is the same on every device."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    return upload(torch.randn(like.shape, generator=generator), like.device)
 
 
 class FourDMPrior:

@@ -6,6 +6,7 @@ is rendered again when its gradient arrives (deferred back-propagation, Zhang et
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,12 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from sv4d_ns.distillation.losses import depth_variance
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import accumulate, box_step, compositing_weights, march
+from sv4d_ns.field.volume_rendering import accumulate, box_step, colours, compositing_weights, march
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import picture_rays
-
-COLOR_WEIGHT = 1e-4
-"""Samples that contribute less to their pixel are not coloured."""
+from sv4d_ns.utils.devices import upload
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ class RenderSettings:
 
 def grid_rays(plan: ViewPlan, times: Float[Tensor, " f"], size: int, device: torch.device | str) -> Rays:
     """All pixels of the plan's novel views at all times, in (f v y x) order."""
-    c2w = torch.from_numpy(plan.c2w()[1:]).float().to(device)
+    c2w = upload(plan.c2w()[1:].astype(np.float32), device)
     pictures = [picture_rays(camera, plan.focal_px(size), size) for camera in c2w]
     origins, directions = (torch.cat(parts) for parts in zip(*pictures, strict=True))
     frames = len(times)
     return Rays(
         origins.repeat(frames, 1),
         directions.repeat(frames, 1),
-        times.to(device).repeat_interleave(len(origins))[:, None],
+        upload(times, device).repeat_interleave(len(origins))[:, None],
     )
 
 
@@ -77,7 +76,7 @@ def render(
 ) -> Rendered:
     """Render rays with gradient; the random shift of samples along each ray follows from the seed."""
     generator = torch.Generator().manual_seed(seed)
-    jitter = torch.rand(len(rays), generator=generator).to(rays.origins.device)
+    jitter = upload(torch.rand(len(rays), generator=generator), rays.origins.device)
     starts = range(0, len(rays), settings.chunk_rays)
 
     def chunk(start: int) -> tuple[Tensor, ...]:
@@ -108,9 +107,8 @@ def _render_chunk(
     t = rays.times[index]
     queried = field.sample(x, t)
     weights = compositing_weights(queried.density, samples)
-    visible = (weights.detach() > COLOR_WEIGHT).nonzero()[:, 0]
-    color = field.color_from_geometry(queried.geometry[visible])
-    rgb = color.new_zeros(len(rays), 3).index_add(0, index[visible], weights[visible, None] * color)
+    seen: torch.nn.Module = field
+    rgb = colours(seen, queried.geometry, weights, samples)  # type: ignore[arg-type]  # it has the methods this needs
     alpha = accumulate(weights, torch.ones_like(distances)[:, None], samples)[:, 0]
     orientation = _orientation(field, x, t, rays.directions[index], weights.detach(), settings.normals, seed)
     variance = torch.zeros_like(alpha)
@@ -130,11 +128,11 @@ def _orientation(
 ) -> Float[Tensor, ""]:
     """An unbiased estimate of sum w max(n . d, 0)^2 over all samples, from `count` of them drawn by weight."""
     total = weights.double().cumsum(0)
-    if not count or not len(weights) or float(total[-1]) < 1e-6:
+    if not count or not len(weights):
         return weights.new_zeros(())
     # evenly spaced thresholds with a common shift: as even a draw as can be
     generator = torch.Generator().manual_seed(seed)
-    shift = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device)
+    shift = upload(torch.rand(1, generator=generator, dtype=torch.float64), x.device)
     thresholds = (torch.arange(count, device=x.device) + shift) / count * total[-1]
     pick = torch.searchsorted(total, thresholds).clamp(max=len(weights) - 1)
     away = (field.normals(x[pick], t[pick]) * directions[pick]).sum(-1).clamp(min=0).square()

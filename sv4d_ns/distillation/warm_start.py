@@ -16,7 +16,7 @@ SCALE = 1000.0
 """Brings the mean squared errors to the size of the other terms, for optimisers with a memory."""
 
 
-def view_terms(field: SpaceTimeField, occupancy: OccupancyGrid, batch: Batch) -> tuple[dict[str, Tensor], float]:
+def view_terms(field: SpaceTimeField, occupancy: OccupancyGrid, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     """Photometric and mask losses of a batch of rays, weighted, and the batch's PSNR in dB."""
     field_for_rays: torch.nn.Module = field
     rendered = render_rays(
@@ -28,6 +28,7 @@ def view_terms(field: SpaceTimeField, occupancy: OccupancyGrid, batch: Batch) ->
         SAMPLES,
         background=batch.background,
         jitter=batch.jitter,
+        moments=batch.moments,
     )
     weights = LossWeights()
     terms = {
@@ -35,4 +36,4 @@ def view_terms(field: SpaceTimeField, occupancy: OccupancyGrid, batch: Batch) ->
         "mask": weights.mask * losses.mask(rendered.alpha, batch.alpha, batch.weight),
     }
     error = (rendered.rgb.detach() - batch.rgb).square().mean().clamp(min=1e-10)
-    return {name: SCALE * value for name, value in terms.items()}, float(-10 * error.log10())
+    return {name: SCALE * value for name, value in terms.items()}, -10 * error.log10()

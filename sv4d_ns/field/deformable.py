@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sv4d_ns.field.encoding import HashEncoding
 from sv4d_ns.field.hash_grid import HashGrid
-from sv4d_ns.field.motion import KeyframeGrid
+from sv4d_ns.field.motion import KeyframeGrid, Moments
+from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
 
+TETRAHEDRON = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
 EMPTY = -10.0
 """Density logit of places that cannot hold the object."""
 
@@ -204,38 +207,43 @@ class DeformableField(nn.Module):
             self.appearance.start_from(new, known)
         return True
 
-    def deformation(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n 3"]:
+    def deformation(
+        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None
+    ) -> Float[Tensor, "n 3"]:
         """World-unit offset from observed points at time t in [0, 1] to canonical points (zero at canonical_time)."""
-        return 2 * self.config.half_extent * self.motion(self._unit(x), t)
+        return 2 * self.config.half_extent * self.motion(self._unit(x), t, moments)
 
-    def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> FieldSample:
+    def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None) -> FieldSample:
         """Everything but colour, with the deformation evaluated once.
 
         Gradients reach `x` through the canonical point alone, as if the moment's grids were constant around it: their
         own slopes are small, and theirs is a faster kernel without.
         """
         # Nothing moves at the canonical time: the static phase does without the deformation.
-        still = bool((t == self.config.canonical_time).all())
+        canonical_time = self.config.canonical_time
+        still = bool((t == canonical_time).all()) if moments is None else all(m == canonical_time for m in moments)
         seen = x.detach()
-        deformation = torch.zeros_like(seen) if still else self.deformation(seen, t)
+        deformation = torch.zeros_like(seen) if still else self.deformation(seen, t, moments)
         canonical = x + deformation
         logit, geometry = self._canonical(canonical)
         inside = seen.abs().amax(-1) <= self.config.half_extent
         if self.appearance is not None:
-            light = torch.zeros_like(seen) if still else self.appearance(self._unit(seen), t)
+            light = torch.zeros_like(seen) if still else self.appearance(self._unit(seen), t, moments)
             geometry = torch.cat([geometry, light], -1)
-        residual = self.residual(seen, t)
+        residual = self.residual(seen, t, moments)
         if residual is None:
             density = self._density(logit) * (self._possible(canonical) & inside)
         else:
             density = self._density(torch.where(self._possible(canonical), logit, EMPTY) + residual) * inside
         return FieldSample(density, geometry, deformation, canonical, residual)
 
-    def residual(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"] | None:
+    def residual(
+        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None
+    ) -> Float[Tensor, " n"] | None:
         """What the moment adds to the density's logit at observed points; None while it is closed."""
         if self.density_residual is None or not self._residual_is_open or not len(x):
             return None
-        return self.density_residual(self._unit(x), t)[:, 0]
+        return self.density_residual(self._unit(x), t, moments)[:, 0]
 
     def open_residual(self) -> None:
         """From now on, density may differ from moment to moment by more than motion."""
@@ -252,9 +260,9 @@ class DeformableField(nn.Module):
         logit = self.color_head(geometry[:, :features])
         return torch.sigmoid(logit if self.appearance is None else logit + geometry[:, features:])
 
-    def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"]:
+    def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None) -> Float[Tensor, " n"]:
         """Density per world unit in [0, max_density]; zero outside the box."""
-        return self.sample(x, t).density
+        return self.sample(x, t, moments).density
 
     def density_and_color(
         self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]
@@ -267,9 +275,12 @@ class DeformableField(nn.Module):
         """Density per world unit at canonical points; zero outside the box and outside `bounds`."""
         return self._density(self._canonical(xc)[0]) * self._possible(xc)
 
-    def normals(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], epsilon: float = 0.01) -> Float[Tensor, "n 3"]:
+    def normals(
+        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], epsilon: float = 0.01, moments: Moments = None
+    ) -> Float[Tensor, "n 3"]:
         """Unit outward normals at observed points and times (world space; the deformation's Jacobian is included)."""
-        return self._normals(lambda p: self._canonical(p + self.deformation(p, t.repeat(4, 1)))[0], x, epsilon)
+        times = t.repeat(4, 1)
+        return self._normals(lambda p: self._canonical(p + self.deformation(p, times, moments))[0], x, epsilon)
 
     def canonical_normals(self, xc: Float[Tensor, "n 3"], epsilon: float = 0.01) -> Float[Tensor, "n 3"]:
         """Unit outward normals at canonical points (canonical space)."""
@@ -278,7 +289,7 @@ class DeformableField(nn.Module):
     def _normals(self, logit, x: Tensor, epsilon: float) -> Tensor:  # type: ignore[no-untyped-def]
         # Four tetrahedral differences of the logit: smooth over epsilon (a few cells) where the grid's own gradient
         # jumps from cell to cell, and differentiable in the parameters with first derivatives only.
-        corners = x.new_tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+        corners = upload(TETRAHEDRON, x.device).to(x.dtype)
         points = (x[None] + epsilon * corners[:, None]).reshape(-1, 3)
         values = logit(points).reshape(4, -1)
         return nn.functional.normalize(-(values.t() @ corners), dim=-1)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sv4d_ns.field.kernels import fused, njit
@@ -193,16 +193,21 @@ class _Layout:
         return [(a, b) for a, b in pairwise(edges) if a < b]
 
 
+def cell_corners(dimensions: int, device: torch.device) -> Int[Tensor, "c d"]:
+    """0 or 1 along each axis for the 2^d corners of a cell, the first axis fastest; made on the device itself."""
+    number = torch.arange(2**dimensions, device=device)
+    return (number[:, None] >> torch.arange(dimensions, device=device)) & 1
+
+
 def _encode_torch(x: Tensor, table: Tensor, layout: _Layout) -> Tensor:
-    features = []
+    features, corners = [], cell_corners(3, x.device)
     for level in range(layout.n_levels):
         resolution, offset = int(layout.resolutions[level]), int(layout.offsets[level])
         scaled = x.clamp(0, 1) * resolution
         low = scaled.detach().floor().long().clamp(max=resolution - 1)
         fraction = scaled - low
         value = torch.zeros(x.shape[0], table.shape[1], device=x.device, dtype=table.dtype)
-        for corner in range(8):
-            step = torch.tensor([corner & 1, (corner >> 1) & 1, corner >> 2], device=x.device)
+        for step in corners:
             ix, iy, iz = (low + step).unbind(-1)
             if layout.dense[level]:
                 side = resolution + 1

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sv4d_ns.field.encoding import cell_corners
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.threads import run_in_threads
@@ -332,7 +333,7 @@ class _PullBack(torch.autograd.Function):
 
 def _encode_torch(x: Tensor, table: Tensor, levels: GridLevels) -> Tensor:
     dimensions = x.shape[1]
-    corners = torch.cartesian_prod(*[torch.tensor([0, 1], device=x.device)] * dimensions)
+    corners = cell_corners(dimensions, x.device)
     features = []
     for level in range(len(levels)):
         position = x * float(levels.scale[level]) + 0.5

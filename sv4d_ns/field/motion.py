@@ -8,6 +8,7 @@ annealed time frequencies, which fits 3.3 dB less in the same time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +17,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sv4d_ns.field.encoding import cell_corners
 from sv4d_ns.field.kernels import fused, njit
+from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.threads import run_in_threads
 
 _Levels = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Cells a side, first entry and unit of each level."""
 _POINTS_PER_TASK = 4096
+Moments = Sequence[float] | None
+"""All times a tensor of times may hold, where the caller knows them; None reads the tensor, which waits for a GPU."""
 
 
 @njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
@@ -136,14 +141,13 @@ class _FusedKeyframes(torch.autograd.Function):
 
 
 def _keyframes_torch(table: Tensor, x: Tensor, slot: Tensor, weight: Tensor, levels: _Levels) -> Tensor:
-    out = x.new_zeros(len(x), table.shape[2])
+    out, corners = x.new_zeros(len(x), table.shape[2]), cell_corners(3, x.device)
     for resolution, offset, unit in zip(*(numbers.tolist() for numbers in levels), strict=True):
         scaled = x.clamp(0, 1) * resolution
         low = scaled.detach().long().clamp(max=resolution - 1)
         fraction = scaled - low
         side = resolution + 1
-        for corner in range(8):
-            step = torch.tensor([corner & 1, (corner >> 1) & 1, corner >> 2], device=x.device)
+        for step in corners:
             ix, iy, iz = (low + step).unbind(-1)
             share = torch.where(step.bool(), fraction, 1 - fraction).prod(-1) * unit
             entry = offset + (iz * side + iy) * side + ix
@@ -181,36 +185,40 @@ class KeyframeGrid(nn.Module):
         self.backend = backend
         self.keyframes = nn.ParameterList([nn.Parameter(torch.zeros(sum(counts), channels)) for _ in range(keyframes)])
 
-    def forward(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, "n c"]:
+    def forward(
+        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None
+    ) -> Float[Tensor, "n c"]:
         """Vectors at points in [0, 1]^3 (clamped) and times in [0, 1] (clamped)."""
-        slots, weight, used = self._around(t[:, 0])
+        slots, weight, used = self._around(t[:, 0], moments)
         table = torch.stack([self.keyframes[k] for k in used])
         if fused(self.backend, x) and not x.requires_grad:
             return _FusedKeyframes.apply(table, x.contiguous().float(), slots, weight, self.levels)
         return _keyframes_torch(table, x, slots, weight, self.levels)
 
-    def _around(self, t: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    def _around(self, t: Float[Tensor, " n"], moments: Moments) -> tuple[Tensor, Tensor, list[int]]:
         """The keyframes before and after each time (numbers within `used`), their weights, and those in use."""
-        last = len(self.keyframes) - 1
-        position = t.detach().clamp(0, 1) * last
+        low, high, fraction = self._neighbours(t)
+        if moments is None:
+            first, last = low, high
+        else:  # of few numbers in this process's memory: the same arithmetic, and nobody waits
+            first, last, _ = self._neighbours(torch.tensor(moments, dtype=torch.float32))
+        used = torch.bincount(torch.cat([first, last]), minlength=len(self.keyframes)).nonzero()[:, 0].tolist()
+        number = np.zeros(len(self.keyframes), np.int64)
+        number[used] = np.arange(len(used))
+        place = upload(number, t.device)
+        if bool((first == last).all()):
+            return place[low][:, None], torch.ones_like(fraction)[:, None], used
+        return torch.stack([place[low], place[high]], -1), torch.stack([1 - fraction, fraction], -1), used
+
+    def _neighbours(self, t: Float[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The keyframes before and after each time (the same one on a keyframe), and how far it is from the first."""
+        position = t.detach().clamp(0, 1) * (len(self.keyframes) - 1)
         # Frame times come from a division; a hair beside a keyframe is that keyframe.
         nearest = position.round()
         position = torch.where((position - nearest).abs() < 1e-3, nearest, position)
         low = position.floor().long()
-        high = (low + 1).clamp(max=last)
         fraction = position - low
-        between = bool((fraction > 0).any())
-        present = torch.bincount(low, minlength=last + 1)
-        if between:
-            present += torch.bincount(high[fraction > 0], minlength=last + 1)
-        used = present.nonzero()[:, 0]
-        number = torch.zeros(last + 1, dtype=torch.long, device=t.device)
-        number[used] = torch.arange(len(used), device=t.device)
-        if not between:
-            return number[low][:, None], torch.ones_like(position)[:, None], used.tolist()
-        high = torch.where(fraction > 0, high, low)
-        weight = torch.stack([1 - fraction, fraction], -1)
-        return torch.stack([number[low], number[high]], -1), weight, used.tolist()
+        return low, torch.where(fraction > 0, low + 1, low), fraction
 
     @torch.no_grad()
     def start_from(self, new: int, known: int, shift: Float[Tensor, " 3"] | None = None) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.geometry.rays import project
+from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
 
 DISTANCE_REACH = 0.15
@@ -69,6 +70,8 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("density", torch.full(shape, 50 * threshold))
         self.register_buffer("occupied", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("distance", torch.zeros(shape, dtype=torch.float16), persistent=False)
+        self._bands: dict[tuple[int, float], Tensor] = {}
+        """What `band` found since the last carving."""
 
     @property
     def cell_size(self) -> float:
@@ -134,6 +137,7 @@ class OccupancyGrid(nn.Module):
         for k in (~seen).nonzero().flatten().tolist():
             nearest = int((times - k / max(self.bins - 1, 1)).abs().argmin())
             hull[k] = kept[max(nearest - 1, 0) : nearest + 2].any(0)
+        self._bands.clear()
         self.hull.copy_(hull)
         self.occupied.copy_(hull)
         for k in range(self.bins):
@@ -202,10 +206,10 @@ class OccupancyGrid(nn.Module):
         so a moving surface always has a free cell to move into.
         """
         cells = self.hull[bin_index].nonzero()
-        jitter = torch.rand(cells.shape, generator=generator).to(cells.device)
+        jitter = upload(torch.rand(cells.shape, generator=generator), cells.device)
         points = (cells + jitter) * self.cell_size - self.half_extent
-        time = torch.full((len(cells), 1), bin_index / max(self.bins - 1, 1), device=points.device)
-        seen = field.density(points, time)
+        moment = bin_index / max(self.bins - 1, 1)
+        seen = field.density(points, torch.full_like(points[:, :1], moment), [moment])
         density = self.density[bin_index]
         i, j, k = cells.unbind(-1)
         density[i, j, k] = torch.maximum(density[i, j, k] * self.decay, seen)
@@ -232,14 +236,16 @@ class OccupancyGrid(nn.Module):
 
     def band(self, bin_index: int, width: float) -> Int[Tensor, "m 3"]:
         """Cells of a bin whose centre is within `width` of its hull's surface."""
-        return (self.distance[bin_index].abs() <= width).nonzero()
+        if (bin_index, width) not in self._bands:  # asked in every step, and the hull stays
+            self._bands[bin_index, width] = (self.distance[bin_index].abs() <= width).nonzero()
+        return self._bands[bin_index, width]
 
     def draw_points(self, cells: Int[Tensor, "m 3"], count: int, rng: np.random.Generator) -> Float[Tensor, "n 3"]:
         """`count` world positions, evenly drawn from these cells; none if there are no cells."""
         if not len(cells):
             return cells.new_zeros(0, 3).float()
-        pick = torch.from_numpy(rng.integers(0, len(cells), count)).to(cells.device)
-        within = torch.from_numpy(rng.random((count, 3), dtype=np.float32)).to(cells.device)
+        pick = upload(rng.integers(0, len(cells), count), cells.device)
+        within = upload(rng.random((count, 3), dtype=np.float32), cells.device)
         return (cells[pick] + within) * self.cell_size - self.half_extent
 
     def distance_at(self, x: Float[Tensor, "n 3"], bin_index: int) -> Float[Tensor, " n"]:

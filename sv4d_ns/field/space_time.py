@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from sv4d_ns.field.deformable import FieldSample
 from sv4d_ns.field.hash_grid import HashGrid
+from sv4d_ns.field.motion import Moments
 from sv4d_ns.utils.errors import InputError
 
 SPACE_OCTAVES, TIME_OCTAVES = 3, 3
@@ -121,8 +122,8 @@ class SpaceTimeField(nn.Module):
         """Density per unit of length from features; positive and unbounded."""
         return functional.softplus(self.density_net(features)[:, 0] + self._bias(x))
 
-    def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> FieldSample:
-        """Density, zero outside the box, and the features for `color_from_geometry`."""
+    def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None) -> FieldSample:
+        """Density, zero outside the box, and the features for `color_from_geometry`; any time will do."""
         features = self.features(x, t)
         inside = x.detach().abs().amax(-1) <= self.config.half_extent
         return FieldSample(self.density_of(features, x) * inside, features, torch.zeros_like(x), x)
@@ -131,8 +132,8 @@ class SpaceTimeField(nn.Module):
         """sRGB colour in [0, 1] from features."""
         return torch.sigmoid(self.color_net(geometry))
 
-    def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]) -> Float[Tensor, " n"]:
-        """Density per unit of length; zero outside the box."""
+    def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None) -> Float[Tensor, " n"]:
+        """Density per unit of length; zero outside the box; any time will do."""
         return self.sample(x, t).density
 
     def density_and_color(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.kernels import fused, njit
+from sv4d_ns.field.motion import Moments
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.utils.threads import run_in_threads
 
@@ -153,7 +154,7 @@ def nerfacc_works() -> bool:
     """Whether nerfacc and its CUDA extension (compiled at its first use) are there."""
     try:
         from nerfacc.cuda._backend import _C  # its Python part imports without it
-    except (ImportError, OSError, RuntimeError):
+    except Exception:  # whatever its build raises: IndexError where there is a compiler and no card
         return False
     return _C is not None
 
@@ -261,6 +262,23 @@ def accumulate(weights: Float[Tensor, " m"], values: Float[Tensor, "m c"], sampl
     return out.index_add(0, samples.ray_indices, weights[:, None] * values)
 
 
+def colours(
+    field: DeformableField, geometry: Float[Tensor, "m g"], weights: Float[Tensor, " m"], samples: RaySamples
+) -> Float[Tensor, "n 3"]:
+    """Sums of the samples' colours along each ray, without a background; of those that count (`COLOR_WEIGHT`).
+
+    On a CPU only these are coloured. A GPU would be waited for to find them, which costs more than colouring all.
+    """
+    rays, counts = samples.ray_indices, weights.detach() > COLOR_WEIGHT
+    if weights.device.type == "cpu":
+        colored = counts.nonzero()[:, 0]
+        rays, geometry, weights = rays[colored], geometry[colored], weights[colored]
+    else:
+        weights = weights * counts
+    color = field.color_from_geometry(geometry)
+    return color.new_zeros(samples.n_rays, 3).index_add(0, rays, weights[:, None] * color)
+
+
 def render_rays(
     field: DeformableField,
     occupancy: OccupancyGrid,
@@ -271,13 +289,14 @@ def render_rays(
     background: Float[Tensor, " 3"] | None = None,
     jitter: Float[Tensor, " n"] | None = None,
     bounds: Bounds | None = None,
+    moments: Moments = None,
 ) -> RenderOutput:
     """Render rays (unit directions, times in [0, 1]).
 
     `n_samples` divides the box diagonal; only samples in occupied cells are evaluated, so the real count is far
     lower. `background` (default white) fills what alpha leaves; an [n, 3] tensor gives each ray its own. `jitter` in
     [0, 1) shifts each ray's samples (training: uniform random); None centres them (deterministic rendering). Nothing
-    outside `bounds` is rendered.
+    outside `bounds` is rendered. `moments` are all the rays' times, where the caller knows them.
     """
     if jitter is None:
         jitter = origins.new_full((origins.shape[0],), 0.5)
@@ -285,11 +304,9 @@ def render_rays(
     samples = march(occupancy, origins, directions, times, step, jitter, bounds)
     rays, distances = samples.ray_indices, samples.distances
     positions = origins[rays] + distances[:, None] * directions[rays]
-    queried = field.sample(positions, times[rays])
+    queried = field.sample(positions, times[rays], moments)
     weights = compositing_weights(queried.density, samples)
-    colored = (weights.detach() > COLOR_WEIGHT).nonzero()[:, 0]
-    color = field.color_from_geometry(queried.geometry[colored])
-    rgb = color.new_zeros(samples.n_rays, 3).index_add(0, rays[colored], weights[colored, None] * color)
+    rgb = colours(field, queried.geometry, weights, samples)
     sums = accumulate(weights, torch.stack([torch.ones_like(distances), distances], -1), samples)
     alpha = sums[:, 0]
     fill = background if background is not None else rgb.new_ones(3)

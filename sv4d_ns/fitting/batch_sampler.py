@@ -24,6 +24,7 @@ from sv4d_ns.fitting.schedule import ScheduleConfig, Window
 from sv4d_ns.fitting.train_views import INPUT_VIEW, TrainView
 from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.utils import randomness
+from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
 
 
@@ -152,6 +153,11 @@ class Batch:
     patches: int
     patch_side: int
 
+    @property
+    def moments(self) -> tuple[float, ...]:
+        """The times of the frames drawn."""
+        return tuple(frame / max(self.n_frames - 1, 1) for frame in self.frames)
+
 
 class BatchSampler:
     """Draws the rays of a step: its batch follows from (seed, step) and the weights of the views."""
@@ -248,18 +254,22 @@ class BatchSampler:
         normals = None if all(view.normals is None for view in self.views) else torch.zeros_like(rgb)
         for number in np.unique(view):
             source = self.views[number]
-            at = torch.from_numpy(np.flatnonzero(view == number)).to(device)
-            index = tuple(torch.from_numpy(values[view == number]).to(device) for values in (frame, row, column))
+            at = upload(np.flatnonzero(view == number), device)
+            index = tuple(upload(values[view == number], device) for values in (frame, row, column))
             rgb[at], alpha[at], weight[at] = source.rgb[index], source.alpha[index], source.weight[index]
             c2w[at], focal[at] = source.c2w, source.focal
             if normals is not None and source.normals is not None:
                 normals[at] = source.normals[index]
-            size[at] = torch.tensor([source.rgb.shape[2], source.rgb.shape[1]], device=device).float()
-        xy = torch.from_numpy(np.stack([column, row], -1)).to(device).float()
-        xy = xy + (randomness.uniform(self.seed, step, (count, 2), stream=5).to(device) if self.config.spread else 0.5)
+            size[at] = upload(np.array([source.rgb.shape[2], source.rgb.shape[1]], np.float32), device)
+
+        def uniform(stream: int, *shape: int) -> Tensor:
+            return upload(randomness.uniform(self.seed, step, shape, stream), device)
+
+        xy = upload(np.stack([column, row], -1), device).float()
+        xy = xy + (uniform(5, count, 2) if self.config.spread else 0.5)
         origins, directions = pixel_rays(xy, c2w, focal, size)
-        background = randomness.uniform(self.seed, step, (3,), stream=4).to(device)
-        times = torch.from_numpy(frame / max(first.rgb.shape[0] - 1, 1)).to(device).float()
+        background = uniform(4, 3)
+        times = upload(frame / max(first.rgb.shape[0] - 1, 1), device).float()
         return Batch(
             origins=origins,
             directions=directions,
@@ -269,9 +279,9 @@ class BatchSampler:
             alpha=alpha,
             weight=weight,
             background=background,
-            jitter=randomness.uniform(self.seed, step, (count,), stream=1).to(device),
+            jitter=uniform(1, count),
             normals=normals,
-            view=torch.from_numpy(np.array([source.number for source in self.views])[view]).to(device),
+            view=upload(np.array([source.number for source in self.views])[view], device),
             agreeing=self.agreeing,
             frames=frames,
             n_frames=first.rgb.shape[0],

@@ -6,6 +6,7 @@ structural loss on patches, needs none. The printout of a run says which it has.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch.nn import functional
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 from sv4d_ns.metrics.lpips import Perceptual
+from sv4d_ns.utils.devices import upload
+
+SOBEL = np.array([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
 
 
 def photometric(rendered: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"], weight: Float[Tensor, " n"]) -> Tensor:
@@ -70,12 +74,12 @@ def bilateral_normal(
     inside = -functional.max_pool2d(-seen[:, None].float(), 3, 1)[:, 0] > 0
     edge = torch.exp(-3 * _sobel(image))
     turning = (1 + _sobel(normals)).sqrt() - 1
-    return (edge * turning)[inside].sum() / inside.sum().clamp(min=1)
+    return (edge * turning * inside).sum() / inside.sum().clamp(min=1)
 
 
 def _sobel(values: Float[Tensor, "p s s c"]) -> Float[Tensor, "p t t"]:
     """Length of Sobel's gradient over both directions and all channels, [p, s - 2, s - 2]."""
-    row = values.new_tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    row = upload(SOBEL, values.device).to(values.dtype) / 8
     kernels = torch.stack([row, row.t()])[:, None]
     channels = values.permute(0, 3, 1, 2)
     gradient = functional.conv2d(channels.reshape(-1, 1, *channels.shape[2:]), kernels)

@@ -4,6 +4,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from sv4d_ns.fitting.scene_flow import SceneFlow
 from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.metrics.lpips import Perceptual
 from sv4d_ns.utils import randomness
+from sv4d_ns.utils.devices import upload
 
 REGULARISED_POINTS = 384
 """Surface points a step's smoothness terms look at."""
@@ -110,7 +112,7 @@ def _patch_terms(
         return terms
     rays = batch.rays + rows
     surface = batch.origins[rays] + rendered.depth.detach()[rays, None] * batch.directions[rays]
-    found = field.normals(surface, batch.times[rays])
+    found = field.normals(surface, batch.times[rays], moments=batch.moments)
     normals = torch.zeros_like(made).view(-1, 3).index_copy(0, rows, found).view_as(made)
     if has_estimate:
         assert batch.normals is not None
@@ -128,10 +130,10 @@ def _surface_terms(
     if not len(seen):
         return {}
     rng = randomness.generator(seed, step, 2)
-    pick = seen[torch.from_numpy(rng.integers(0, len(seen), REGULARISED_POINTS)).to(seen.device)]
+    pick = seen[upload(rng.integers(0, len(seen), REGULARISED_POINTS), seen.device)]
     x, moved = rendered.positions[pick], rendered.deformation[pick]
     t = batch.times[rendered.ray_indices[pick]]
-    offset = torch.from_numpy(NEIGHBOUR_SCALE * rng.normal(size=x.shape)).to(x)
+    offset = upload(NEIGHBOUR_SCALE * rng.normal(size=x.shape), x.device).to(x)
     terms = {}
     if weights.normal_smoothness:
         terms["normal_smoothness"] = losses.normal_smoothness(field, (x + moved).detach(), 0.5 * offset)
@@ -140,10 +142,10 @@ def _surface_terms(
     if weights.deformation:
         terms["deformation"] = losses.deformation_magnitude(rendered.deformation, rendered.weights)
     if weights.deformation_rigidity:
-        last = max(batch.n_frames - 1, 1)
-        beside = t.new_tensor([[frame / last + shift] for frame in batch.frames for shift in (-BESIDE, BESIDE)])
+        beside = [moment + shift for moment in batch.moments for shift in (-BESIDE, BESIDE)]
         places = torch.cat([x + 2 * offset, x.new_zeros(len(beside), 3)])
-        neighbour = field.deformation(places, torch.cat([t, beside]))[: len(x)]
+        times = torch.cat([t, upload(np.array(beside, np.float32)[:, None], t.device)])
+        neighbour = field.deformation(places, times, [*batch.moments, *beside])[: len(x)]
         terms["deformation_rigidity"] = losses.deformation_rigidity(moved, neighbour, 2 * offset)
     return terms
 

@@ -16,6 +16,7 @@ from sv4d_ns.field.occupancy import DISTANCE_REACH, OccupancyGrid
 from sv4d_ns.fitting import losses
 from sv4d_ns.fitting.scene_flow import SceneFlow
 from sv4d_ns.utils import randomness
+from sv4d_ns.utils.devices import upload
 
 NEIGHBOUR_SCALE = 0.02
 """Standard deviation of the offsets of those terms, world units (about one cell of a 64^3 grid)."""
@@ -94,10 +95,10 @@ def flow_loss(
     known, new = flow.matches(frame.known, frame.new).draw(points, rng)
     if not len(new):
         return new.sum()  # nothing could be followed: nothing is owed
-    last = max(occupancy.bins - 1, 1)
+    before, now = (number / max(occupancy.bins - 1, 1) for number in (frame.known, frame.new))
     with torch.no_grad():
-        origin = known + field.deformation(known, torch.full_like(known[:, :1], frame.known / last))
-    moved = field.deformation(new, torch.full_like(new[:, :1], frame.new / last))
+        origin = known + field.deformation(known, torch.full_like(known[:, :1], before), [before])
+    moved = field.deformation(new, torch.full_like(new[:, :1], now), [now])
     return losses.scene_flow(new + moved, origin, occupancy.cell_size)
 
 
@@ -105,6 +106,7 @@ def flow_loss(
 class Band:
     """Points around the hulls of some moments."""
 
+    moments: list[float]
     x: Tensor
     t: Tensor
     distance: Tensor
@@ -112,25 +114,26 @@ class Band:
 
 
 def draw_band(occupancy: OccupancyGrid, bins: list[int], rng: np.random.Generator) -> Band | None:
-    points, times, distances = [], [], []
+    moments, points, times, distances = [], [], [], []
     for k in bins:
         x = occupancy.draw_points(occupancy.band(k, BAND), BAND_POINTS, rng)
         if not len(x):
             continue
+        moments.append(k / max(occupancy.bins - 1, 1))
         points.append(x)
-        times.append(torch.full_like(x[:, :1], k / max(occupancy.bins - 1, 1)))
+        times.append(torch.full_like(x[:, :1], moments[-1]))
         distances.append(occupancy.distance_at(x, k))
     if not points:
         return None
     x = torch.cat(points)
-    offset = torch.from_numpy(2 * NEIGHBOUR_SCALE * rng.normal(size=x.shape)).to(x)
-    return Band(x, torch.cat(times), torch.cat(distances), offset)
+    offset = upload(2 * NEIGHBOUR_SCALE * rng.normal(size=x.shape), x.device).to(x)
+    return Band(moments, x, torch.cat(times), torch.cat(distances), offset)
 
 
 def band_losses(field: DeformableField, occupancy: OccupancyGrid, band: Band) -> tuple[Tensor, Tensor]:
     """Registration and rigidity of the deformation at a band's points."""
     canonical = occupancy.nearest_bin(field.config.canonical_time)
-    moved = field.deformation(torch.cat([band.x, band.x + band.offset]), torch.cat([band.t, band.t]))
+    moved = field.deformation(torch.cat([band.x, band.x + band.offset]), torch.cat([band.t, band.t]), band.moments)
     here, neighbour = moved.chunk(2)
     landed = occupancy.distance_at(band.x + here, canonical)
     landing = losses.registration(landed, band.distance, occupancy.cell_size, DISTANCE_REACH)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sv4d_ns.geometry.rays import project, sample_picture
+from sv4d_ns.utils.devices import upload
 
 LARGEST_SIDE = 256
 """Pixels a side of the pictures flow is found in: pictures are brought to it."""
@@ -65,13 +67,18 @@ class Matches:
     weight: Float[Tensor, " m"]
     """In [0, 1]: how well the views agree."""
 
+    @cached_property
+    def _edges(self) -> Float[np.ndarray, " m"]:
+        """Running sums of the weights; fetched once, because each fetch waits for the device."""
+        return self.weight.cpu().double().cumsum(0).numpy()
+
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
         """Some of them, by their weight: where they are before and after; none if no view knows anything."""
-        edges = self.weight.cpu().double().cumsum(0).numpy()
+        edges = self._edges
         if not len(edges) or not edges[-1] > 0:
             return self.before[:0], self.after[:0]
         places = np.searchsorted(edges, rng.random(count) * edges[-1], side="right")
-        pick = torch.from_numpy(places).to(self.before.device)
+        pick = upload(places, self.before.device)
         return self.before[pick], self.after[pick]
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.images import over_white
 
 WINDOW, SIGMA = 11, 1.5
@@ -96,7 +97,7 @@ def padded_ssim(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Flo
     Gaussian window of 11 pixels; `ssim` leaves the border out, which gives other values.
     """
     channels, c1, c2 = a.shape[1], 0.01**2, 0.03**2
-    kernel = gaussian_window().to(a).expand(channels, 1, -1, -1)
+    kernel = upload(gaussian_window(), a.device).to(a).expand(channels, 1, -1, -1)
 
     def mean(x: Tensor) -> Tensor:
         return functional.conv2d(x, kernel, padding=WINDOW // 2, groups=channels)

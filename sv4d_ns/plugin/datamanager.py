@@ -500,11 +500,13 @@ class SV4DDataManager(VanillaDataManager):
 def _with_targets(batch: "Batch") -> tuple[RayBundle, dict[str, Any]]:
     """A batch's rays with all that rendering them takes, and the batch."""
     bundle = _ray_bundle(batch)
-    bundle.metadata = {
+    carried: dict[str, Any] = {
         "jitter": batch.jitter[:, None],
         "background": batch.background.expand(len(bundle), 3),
         "view": batch.view[:, None],
+        "moments": batch.moments,
     }
+    bundle.metadata = carried
     return bundle, {"batch": batch}
 
 

@@ -123,7 +123,7 @@ class FourDiffusionPipeline(SV4DPipeline):
         _, batch = self.datamanager.next_eval(step)
         with torch.no_grad():
             terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch["batch"])
-        return {}, terms, {"psnr": torch.tensor(psnr)}
+        return {}, terms, {"psnr": psnr}
 
     def go_back(self, step: int) -> None:
         """As the other method's, and with other views and noise in distillation, too."""
@@ -139,25 +139,21 @@ class FourDiffusionPipeline(SV4DPipeline):
         return 0  # whatever a config.yml says: this method has no second stage
 
     def _terms(self, step: int) -> dict[str, Tensor]:
-        import torch
-
         from sv4d_ns.distillation.motion import motion_loss
 
         assert self._objective is not None
         terms: dict[str, Tensor] = {}
-        psnr = 0.0
         warm_up_steps = self._warm_up_steps()
         if step < warm_up_steps:
             from sv4d_ns.distillation.warm_start import view_terms
 
             batch = self.datamanager.training_sampler().draw(step, self.space_model.frame_window(step), 0)
-            terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
+            terms, self._objective_psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
         if step >= warm_up_steps:
             terms |= self._objective.terms(step - warm_up_steps)
-            psnr = self._objective.anchor_psnr
+            self._objective_psnr = self._objective.anchor_psnr
             field, occupancy = self.space_model.field, self.space_model.occupancy
             terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, self._seed(), step)
-        self._objective_psnr = torch.tensor(psnr)
         return terms
 
     def _warm_up_steps(self) -> int:

@@ -161,6 +161,7 @@ class SV4DModel(Model):
         from sv4d_ns.field.volume_rendering import render_rays
 
         assert ray_bundle.times is not None
+        moments: Any = ray_bundle.metadata["moments"]
         return render_rays(
             self.field,
             self.occupancy,
@@ -170,6 +171,7 @@ class SV4DModel(Model):
             self.config.train_samples,
             background=ray_bundle.metadata["background"],
             jitter=ray_bundle.metadata["jitter"][:, 0],
+            moments=moments,
         )
 
     @torch.no_grad()

@@ -5,9 +5,13 @@ import platform
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sv4d_ns.utils.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -34,6 +38,17 @@ def choose_device(choice: DeviceChoice) -> tuple[Literal["cpu", "cuda"], str]:
 
 def _asked(choice: DeviceChoice, otherwise: str) -> str:
     return otherwise if choice == "auto" else f"--device {choice} asks for it"
+
+
+def upload(values: "np.ndarray | torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
+    """Values of this process's memory on a device, without waiting for the work that is queued there.
+
+    PyTorch waits unless it is told not to. Of memory that is not pinned CUDA has taken the values when the call
+    returns, so they may change afterwards.
+    """
+    import torch
+
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 def ensure_ffmpeg_on_path() -> None:

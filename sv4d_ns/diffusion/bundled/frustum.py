@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, OBJECT_BOX
+from sv4d_ns.utils.devices import upload
 
 BALL_RADIUS = 0.58
 """Nothing is farther from the middle of the scene, world units: the object box is inscribed in the viewing cone."""
@@ -68,13 +69,13 @@ class Frustum:
 @lru_cache(maxsize=16)
 def cell_points(frustum: Frustum, size: int, device: torch.device) -> Float[Tensor, "d h w 3"]:
     """`Frustum.points` as a float32 tensor that is made once."""
-    return torch.from_numpy(frustum.points(size)).float().to(device)
+    return upload(frustum.points(size).astype(np.float32), device)
 
 
 @lru_cache(maxsize=16)
 def ball_mask(frustum: Frustum, size: int, device: torch.device) -> Bool[Tensor, "d h w"]:
     """`Frustum.in_ball` as a tensor that is made once."""
-    return torch.from_numpy(frustum.in_ball(size)).to(device)
+    return upload(frustum.in_ball(size), device)
 
 
 _FORWARD = np.diag([1.0, 1.0, -1.0, 1.0])

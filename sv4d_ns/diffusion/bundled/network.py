@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sv4d_ns.diffusion.bundled.frustum import Frustum, ball_mask, cell_points, project
 from sv4d_ns.diffusion.bundled.rendering import Volume
+from sv4d_ns.utils.devices import upload
 
 SIGMA_DATA = 0.5
 """Standard deviation of pictures in [-1, 1] (EDM, arXiv 2206.00364, table 1)."""
@@ -117,7 +118,7 @@ def time_positions(frames: int, channels: int, like: Tensor) -> Float[Tensor, "t
     """Sinusoids of the frame number with periods from 4 to 64 frames."""
     rates = 2 * torch.pi / torch.logspace(2, 6, channels // 2, base=2.0)
     angles = torch.arange(frames)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(like)
+    return upload(torch.cat([angles.sin(), angles.cos()], dim=-1), like.device).to(like)
 
 
 def time_mask(frames: int, device: torch.device) -> Bool[Tensor, "t t"]:

@@ -18,6 +18,7 @@ from sv4d_ns.diffusion.bundled.network import TIME_REACH, VolumeDenoiser
 from sv4d_ns.diffusion.bundled.pictures import continued, premultiplied
 from sv4d_ns.diffusion.bundled.rendering import Volume, render_rays
 from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, look_at_cameras
+from sv4d_ns.utils.devices import upload
 
 STATE_AZIMUTHS = (72.0, 144.0, 216.0, 288.0)
 """Cameras of the noised views, relative to the input; which pictures are asked for in the end does not matter."""
@@ -128,17 +129,17 @@ class BundledVideoPipeline(DiffusionPipeline):
         frustum = Frustum(radius, fov_deg)
         elevations = input_elevation_deg + np.array([0.0, *elevations_deg])
         c2w = look_at_cameras(np.array([0.0, *azimuths_deg]), elevations, radius)
-        asked = torch.from_numpy(relative_poses(c2w[1:], c2w[0])).float().to(device)
+        asked = _poses(c2w[1:], c2w[0])
         state_poses = asked if initial_views is not None else self._state_poses(input_elevation_deg, frustum, c2w)
         side = self.denoiser.config.image_size
-        small = _resized(premultiplied(frames), side).to(device)
-        image = torch.from_numpy(continued(frames)).movedim(-1, 1).to(device)
+        small = upload(_resized(premultiplied(frames), side), device)
+        image = upload(continued(frames), device).movedim(-1, 1)
         views = torch.zeros(len(frames), len(state_poses), 4, side, side, device=device)
         if initial_views is not None:
-            views = to_diffusion_space(_resized(premultiplied(initial_views), side).to(device))
+            views = to_diffusion_space(upload(_resized(premultiplied(initial_views), side), device))
         sigmas = self.sigmas(num_inference_steps or self.config.num_inference_steps, strength)
         for step, sigma in enumerate(self.progress_bar(sigmas)):
-            noise = torch.randn(views.shape[1:], generator=generator).to(device)
+            noise = upload(torch.randn(views.shape[1:], generator=generator), device)
             volumes = self._denoise(
                 small, image, input_elevation_deg, views + sigma * noise, sigma, state_poses, frustum
             )
@@ -171,11 +172,11 @@ class BundledVideoPipeline(DiffusionPipeline):
         frustum, device = Frustum(radius, fov_deg), self._execution_device
         elevations = input_elevation_deg + np.array([0.0, *elevations_deg])
         c2w = look_at_cameras(np.array([0.0, *azimuths_deg]), elevations, radius)
-        poses = torch.from_numpy(relative_poses(c2w[1:], c2w[0])).float().to(device)
+        poses = _poses(c2w[1:], c2w[0])
         side = self.denoiser.config.image_size
-        frames = _resized(premultiplied(video), side).to(device)
-        image = torch.from_numpy(continued(video)).movedim(-1, 1).to(device)
-        volumes = self._denoise(frames, image, input_elevation_deg, noised.to(device), sigma, poses, frustum)
+        frames = upload(_resized(premultiplied(video), side), device)
+        image = upload(continued(video), device).movedim(-1, 1)
+        volumes = self._denoise(frames, image, input_elevation_deg, upload(noised, device), sigma, poses, frustum)
         return to_diffusion_space(render_views(volumes, poses, side, frustum))
 
     def check_inputs(
@@ -207,7 +208,7 @@ class BundledVideoPipeline(DiffusionPipeline):
     ) -> Float[Tensor, "n 4 4"]:
         elevations = np.full(len(STATE_AZIMUTHS), input_elevation_deg)
         state = look_at_cameras(np.array(STATE_AZIMUTHS), elevations, frustum.radius)
-        return torch.from_numpy(relative_poses(state, c2w[0])).float().to(self._execution_device)
+        return _poses(state, c2w[0])
 
     def _denoise(
         self,
@@ -222,7 +223,7 @@ class BundledVideoPipeline(DiffusionPipeline):
         """The volumes predicted from noised views, in windows as wide as attention along time reaches."""
         told = torch.full((1,), elevation_deg, device=frames.device)
         levels = torch.full((1, noised.shape[1]), sigma, device=frames.device)
-        to_camera = torch.linalg.inv(poses)[None]
+        to_camera = upload(torch.linalg.inv(poses), frames.device)[None]
         reach = TIME_REACH * len(self.denoiser.blocks)
         parts = []
         for first in range(0, len(frames), MOMENTS):
@@ -255,6 +256,11 @@ def _as_array(video: Any) -> np.ndarray:
     return np.stack([np.asarray(frame.convert("RGBA")) for frame in video])
 
 
+def _poses(c2w: Float[np.ndarray, "v 4 4"], input_c2w: Float[np.ndarray, "4 4"]) -> Float[Tensor, "v 4 4"]:
+    """`relative_poses` as float32, on the CPU: a GPU would be waited for to invert them."""
+    return torch.from_numpy(relative_poses(c2w, input_c2w)).float()
+
+
 def _resized(rgba: Float[np.ndarray, "*batch p p 4"], size: int) -> Float[Tensor, "*batch 4 s s"]:
     """Premultiplied pictures at the network's size."""
     values = torch.from_numpy(rgba).movedim(-1, -3)
@@ -269,10 +275,11 @@ def render_views(
     volumes: Volume, poses: Float[Tensor, "v 4 4"], size: int, frustum: Frustum
 ) -> Float[Tensor, "n v 4 p p"]:
     """Premultiplied RGBA of every moment from cameras whose `poses` lead to the input camera's coordinates."""
-    rays = torch.from_numpy(pixel_directions(size, frustum.fov_deg)).float().reshape(-1, 3).to(volumes.density.device)
+    device = volumes.density.device
+    rays = upload(pixel_directions(size, frustum.fov_deg).astype(np.float32), device).reshape(-1, 3)
     moments = len(volumes.density)
     views = []
-    for pose in poses:
+    for pose in upload(poses, device):
         directions = (rays @ pose[:3, :3].T).expand(moments, -1, 3)
         origins = pose[:3, 3].expand(moments, len(rays), 3)
         views.append(render_rays(volumes, origins, directions, frustum))

@@ -22,6 +22,8 @@ STEP = 0.018
 """Distance between samples, world units: about a cell of a 64^3 grid."""
 MAX_SAMPLES = int(np.ceil(2.0 * BALL_RADIUS / STEP))
 """No ray has more inside the ball."""
+SAMPLES_AT_ONCE = 2**24
+"""Of all rays, where the twin makes them: about 1 GiB."""
 OPAQUE = 6.9
 """Optical depth at which a ray ends: a thousandth of the light is left."""
 CLEAR = 1e-5
@@ -68,14 +70,16 @@ def render_rays(
     if volume.density.device.type == "cpu":
         arguments = (volume.density, volume.colour, volume.gate, volume.image, origins, unit)
         return _Compiled.apply(*(tensor.float() for tensor in arguments), constants)  # type: ignore[no-any-return]
-    return render_rays_torch(volume, origins, unit, frustum)
+    at_once = max(1, SAMPLES_AT_ONCE // (MAX_SAMPLES * len(origins)))
+    parts = zip(origins.split(at_once, 1), unit.split(at_once, 1), strict=True)
+    return torch.cat([render_rays_torch(volume, *part, frustum) for part in parts], 1)
 
 
 def entry_and_length(
     origins: Float[Tensor, "b n 3"], directions: Float[Tensor, "b n 3"], radius: float
 ) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n"]]:
     """Where unit rays enter the ball around the middle of the scene, and how long they stay; 0 for those that miss."""
-    middle = origins - origins.new_tensor([0.0, 0.0, radius])
+    middle = torch.cat([origins[..., :2], origins[..., 2:] - radius], -1)
     along = (middle * directions).sum(-1)
     half = (along.square() - middle.square().sum(-1) + BALL_RADIUS**2).clamp(min=0.0).sqrt()
     return -along - half, 2.0 * half

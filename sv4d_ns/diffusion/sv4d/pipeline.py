@@ -28,6 +28,7 @@ from sv4d_ns.diffusion.memory import Chunks
 from sv4d_ns.diffusion.sv4d.conditioning import GridCondition, camera_angles, camera_vectors, embed_images
 from sv4d_ns.diffusion.sv4d.guidance import Guidance, guide
 from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
+from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.images import over_white
 
@@ -315,7 +316,8 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
         batch = batch.to(device, dtype)
         scales = None if scales is None else scales.to(device)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # on the CPU: on another device diffusers would wait for every single level
+        self.scheduler.set_timesteps(num_inference_steps)
         begin = num_inference_steps - self.steps_to_run(num_inference_steps, strength)
         self.scheduler.set_begin_index(begin)
         if start is None:
@@ -326,7 +328,7 @@ class StableVideo4D2Pipeline(DiffusionPipeline, LoraLoader):
         self._interrupt = False
         self._num_timesteps = num_inference_steps - begin
         with self.progress_bar(total=self._num_timesteps) as bar:
-            for step, timestep in enumerate(self.scheduler.timesteps[begin:]):
+            for step, timestep in enumerate(upload(self.scheduler.timesteps[begin:], device)):
                 if self._interrupt:
                     break
                 prediction = self._predict(latents, timestep, batch, scales)

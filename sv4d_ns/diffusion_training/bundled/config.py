@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sv4d_ns.diffusion_training.bundled.data import BatchShape
 from sv4d_ns.utils.errors import InputError
 
-FREE = ("output_dir", "threads", "device", "checkpoint_every", "sheet_every", "minutes", "changed")
+FREE = ("output_dir", "threads", "workers", "device", "checkpoint_every", "sheet_every", "minutes", "changed")
 """Settings that do not decide the losses."""
 
 
@@ -61,7 +61,9 @@ class BundledTrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is one."""
     threads: int = 1
-    """CPU threads of the network; data is made on one more."""
+    """CPU threads of the network."""
+    workers: int = 1
+    """Processes that make data, each on a thread of its own and with up to 1.5 GB of decoded assets."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     sheet_every: int = 500
@@ -84,7 +86,8 @@ class BundledTrainConfig:
 
 def check(config: BundledTrainConfig) -> None:
     """Raise InputError for settings that cannot be used."""
-    numbers = ("steps", "moments", "clip_frames", "views", "rays", "warmup_steps", "decay_steps", "checkpoint_every")
+    numbers = ("steps", "moments", "clip_frames", "views", "rays", "warmup_steps", "decay_steps", "checkpoint_every",
+               "workers")  # fmt: skip
     for name in numbers:
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1.")

@@ -30,7 +30,7 @@ from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Sourc
 from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
 from sv4d_ns.diffusion_training.train import MAX_SKIPPED, truncate_log
-from sv4d_ns.utils.devices import choose_device
+from sv4d_ns.utils.devices import choose_device, upload
 from sv4d_ns.utils.errors import InputError
 
 CREATURES = "creatures"
@@ -127,10 +127,16 @@ class Trainer:
         self.skipped = 0
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the present step on, made in a process of their own while earlier ones are used."""
+        """The batches from the present step on, made in processes of their own while earlier ones are used.
+
+        They come in the order of their steps, however many processes make them.
+        """
         coming = range(self.state.step, self.config.steps)
         steps = StepDataset(self.config, self.model.config.image_size)
-        return iter(DataLoader(steps, batch_size=None, sampler=coming, num_workers=1, multiprocessing_context="spawn"))
+        workers = self.config.workers
+        return iter(
+            DataLoader(steps, batch_size=None, sampler=coming, num_workers=workers, multiprocessing_context="spawn")
+        )
 
     def step(self, batch: Batch) -> dict[str, Any]:
         """One step; returns what is logged. A step whose loss or gradient is not finite leaves the weights unchanged.
@@ -144,7 +150,7 @@ class Trainer:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
         draws = objective.draw(config.seed, state.step, tuple(batch.views.shape), config.most_noise_share)
-        draws = objective.Draws(**{name: value.to(self.device) for name, value in vars(draws).items()})
+        draws = objective.Draws(**{name: upload(value, self.device) for name, value in vars(draws).items()})
         use_bf16 = config.precision == "bf16"
         context = torch.autocast(self.device.type, torch.bfloat16) if use_bf16 else contextlib.nullcontext()
         with context:
@@ -152,7 +158,9 @@ class Trainer:
         parts["loss"].backward()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        finite = bool(torch.isfinite(parts["loss"]) & torch.isfinite(norm))
+        *read, grad_norm = torch.stack([*(value.detach() for value in parts.values()), norm]).tolist()  # at once
+        values = dict(zip(parts, read, strict=True))
+        finite = math.isfinite(values["loss"]) and math.isfinite(grad_norm)
         if finite:
             state.optimizer.step()
             state.average.step(parameters)
@@ -163,10 +171,9 @@ class Trainer:
                 f"The loss was not finite for {self.skipped} steps in a row (step {state.step}): go on from the last "
                 "checkpoint with a lower --learning-rate (named in --changed) or --precision no."
             )
-        values = {name: value.item() for name, value in parts.items()}
         frames = batch.frames.shape[1]
         return {
-            "step": state.step, **values, "grad_norm": norm.item(), "lr": rate, "frames": frames, "skipped": not finite
+            "step": state.step, **values, "grad_norm": grad_norm, "lr": rate, "frames": frames, "skipped": not finite
         }  # fmt: skip
 
     def run(self) -> Path:
