@@ -229,7 +229,7 @@ def test_evaluation_path(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in folder.tensors(CAMERAS) if n.startswith("imagedream_")] if folder.has(CAMERAS) else []
+    "name", sorted(n for n in folder.tensors(CAMERAS) if n.startswith("imagedream_")) if folder.has(CAMERAS) else []
 )
 def test_sampling_cameras(name):
     elevation, azimuth = (float(part[2:]) for part in name.partition(".")[2].split("_"))
