@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +32,7 @@ def render_rgba(
     focal: float,
     size: int,
     time: float,
+    wanted: Bool[np.ndarray, "size size"] | None = None,
 ) -> UInt8[np.ndarray, "size size 4"]:
     """One square picture of the field, sRGB with straight alpha.
 
@@ -39,15 +40,33 @@ def render_rgba(
         c2w: OpenGL camera-to-world matrix.
         focal: pixels; the principal point is the centre.
         time: in [0, 1].
+        wanted: the pixels to draw, the others stay white and transparent; None draws all.
     """
     matrix = torch.as_tensor(c2w, dtype=torch.float32, device=field.aabb.device)
     origins, directions = picture_rays(matrix, focal, size)
+    if wanted is not None:
+        picture = np.full((size, size, 4), (255, 255, 255, 0), np.uint8)
+        drawn = torch.from_numpy(wanted).to(matrix.device).reshape(-1)
+        picture[wanted] = _rays_rgba(field, occupancy, origins[drawn], directions[drawn], time)
+        return picture
+    return _rays_rgba(field, occupancy, origins, directions, time).reshape(size, size, 4)
+
+
+def _rays_rgba(
+    field: "DeformableField",
+    occupancy: "OccupancyGrid",
+    origins: Float[Tensor, "n 3"],
+    directions: Float[Tensor, "n 3"],
+    time: float,
+) -> UInt8[np.ndarray, "n 4"]:
+    if not len(origins):
+        return np.zeros((0, 4), np.uint8)
     times = torch.full_like(origins[:, :1], time)
     out = render_rays_chunked(field, occupancy, origins, directions, times)
     alpha = out["alpha"][:, None].clamp(0, 1)
     colour = (out["rgb"] - (1 - alpha)) / alpha.clamp(min=1e-3)
     rgba = torch.cat([torch.where(alpha > 2e-3, colour.clamp(0, 1), torch.ones_like(colour)), alpha], -1)
-    return (rgba * 255).round().byte().reshape(size, size, 4).cpu().numpy()
+    return (rgba * 255).round().byte().cpu().numpy()
 
 
 @torch.no_grad()
