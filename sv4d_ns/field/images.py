@@ -13,7 +13,7 @@ from sv4d_ns.field.volume_rendering import render_rays_chunked
 from sv4d_ns.geometry.rays import picture_rays
 from sv4d_ns.metrics.images import pooled_iou, pooled_psnr
 from sv4d_ns.utils.callbacks import Progress
-from sv4d_ns.utils.images import over_white, resize_rgba, tiled
+from sv4d_ns.utils.images import labelled, over_white, resize_rgba
 from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def result_sheet(
     """What came out, as a picture and as figures.
 
     The picture's columns are moments; its rows are the input video, the field at the input camera, and the field at
-    the novel views. The figures compare the field with the input video at the input camera, at the sheet's size.
+    the novel views, each with its name. The figures compare the field with the input video at the input camera, at the sheet's size.
     """
     frames = np.unique(np.linspace(0, grid.num_frames - 1, SHEET_COLUMNS).round().astype(int))
     c2w, focal = grid.plan.c2w(), grid.plan.focal_px(SHEET_SIZE)
@@ -134,7 +134,7 @@ def result_sheet(
     inputs = resize_rgba(grid.input_frames[frames], SHEET_SIZE)
     truth, made = over_white(inputs) / 255.0, over_white(renders[:, 0]) / 255.0
     rows = [over_white(inputs), *over_white(renders).swapaxes(0, 1)]
-    sheet = tiled(rows)
+    sheet = labelled(rows, _row_names(grid, shown[1:]), [f"{frame}: {frame / grid.fps:.2f} s" for frame in frames])
     summary = {
         "input_view_psnr": pooled_psnr(truth, made),
         "input_view_iou": pooled_iou(inputs[..., 3], renders[:, 0, ..., 3]),
@@ -142,3 +142,10 @@ def result_sheet(
         "novel_views_shown": [grid.plan.azimuths_deg[view - 1] for view in shown[1:]],
     }
     return ResultSheet(Image.fromarray(sheet), summary, frames, tuple(shown[1:]), renders[:, 1:, ..., 3])
+
+
+def _row_names(grid: ViewGrid, views: list[int]) -> list[str]:
+    """Of the sheet's rows: degrees are relative to the input view, as everywhere."""
+    places = [(grid.plan.azimuths_deg[view - 1], grid.plan.elevations_deg[view - 1]) for view in views]
+    novel = [f"render {azimuth:g}°" + (f", {up:+g}° up" if up else "") for azimuth, up in places]
+    return ["input", "render 0°", *novel]
