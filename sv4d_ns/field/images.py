@@ -120,7 +120,8 @@ def result_sheet(
     """What came out, as a picture and as figures.
 
     The picture's columns are moments; its rows are the input video, the field at the input camera, and the field at
-    the novel views, each with its name. The figures compare the field with the input video at the input camera, at the sheet's size.
+    the novel views, each with its name. The figures compare the field with the input video at the input camera, at the
+    sheet's size.
     """
     frames = np.unique(np.linspace(0, grid.num_frames - 1, SHEET_COLUMNS).round().astype(int))
     c2w, focal = grid.plan.c2w(), grid.plan.focal_px(SHEET_SIZE)
