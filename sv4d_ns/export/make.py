@@ -5,10 +5,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
+from scipy import ndimage
 
-from sv4d_ns.export.colour.baking import Picture, SurfacePoints, confidence, filled, gather, vertices_as_points
+from sv4d_ns.export.colour.baking import (
+    DepthMaps,
+    Picture,
+    SurfacePoints,
+    confidence,
+    filled,
+    gather,
+    vertices_as_points,
+)
 from sv4d_ns.export.colour.film import FilmColors, film_colors, levelled, mirrored
+from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.colour.texture import bake, unwrap
 from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
 from sv4d_ns.export.formats.sequence import Still
@@ -24,12 +34,14 @@ from sv4d_ns.export.surface.extraction import (
     opacity_grid,
     solid_and_level,
     surface_of,
+    vertex_graph,
     vertex_normals,
 )
 from sv4d_ns.export.surface.mending import mended
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import refitted, registered
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
+from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
 from sv4d_ns.views.grid import ViewGrid
 
@@ -48,11 +60,19 @@ FIELD_ELEVATIONS_DEG = (-50.0, 0.0, 50.0)
 """Rings of cameras, relative to the input view's elevation, of the pictures of the field."""
 FIELD_AZIMUTHS = 6
 """Cameras on each ring."""
+NEARLY_BEST = 0.25
+"""Share of the best camera's weight at a place from which another camera draws it, too."""
+RINGS_BESIDE = 4
+"""Rings of vertices, of those the film shows, that the field is drawn at: there the two layers are brought together."""
+DRAWN_BESIDE = 3
+"""Pixels around those that are wanted that are drawn, too: whether a silhouette is near shows in them."""
 FULL_WEIGHT = 0.05
 """Weight from which a texel is what its pictures show: one picture that sees it at 60 degrees."""
 
 FILM_FULL = 0.03
 """Weight from which a place shows the film alone: the sharpest frame sees it at 72 degrees."""
+PROBE_FACES = 10_000
+"""Faces of the surface whose motion says what the film contradicts: nodes of the grid move like what is around them."""
 FINE_VIDEO = 384
 """Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
 for each pixel of an object that fills the picture, on either side of it."""
@@ -96,12 +116,14 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     """The canonical mesh and where its vertices are at every frame."""
     frames, film = run.views.num_frames, input_pictures(run.views)
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
-    surface, tracks = _surface_and_motion(run, grid, solid, level, options, terminal)
     if run.deforms:
-        solid, cut = carved(grid, solid, level, surface.vertices, tracks.positions, film)
-        if cut:
-            terminal.say(f"{cut:.2%} of the matter would stand outside the film's silhouettes; it was cut away")
-            surface, tracks = _surface_and_motion(run, grid, solid, level, options, terminal)
+        solid = _carved(run, grid, solid, level, film, terminal)
+    surface = surface_of(solid, level, grid, options.max_faces, options.watertight)
+    terminal.say(
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
+        f"{surface.dropped_parts} floating parts dropped"
+    )
+    tracks = _motion(run, surface, grid, options.resolution, terminal)
     positions = tracks.positions
     with terminal.bar("fitting the outlines", frames) as advance:
         positions = fitted_to_outlines(positions, surface.faces, film, advance=advance)
@@ -124,31 +146,40 @@ def _solid(
     return grid, completed(grid, solid, level, film), level
 
 
-def _surface_and_motion(
+def _carved(
     run: FinishedRun,
     grid: OpacityGrid,
     solid: Float[np.ndarray, "r r r"],
     level: float,
-    options: Options,
+    film: Sequence[Picture],
     terminal: "Terminal",
-) -> tuple[CanonicalMesh, Tracks]:
-    """The surface at rest and where the field's motion takes it, drawn-out skin mended."""
-    surface = surface_of(solid, level, grid, options.max_faces, options.watertight)
-    terminal.say(
-        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
-        f"{surface.dropped_parts} floating parts dropped"
-    )
+) -> Float[np.ndarray, "r r r"]:
+    """`solid` without what the field's motion takes out of the film's silhouettes."""
+    from sv4d_ns.export.terminal import BarsAlone
+
+    probe = surface_of(solid, level, grid, PROBE_FACES)
+    tracks = _motion(run, probe, grid, len(solid), BarsAlone(terminal))
+    solid, cut = carved(grid, solid, level, probe.vertices, tracks.positions, film)
+    if cut:
+        terminal.say(f"{cut:.2%} of the matter would stand outside the film's silhouettes; it was cut away")
+    return solid
+
+
+def _motion(
+    run: FinishedRun, surface: CanonicalMesh, grid: OpacityGrid, resolution: int, terminal: "Terminal"
+) -> Tracks:
+    """Where the field's motion takes a surface, drawn-out skin mended."""
     diagonal = float(np.linalg.norm(grid.high - grid.low))
-    tracks = _followed(run, surface, diagonal, options.resolution, terminal)
+    tracks = _followed(run, surface, diagonal, resolution, terminal)
     if not run.deforms:
-        return surface, tracks
+        return tracks
     shapes = silhouettes(input_pictures(run.views))
     positions, changed = mended(tracks.positions, surface.vertices, surface.faces, shapes, run.canonical_frame)
     if changed.any():
         terminal.say(
             f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended"
         )
-    return surface, Tracks(positions.astype(np.float32), tracks.residuals, tracks.guessed | changed)
+    return Tracks(positions.astype(np.float32), tracks.residuals, tracks.guessed | changed)
 
 
 def _film_at_vertices(
@@ -159,7 +190,7 @@ def _film_at_vertices(
         np.stack([vertex_normals(x, faces) for x in positions]),
         vertices_as_points(faces, positions.shape[1]),
     )
-    return filled(*film_colors(film, positions, normals, faces, corners).at(corners), faces)
+    return filled(*film_colors(film, positions, normals, faces, corners).at_corners, faces)
 
 
 def _followed(
@@ -215,12 +246,18 @@ class Layers:
 
     def at(self, points: SurfacePoints) -> Float[np.ndarray, "k 3"]:
         """sRGB in [0, 1]."""
-        color, weight = self.under(points)
-        color = _mixed(color, weight / FULL_WEIGHT, points.at(self.under_colors, self.faces))
         if self.film is None or self.correction is None:
-            return color
-        seen, weight = self.film.at(points)
-        return _mixed(seen, weight / FILM_FULL, color + points.at(self.correction, self.faces)).clip(0, 1)
+            return self._under(points)
+        color, weight = self.film.at(points)
+        rest = np.flatnonzero(weight < FILM_FULL)
+        some = SurfacePoints(points.face[rest], points.barycentric[rest])
+        under = self._under(some) + some.at(self.correction, self.faces)
+        color[rest] = _mixed(color[rest], weight[rest] / FILM_FULL, under)
+        return color.clip(0, 1)
+
+    def _under(self, points: SurfacePoints) -> Float[np.ndarray, "k 3"]:
+        color, weight = self.under(points)
+        return _mixed(color, weight / FULL_WEIGHT, points.at(self.under_colors, self.faces))
 
 
 def _mixed(over: np.ndarray, share: np.ndarray, under: np.ndarray) -> np.ndarray:
@@ -239,8 +276,9 @@ def colored(
         tracks.positions, faces, np.zeros((count, 3), np.uint8), np.zeros(count), options.fps or run.views.fps
     )
     corners = vertices_as_points(faces, count)
-    sure = _confidence(run.views, plain, corners, terminal)
-    layers = _layers(run, surface, plain, corners, options.texture, terminal)
+    depths = DepthMaps(plain.positions, faces)
+    sure = _confidence(run.views, plain, corners, depths, terminal)
+    layers = _layers(run, surface, plain, corners, depths, options.texture, terminal)
     color = layers.at(corners)
     mesh = replace(plain, colors=np.round(color * 255).astype(np.uint8), confidence=sure)
     if options.texture == "none":
@@ -256,14 +294,14 @@ def colored(
 
 
 def _confidence(
-    views: ViewGrid, mesh: AnimatedMesh, corners: SurfacePoints, terminal: "Terminal"
+    views: ViewGrid, mesh: AnimatedMesh, corners: SurfacePoints, depths: DepthMaps, terminal: "Terminal"
 ) -> Float[np.ndarray, " n"]:
     """Which cameras saw each vertex."""
     generated = [picture for picture in generated_pictures(views) if picture.frame % CONFIDENCE_EVERY == 0]
-    kinds = input_pictures(views), generated
-    with terminal.bar("who saw what", sum(map(len, kinds))) as advance:
-        seen = [gather(kind, corners, mesh.positions, mesh.normals, mesh.faces, advance)[1] for kind in kinds]
-    sure = confidence(*seen)
+    film = input_pictures(views)
+    with terminal.bar("who saw what", len(film) + len(generated)) as advance:
+        moving = corners, mesh.positions, mesh.normals, mesh.faces, advance
+        sure = confidence(gather(film, *moving, depths)[1], gather(generated, *moving)[1])
     shares = ", ".join(
         f"{(sure == value).mean():.0%} {name}" for value, name in ((1, "observed"), (0.5, "generated"), (0, "unseen"))
     )
@@ -276,28 +314,87 @@ def _layers(
     surface: CanonicalMesh,
     mesh: AnimatedMesh,
     corners: SurfacePoints,
+    depths: DepthMaps,
     texture: TextureSource,
     terminal: "Terminal",
 ) -> Layers:
     """What colours come from."""
+    film = None
+    shown = np.zeros(len(surface.vertices), dtype=bool)
+    if texture in ("film", "none"):
+        film = film_colors(input_pictures(run.views), mesh.positions, mesh.normals, mesh.faces, corners, depths)
+        shown = ~_grown(film.at_corners[1] < FILM_FULL, mesh.faces, RINGS_BESIDE)
     if texture == "views":
         pictures = [*input_pictures(run.views), *generated_pictures(run.views)]
     else:
         with terminal.bar("drawing the field", len(field_cameras(run.views.plan))) as advance:
-            size = UNDER_PICTURE_SIZE if texture in ("film", "none") else FIELD_PICTURE_SIZE
-            pictures = field_pictures(run, run.canonical_frame, size, advance)
+            size = UNDER_PICTURE_SIZE if film is not None else FIELD_PICTURE_SIZE
+            pictures = _field_where(run, mesh, corners, depths, ~shown, size, advance)
 
     def under(points: SurfacePoints) -> tuple[np.ndarray, np.ndarray]:
-        return gather(pictures, points, mesh.positions, mesh.normals, mesh.faces)
+        return gather(pictures, points, mesh.positions, mesh.normals, mesh.faces, None, depths)
 
     color, weight = under(corners)
+    if film is not None:  # the field is not drawn where the film shows all; its mirror image may be seen by nobody
+        color, weight = np.where(shown[:, None], film.at_corners[0], color), np.where(shown, 1.0, weight)
     color, known = mirrored(surface.vertices, color, weight > 0)
     color = filled(color, np.where(known, np.maximum(weight, 1e-6), 0), mesh.faces)
-    if texture in ("field", "views"):
+    if film is None:
         return Layers(under, color, mesh.faces)
-    film = film_colors(input_pictures(run.views), mesh.positions, mesh.normals, mesh.faces, corners)
-    seen, weight = film.at(corners)
-    return Layers(under, color, mesh.faces, film, levelled(seen, weight, color, mesh.faces))
+    return Layers(under, color, mesh.faces, film, levelled(*film.at_corners, color, mesh.faces))
+
+
+def _grown(chosen: Bool[np.ndarray, " n"], faces: Int[np.ndarray, "f 3"], rings: int) -> Bool[np.ndarray, " n"]:
+    """Vertices and so many rings of neighbours."""
+    graph = vertex_graph(faces, len(chosen))
+    for _ in range(rings):
+        chosen = chosen | (graph @ chosen.astype(np.float64) > 0)
+    return chosen
+
+
+def _field_where(
+    run: FinishedRun,
+    mesh: AnimatedMesh,
+    corners: SurfacePoints,
+    depths: DepthMaps,
+    wanted: Bool[np.ndarray, " n"],
+    size: int,
+    advance: Callable[[], None],
+) -> list[Picture]:
+    """`field_pictures` of the canonical frame, drawn only where they show wanted vertices as well as any of them does;
+    the rest is not believed."""
+    frame, plan = run.canonical_frame, run.views.plan
+    blank = np.full((size, size, 4), 255, np.uint8)
+    seen = [
+        gather(
+            [Picture(blank, camera, plan.focal_px(1), frame)],
+            corners, mesh.positions, mesh.normals, mesh.faces, None, depths,
+        )[1]
+        for camera in field_cameras(plan)
+    ]  # fmt: skip
+    best = np.max(seen, axis=0)
+    masks, covered = [], []
+    for camera, weight in zip(field_cameras(plan), seen, strict=True):
+        drawn = rasterise(
+            *project_array(mesh.positions[frame], camera, plan.focal_px(size), size), mesh.faces, size
+        ).face
+        useful = wanted & (weight > NEARLY_BEST * best)
+        mask = (drawn >= 0) & useful[mesh.faces].any(axis=1)[drawn]
+        masks.append(ndimage.binary_dilation(mask, iterations=DRAWN_BESIDE))
+        covered.append(drawn >= 0)
+    pictures = field_pictures(run, frame, size, advance, masks)
+    return [
+        replace(picture, rgba=_completed_alpha(picture.rgba, mask, inside), confidence=255 * mask.astype(np.uint8))
+        for picture, mask, inside in zip(pictures, masks, covered, strict=True)
+    ]
+
+
+def _completed_alpha(
+    rgba: UInt8[np.ndarray, "s s 4"], drawn: Bool[np.ndarray, "s s"], inside: Bool[np.ndarray, "s s"]
+) -> UInt8[np.ndarray, "s s 4"]:
+    """The object's own alpha where it was not drawn, so that the edge of what was drawn is no silhouette."""
+    alpha = np.where(drawn, rgba[..., 3], np.where(inside, 255, 0))
+    return np.concatenate([rgba[..., :3], alpha[..., None].astype(np.uint8)], axis=-1)
 
 
 def input_pictures(views: ViewGrid) -> list[Picture]:
@@ -330,9 +427,13 @@ def field_cameras(plan: ViewPlan) -> Float[np.ndarray, "v 4 4"]:
 
 
 def field_pictures(
-    run: FinishedRun, frame: int, size: int = FIELD_PICTURE_SIZE, advance: Callable[[], None] | None = None
+    run: FinishedRun,
+    frame: int,
+    size: int = FIELD_PICTURE_SIZE,
+    advance: Callable[[], None] | None = None,
+    wanted: Sequence[Bool[np.ndarray, "size size"]] | None = None,
 ) -> list[Picture]:
-    """Renderings of the field at a frame from all sides, `size` pixels along their sides.
+    """Renderings of the field at a frame from all sides, `size` pixels along their sides; of the wanted pixels alone.
 
     The views constrained the colours of whole rays, not of points: the field's colour at the surface itself is the
     outermost, least supervised layer's, and 2 to 3 dB worse than what a rendering shows there.
@@ -341,8 +442,9 @@ def field_pictures(
 
     plan, time = run.views.plan, run.time(frame)
     pictures = []
-    for camera in field_cameras(plan):
-        rgba = render_rgba(run.field, run.occupancy, camera, plan.focal_px(size), size, time)
+    for number, camera in enumerate(field_cameras(plan)):
+        pixels = None if wanted is None else wanted[number]
+        rgba = render_rgba(run.field, run.occupancy, camera, plan.focal_px(size), size, time, pixels)
         pictures.append(Picture(rgba, camera, plan.focal_px(1), frame))
         if advance is not None:
             advance()

@@ -73,8 +73,7 @@ class SV4DModel(Model):
 
     def populate_modules(self) -> None:
         """Make the field and the occupancy grid (one bin for every frame of the clip)."""
-        from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
-        from sv4d_ns.field.occupancy import OccupancyGrid
+        from sv4d_ns.field.clip import clip_field
         from sv4d_ns.fitting.schedule import ScheduleConfig
 
         super().populate_modules()
@@ -82,13 +81,7 @@ class SV4DModel(Model):
         torch.set_flush_denormal(True)
         self.num_frames: int = self.kwargs["metadata"]["num_frames"]
         self.canonical_frame: int = self.kwargs["metadata"]["canonical_frame"]
-        canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
-        self.field = DeformableField(
-            DeformableFieldConfig(
-                keyframes=self.num_frames, canonical_time=canonical_time, encoding_backend=self.config.encoding
-            )
-        )
-        self.occupancy = OccupancyGrid(self.num_frames)
+        self.field, self.occupancy = clip_field(self.num_frames, self.canonical_frame, self.config.encoding)
         self.schedule = ScheduleConfig()
         self._flow: SceneFlow | None = None
         self._perceptual: tuple[Perceptual | None, str] | None = None

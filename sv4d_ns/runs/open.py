@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sv4d_ns.runs.safe_config import check_config
+from sv4d_ns.runs.layout import checkpoint_steps, newest_views, read_checkpoint
+from sv4d_ns.runs.safe_config import Outline, check_config, config_outline
 from sv4d_ns.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,13 +53,71 @@ class FinishedRun:
 
 
 def load_run(load_config: Path) -> FinishedRun:
-    """Open a run through nerfstudio; views are read from the run's grid, no diffusion weights are needed.
+    """Open a run; views are read from the run's grid, no diffusion weights are needed.
+
+    A whole run of sv4d is opened as it lies, without nerfstudio, whose import takes as long as half an export; all
+    others, and what is amiss with any, are nerfstudio's to open.
 
     Raises:
         InputError: no such file, not a nerfstudio config, another method's run, a config without its run beside it, or
             no checkpoint yet.
     """
     check_config_path(load_config)
+    return _open_plainly(load_config) or _open_through_nerfstudio(load_config)
+
+
+PLAIN_METHODS = {"sv4d_ns.plugin.trainer.SV4DTrainerConfig": "sv4d_ns.plugin.model.SV4DModel"}
+"""Trainers' configurations whose runs need nothing of nerfstudio to be opened, and the model they must have."""
+
+
+def _open_plainly(load_config: Path) -> FinishedRun | None:
+    """A run of sv4d with its views and checkpoints beside its config.yml; None for any other."""
+    config, folder = config_outline(load_config), load_config.absolute().parent
+    model = _setting(config, "pipeline", "model")
+    if config is None or model is None or PLAIN_METHODS.get(config.name) != _setting(model, "_target"):
+        return None
+    views, models = newest_views(folder), folder / "nerfstudio_models"
+    if views is None or not checkpoint_steps(models):
+        return None
+    import torch
+
+    from sv4d_ns.field.clip import clip_field
+    from sv4d_ns.fitting.train_views import largest_silhouette
+    from sv4d_ns.views.grid import ViewGrid
+
+    step = checkpoint_steps(models)[-1]
+    state = read_checkpoint(models / f"step-{step:09d}.ckpt")
+    grid = ViewGrid.load(views)
+    torch.set_flush_denormal(True)  # as in training
+    field, occupancy = clip_field(grid.num_frames, largest_silhouette(grid), _setting(model, "encoding") or "numba")
+    try:
+        field.load_state_dict(_part(state["pipeline"], "_model.field."))
+        occupancy.load_state_dict(_part(state["pipeline"], "_model.occupancy."))
+    except (RuntimeError, AttributeError, TypeError):
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = config.settings["method_name"]
+    return FinishedRun(
+        field=field.to(device).eval(),
+        occupancy=occupancy.to(device).eval(),
+        views=grid,
+        name=config.settings.get("experiment_name") or method,
+        extras=provenance_extras(grid.provenance, method, step),
+    )
+
+
+def _setting(outline: Any, *names: str) -> Any:
+    """A setting of a config's outline by its path; None where there is none."""
+    for name in names:
+        outline = outline.settings.get(name) if isinstance(outline, Outline) else None
+    return outline
+
+
+def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _open_through_nerfstudio(load_config: Path) -> FinishedRun:
     check_config(load_config)
     import yaml
     from nerfstudio.utils.eval_utils import eval_setup

@@ -16,6 +16,7 @@ import yaml
 from yaml.constructor import FullConstructor
 
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.moved import MOVED
 
 TRUSTED = ("nerfstudio", "sv4d_ns", "torch.optim")
 """Packages whose classes a config may name."""
@@ -89,3 +90,41 @@ def check_config(path: Path) -> None:
         raise InputError(f"{path} is not a nerfstudio config.yml: give the one in the run's folder.") from error
     if not dataclasses.is_dataclass(config):
         raise InputError(f"{path} is not a nerfstudio config.yml: give the one in the run's folder.")
+
+
+class _OutlineLoader(yaml.SafeLoader):
+    """Builds no object at all: instances are dicts of their settings, named things their names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """An instance in a config: its class's name and its settings."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+def _outlined(loader: yaml.SafeLoader, suffix: str, node: Any) -> Any:
+    kind, _, name = suffix.partition(":")
+    if name and not any(name.startswith(f"{package}.") for package in (*TRUSTED, "pathlib")):
+        raise _Refused(name)
+    module, _, last = name.rpartition(".")
+    name = f"{MOVED.get(module, module)}.{last}"
+    if kind == "name":
+        return name
+    if isinstance(node, yaml.MappingNode):
+        return Outline(name, loader.construct_mapping(node, deep=True))
+    return loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else None
+
+
+_OutlineLoader.add_multi_constructor("tag:yaml.org,2002:python/", _outlined)
+
+
+def config_outline(path: Path) -> Outline | None:
+    """What a config says, without importing what it names (nerfstudio takes ten seconds to import); None for one that
+    `check_config` would not let pass, or that is none."""
+    try:
+        found = yaml.load(path.read_text(), Loader=_OutlineLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, Outline) else None

@@ -1,10 +1,12 @@
 """Pictures as arrays: straight-alpha RGBA on white, resized, and the curve that turns measures into weights."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,6 +34,30 @@ def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.
 def tiled(rows: Iterable[Iterable[UInt8[np.ndarray, "h w c"]]]) -> UInt8[np.ndarray, "H W c"]:
     """One picture of rows of equally large pictures."""
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+
+
+LABEL_HEIGHT = 12
+"""Pixels of a label's type."""
+LABEL_COLOR = (70, 70, 70)
+
+
+def labelled(
+    rows: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]], row_names: Sequence[str], column_names: Sequence[str]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """`tiled` with a name to the left of each row and one above each column, in grey on white."""
+    tiles = tiled(rows)
+    height, width = rows[0][0].shape[:2]
+    font = ImageFont.load_default(LABEL_HEIGHT)
+    left = max(math.ceil(font.getlength(name)) for name in row_names) + LABEL_HEIGHT
+    top = 2 * LABEL_HEIGHT
+    sheet = Image.new("RGB", (left + tiles.shape[1], top + tiles.shape[0]), "white")
+    sheet.paste(Image.fromarray(tiles), (left, top))
+    pen = ImageDraw.Draw(sheet)
+    for number, name in enumerate(row_names):
+        pen.text((left - LABEL_HEIGHT // 2, top + (number + 0.5) * height), name, LABEL_COLOR, font, anchor="rm")
+    for number, name in enumerate(column_names):
+        pen.text((left + (number + 0.5) * width, top / 2), name, LABEL_COLOR, font, anchor="mm")
+    return np.asarray(sheet)
 
 
 def smoothstep(x: Float[Tensor, "*n"], low: float, high: float) -> Float[Tensor, "*n"]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from scipy import ndimage, sparse
 
-from sv4d_ns.export.colour.raster import rasterise
+from sv4d_ns.export.colour.raster import depth_map
 from sv4d_ns.export.surface.extraction import smooth_fill, vertex_graph
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.compiled import njit
@@ -70,6 +70,23 @@ def vertices_as_points(faces: Int[np.ndarray, "f 3"], count: int) -> SurfacePoin
     return SurfacePoints(face, np.eye(3, dtype=np.float32)[corner])
 
 
+class DepthMaps:
+    """Depth maps of one moving mesh, each drawn once however often it is asked for."""
+
+    def __init__(self, positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3"]):
+        self._positions, self._faces = positions, faces
+        self._drawn: dict[tuple[int, float, bytes], Float[np.ndarray, "d d"]] = {}
+
+    def at(self, picture: Picture) -> Float[np.ndarray, "d d"]:
+        """Depth along the optical axis at a picture's camera and moment, `DEPTH_SIZE` pixels along the side."""
+        key = (picture.frame, picture.fov_focal, picture.c2w.tobytes())
+        if key not in self._drawn:
+            focal = picture.fov_focal * DEPTH_SIZE
+            seen = project_array(self._positions[picture.frame], picture.c2w, focal, DEPTH_SIZE)
+            self._drawn[key] = depth_map(*seen, self._faces, DEPTH_SIZE)
+        return self._drawn[key]
+
+
 def gather(
     pictures: Sequence[Picture],
     points: SurfacePoints,
@@ -77,26 +94,26 @@ def gather(
     normals: Float[np.ndarray, "t n 3"],
     faces: Int[np.ndarray, "f 3"],
     advance: Callable[[], None] | None = None,
+    depths: DepthMaps | None = None,
 ) -> tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]:
     """Mean sRGB colour in [0, 1] of each point over the pictures that see it, and the sum of their weights.
 
     A picture's weight at a point is trust * confidence * cos^SHARPNESS(angle between normal and line of sight), 0 where
     something hides the point or it looks away, and next to nothing along the picture's silhouette. Points nobody sees
-    have weight 0 and no colour. `advance` is called once per picture.
+    have weight 0 and no colour. `advance` is called once per picture; `depths` keeps the mesh's depth maps for other
+    calls.
     """
     color, weight = np.zeros((len(points.face), 3)), np.zeros(len(points.face))
     for picture in pictures:
         moved, turned = positions[picture.frame], normals[picture.frame]
-        depth = rasterise(
-            *project_array(moved, picture.c2w, picture.fov_focal * DEPTH_SIZE, DEPTH_SIZE), faces, DEPTH_SIZE
-        )
+        depth = (depths or DepthMaps(positions, faces)).at(picture)
         _accumulate(
             points.face.astype(np.int64),
             points.barycentric.astype(np.float32),
             faces.astype(np.int64),
             moved.astype(np.float32),
             turned.astype(np.float32),
-            depth.depth,
+            depth,
             _premultiplied(picture),
             picture.c2w.astype(np.float64),
             float(picture.fov_focal),

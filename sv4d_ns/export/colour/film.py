@@ -15,7 +15,7 @@ from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.colour.baking import Picture, SurfacePoints, gather
+from sv4d_ns.export.colour.baking import DepthMaps, Picture, SurfacePoints, gather
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.utils.compiled import njit
 
@@ -64,6 +64,9 @@ class FilmColors:
     faces: Int[np.ndarray, "f 3"]
     gains: Float[np.ndarray, "p 3"]
     """What each picture's colours are multiplied by."""
+    depths: DepthMaps
+    at_corners: tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]
+    """`at` of the vertices."""
 
     def at(
         self, points: SurfacePoints, advance: Callable[[], None] | None = None
@@ -72,7 +75,7 @@ class FilmColors:
 
         The weight is the best picture's trust times the fourth power of the cosine it sees the point under.
         """
-        colors, weights = _each(self.film, points, self.positions, self.normals, self.faces, advance)
+        colors, weights = _each(self.film, points, self.positions, self.normals, self.faces, self.depths, advance)
         return _agreed(colors, weights, self.gains.astype(np.float32))
 
 
@@ -82,16 +85,17 @@ def film_colors(
     normals: Float[np.ndarray, "t n 3"],
     faces: Int[np.ndarray, "f 3"],
     corners: SurfacePoints,
+    depths: DepthMaps | None = None,
 ) -> FilmColors:
-    """Measure the frames' exposures at the mesh's vertices (`corners`)."""
-    film = sharp_trust(film)
-    colors, weights = _each(film, corners, positions, normals, faces)
+    """Measure the frames' exposures at the mesh's vertices (`corners`); `depths` are that mesh's."""
+    film, depths = sharp_trust(film), depths or DepthMaps(positions, faces)
+    colors, weights = _each(film, corners, positions, normals, faces, depths)
     gains = np.ones((len(film), 3), np.float32)
     for _ in range(2):
         agreed, weight = _agreed(colors, weights, gains)
         for number in range(len(film)):
             gains[number] = _gain(agreed, colors[number] / 255, (weights[number] > 0) & (weight > 0))
-    return FilmColors(film, positions, normals, faces, gains)
+    return FilmColors(film, positions, normals, faces, gains, depths, _agreed(colors, weights, gains))
 
 
 def _gain(agreed: np.ndarray, seen: np.ndarray, both: Bool[np.ndarray, " k"]) -> Float[np.ndarray, " 3"]:
@@ -112,13 +116,14 @@ def _each(
     positions: np.ndarray,
     normals: np.ndarray,
     faces: np.ndarray,
+    depths: DepthMaps,
     advance: Callable[[], None] | None = None,
 ) -> tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]]:
     """What every picture by itself shows at the points, and its weight there (float32)."""
     count = len(points.face)
     colors, weights = np.zeros((len(pictures), count, 3), np.uint8), np.zeros((len(pictures), count), np.float32)
     for number, picture in enumerate(pictures):
-        color, weight = gather([picture], points, positions, normals, faces, advance)
+        color, weight = gather([picture], points, positions, normals, faces, advance, depths)
         colors[number], weights[number] = np.round(color.clip(0, 1) * 255), weight
     return colors, weights
 
@@ -129,7 +134,7 @@ def _agreed(colors, weights, gains):  # type: ignore[no-untyped-def]
     pictures, count = weights.shape
     result, best = np.zeros((count, 3)), np.zeros(count)
     value, share = np.empty((pictures, 3)), np.empty(pictures)
-    middle = np.empty(3)
+    middle, order = np.empty(3), np.empty(pictures, np.int64)
     for k in range(count):
         highest = 0.0
         for p in range(pictures):
@@ -146,11 +151,16 @@ def _agreed(colors, weights, gains):  # type: ignore[no-untyped-def]
                 value[used, i] = min(colors[p, k, i] / 255.0 * gains[p, i], 1.0)
             used += 1
         for i in range(3):
-            order = np.argsort(value[:used, i])
+            for j in range(used):  # by insertion: compiling numpy's sort takes ten seconds
+                place = j
+                while place > 0 and value[order[place - 1], i] > value[j, i]:
+                    order[place] = order[place - 1]
+                    place -= 1
+                order[place] = j
             passed = 0.0
-            for j in order:
-                passed += share[j]
-                middle[i] = value[j, i]
+            for j in range(used):
+                passed += share[order[j]]
+                middle[i] = value[order[j], i]
                 if passed >= 0.5 * total:
                     break
         total = 0.0

@@ -10,6 +10,9 @@ from jaxtyping import Float, Int
 
 from sv4d_ns.utils.compiled import njit
 
+ON_EDGE = 1e-9
+"""What a corner's weight may be below 0 at a pixel's centre that lies on the opposite edge."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -32,23 +35,29 @@ def rasterise(
         depth: positive distance of the vertices along the optical axis; all ones for a flat atlas. Faces with a corner
             at or behind the camera are left out.
     """
-    face = np.full((size, size), -1, np.int32)
-    barycentric = np.zeros((size, size, 3), np.float32)
-    nearest = np.full((size, size), np.inf, np.float32)
-    _rasterise(
-        np.ascontiguousarray(pixels, dtype=np.float64),
-        np.ascontiguousarray(depth, dtype=np.float64),
-        np.ascontiguousarray(faces, dtype=np.int64),
-        face,
-        barycentric,
-        nearest,
-    )
-    return Coverage(face, barycentric, nearest)
+    corners, places = np.ascontiguousarray(faces, dtype=np.int64), np.ascontiguousarray(pixels, dtype=np.float64)
+    depth = np.ascontiguousarray(depth, dtype=np.float64)
+    face, inverse = _nearest_faces(places, depth, corners, size)
+    return Coverage(face, _barycentric(places, depth, corners, face, inverse), _distances(inverse))
+
+
+def depth_map(
+    pixels: Float[np.ndarray, "n 2"], depth: Float[np.ndarray, " n"], faces: Int[np.ndarray, "f 3"], size: int
+) -> Float[np.ndarray, "size size"]:
+    """`rasterise(...).depth` alone."""
+    corners, places = np.ascontiguousarray(faces, dtype=np.int64), np.ascontiguousarray(pixels, dtype=np.float64)
+    return _distances(_nearest_faces(places, np.ascontiguousarray(depth, dtype=np.float64), corners, size)[1])
+
+
+def _distances(inverse: Float[np.ndarray, "size size"]) -> Float[np.ndarray, "size size"]:
+    with np.errstate(divide="ignore"):
+        return (1 / inverse).astype(np.float32)
 
 
 @njit(cache=True, nogil=True)
-def _rasterise(pixels, depth, faces, shown, barycentric, nearest):  # type: ignore[no-untyped-def]
-    size = shown.shape[0]
+def _nearest_faces(pixels, depth, faces, size):  # type: ignore[no-untyped-def]
+    """The nearest face at each pixel centre, -1 for none, and the inverse of its depth there, 0 for none."""
+    shown, inverse = np.full((size, size), -1, np.int32), np.zeros((size, size))
     for index in range(faces.shape[0]):
         a, b, c = faces[index, 0], faces[index, 1], faces[index, 2]
         if depth[a] <= 0.0 or depth[b] <= 0.0 or depth[c] <= 0.0:
@@ -60,20 +69,44 @@ def _rasterise(pixels, depth, faces, shown, barycentric, nearest):  # type: igno
             continue
         left, right = max(int(np.floor(min(x0, x1, x2) - 0.5)), 0), min(int(np.ceil(max(x0, x1, x2))), size)
         top, bottom = max(int(np.floor(min(y0, y1, y2) - 0.5)), 0), min(int(np.ceil(max(y0, y1, y2))), size)
+        # the weights of two corners and the inverse depth are linear over the picture
+        u_x, u_y = (y1 - y2) / area, (x2 - x1) / area
+        v_x, v_y = (y2 - y0) / area, (x0 - x2) / area
+        near_a, near_b, near_c = 1.0 / depth[a], 1.0 / depth[b], 1.0 / depth[c]
         for row in range(top, bottom):
+            y = row + 0.5
+            u_row, v_row = u_y * (y - y2) - u_x * x2, v_y * (y - y2) - v_x * x2
             for column in range(left, right):
-                x, y = column + 0.5, row + 0.5
-                u = ((x1 - x) * (y2 - y) - (x2 - x) * (y1 - y)) / area
-                v = ((x2 - x) * (y0 - y) - (x0 - x) * (y2 - y)) / area
+                x = column + 0.5
+                u, v = u_row + u_x * x, v_row + v_x * x
                 w = 1.0 - u - v
-                if u < 0.0 or v < 0.0 or w < 0.0:
+                # a centre on an edge is of both its faces, whichever way it is rounded
+                if u < -ON_EDGE or v < -ON_EDGE or w < -ON_EDGE:
                     continue
-                u, v, w = u / depth[a], v / depth[b], w / depth[c]
-                total = u + v + w
-                distance = np.float32(1.0 / total)
-                if distance < nearest[row, column]:
-                    nearest[row, column] = distance
+                near = u * near_a + v * near_b + w * near_c
+                if near > inverse[row, column]:
+                    inverse[row, column] = near
                     shown[row, column] = index
-                    barycentric[row, column, 0] = u / total
-                    barycentric[row, column, 1] = v / total
-                    barycentric[row, column, 2] = w / total
+    return shown, inverse
+
+
+@njit(cache=True, nogil=True)
+def _barycentric(pixels, depth, faces, shown, inverse):  # type: ignore[no-untyped-def]
+    size = shown.shape[0]
+    weights = np.zeros((size, size, 3), np.float32)
+    for row in range(size):
+        for column in range(size):
+            if shown[row, column] < 0:
+                continue
+            index = shown[row, column]
+            a, b, c = faces[index, 0], faces[index, 1], faces[index, 2]
+            x, y = column + 0.5, row + 0.5
+            x0, y0, x1, y1 = pixels[a, 0] - x, pixels[a, 1] - y, pixels[b, 0] - x, pixels[b, 1] - y
+            x2, y2 = pixels[c, 0] - x, pixels[c, 1] - y
+            area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
+            u, v = max((x1 * y2 - x2 * y1) / area, 0.0), max((x2 * y0 - x0 * y2) / area, 0.0)
+            w = max(1.0 - u - v, 0.0)
+            weights[row, column, 0] = u / depth[a] / inverse[row, column]
+            weights[row, column, 1] = v / depth[b] / inverse[row, column]
+            weights[row, column, 2] = w / depth[c] / inverse[row, column]
+    return weights

@@ -434,30 +434,43 @@ class _Inverse:
             x, f = new, f_new
         return best
 
-    def newton(self, start: np.ndarray, time: float, which: np.ndarray, iterations: int = 12) -> np.ndarray:
-        """Newton with a finite-difference Jacobian and a backtracking step, for the vertices `which` only."""
+    def newton(
+        self, start: np.ndarray, time: float, which: np.ndarray, iterations: int = 12
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Newton with a finite-difference Jacobian and a backtracking step, for the vertices `which` only; the points
+        and their residuals as a share of the diagonal."""
         x, f = start[which], self.residual(start[which], time, which)
-        reach = 2e-3 * self.diagonal
         for _ in range(iterations):
-            columns = []
-            for axis in np.eye(3) * reach:
-                columns.append(
-                    (self.residual(x + axis, time, which) - self.residual(x - axis, time, which)) / reach / 2
-                )
-            jacobian = np.stack(columns, axis=-1)
             # a little of the identity keeps folded places solvable; it vanishes with the residual's size
             damping = 1e-6 * np.eye(3)
+            jacobian = self._jacobian(x, time, which)
             transposed = jacobian.swapaxes(1, 2)
             step = -np.linalg.solve(transposed @ jacobian + damping, transposed @ f[..., None])[..., 0]
-            for scale in (1.0, 0.5, 0.25, 0.1):
-                new = self._stepped(x, scale * step)
-                f_new = self.residual(new, time, which)
-                better = np.linalg.norm(f_new, axis=-1) < np.linalg.norm(f, axis=-1)
-                x, f = np.where(better[:, None], new, x), np.where(better[:, None], f_new, f)
-                step = np.where(better[:, None], 0, step)
+            x, f = self._first_better(x, f, step, time, which)
             if (np.linalg.norm(f, axis=-1) < CONVERGED * self.diagonal).all():
                 break
-        return x
+        return x, np.linalg.norm(f, axis=-1) / self.diagonal
+
+    # The vertices that Newton is left with are few, so that a call of the field costs more than its points do: all
+    # points that can be known beforehand are asked for at once.
+
+    def _jacobian(self, x: np.ndarray, time: float, which: np.ndarray) -> np.ndarray:
+        """Central differences of the residual [n, 3, 3]."""
+        reach = 2e-3 * self.diagonal
+        axes = reach * np.concatenate([np.eye(3), -np.eye(3)])
+        around = self.residual((x + axes[:, None]).reshape(-1, 3), time, np.tile(which, 6)).reshape(2, 3, -1, 3)
+        return np.moveaxis((around[0] - around[1]) / reach / 2, 0, -1)
+
+    def _first_better(
+        self, x: np.ndarray, f: np.ndarray, step: np.ndarray, time: float, which: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """x and its residual after the longest of four parts of the step that lowers the residual, if one does."""
+        tried = np.stack([self._stepped(x, scale * step) for scale in (1.0, 0.5, 0.25, 0.1)])
+        f_tried = self.residual(tried.reshape(-1, 3), time, np.tile(which, len(tried))).reshape(tried.shape)
+        better = np.linalg.norm(f_tried, axis=-1) < np.linalg.norm(f, axis=-1)
+        first, everyone = better.argmax(axis=0), np.arange(len(x))
+        any_better = better.any(axis=0)[:, None]
+        return np.where(any_better, tried[first, everyone], x), np.where(any_better, f_tried[first, everyone], f)
 
 
 def _broyden_update(inverse: np.ndarray, dx: np.ndarray, df: np.ndarray) -> np.ndarray:
@@ -531,18 +544,23 @@ def _solve_frame(
     def error(x: np.ndarray) -> np.ndarray:
         return np.linalg.norm(solver.residual(x, time, everyone), axis=-1) / solver.diagonal
 
-    def retried(x: np.ndarray, begin: np.ndarray) -> np.ndarray:
-        left = np.flatnonzero(error(x) > SOLVED)
+    def retried(x: np.ndarray, wrong: np.ndarray, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        left = np.flatnonzero(wrong > SOLVED)
         if not len(left):
-            return x
-        again = x.copy()
-        again[left] = solver.newton(begin, time, left)
-        return np.where((error(again) < error(x))[:, None], again, x)
+            return x, wrong
+        again, wrong_again = solver.newton(begin, time, left)
+        better = wrong_again < wrong[left]
+        x, wrong = x.copy(), wrong.copy()
+        x[left[better]], wrong[left[better]] = again[better], wrong_again[better]
+        return x, wrong
 
     x = solver.broyden(start, time)
-    x = retried(x, x)
-    x = retried(x, _neighbours_say(solver, x, start, error(x) <= SOLVED, graph))
-    known = (error(x) <= SOLVED) & ~torn_off(solver.targets, x, graph, TEAR * solver.diagonal)
+    x, wrong = retried(x, error(x), x)
+    if (wrong > SOLVED).any():
+        x, wrong = retried(x, wrong, _neighbours_say(solver, x, start, wrong <= SOLVED, graph))
+    known = (wrong <= SOLVED) & ~torn_off(solver.targets, x, graph, TEAR * solver.diagonal)
+    if known.all():
+        return x, wrong, ~known
     x = _neighbours_say(solver, x, start, known, graph)
     return x, error(x), ~known
 

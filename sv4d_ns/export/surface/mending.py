@@ -46,11 +46,15 @@ class RigidSkin:
             chosen = chosen | (self.graph @ chosen.astype(np.float64) > 0)
         return chosen
 
-    def rotations(self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3 3"]:
-        """The turn of each vertex's surroundings from `rest` to `x` (Kabsch)."""
-        before, after = rest[self.first] - rest[self.second], x[self.first] - x[self.second]
+    def rotations(
+        self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], which: Int[np.ndarray, " k"]
+    ) -> Float[np.ndarray, "k 3 3"]:
+        """The turn of some vertices' surroundings from `rest` to `x` (Kabsch)."""
+        rows = self.graph[which]
+        one, own = np.repeat(np.arange(len(which)), np.diff(rows.indptr)), np.repeat(which, np.diff(rows.indptr))
+        before, after = rest[own] - rest[rows.indices], x[own] - x[rows.indices]
         products = np.einsum("ei,ej->eij", after, before).reshape(-1, 9)
-        gather = sparse.csr_matrix((np.ones(len(self.first)), (self.first, np.arange(len(self.first)))))
+        gather = sparse.csr_matrix((np.ones(len(one)), (one, np.arange(len(one)))), (len(which), len(one)))
         u, _, vt = np.linalg.svd((gather @ products).reshape(-1, 3, 3))
         u[:, :, 2] *= np.linalg.det(u @ vt)[:, None]
         return u @ vt
@@ -67,31 +71,37 @@ class RigidSkin:
         system = rows[:, free] + TIE * sparse.identity(len(free))
         solver = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
         fixed = rows[:, known] @ result[known]
-        turns = self._nearest_known(self.rotations(rest, result), known)
-        apart = rest[self.first] - rest[self.second]
+        turns = self._nearest_known(rest, result, known)
+        of_free = ~known[self.first]
+        first, second = self.first[of_free], self.second[of_free]
+        apart = rest[first] - rest[second]
         for round_ in range(ROUNDS):
             if round_:
-                turns = np.where(known[:, None, None], turns, self.rotations(rest, result))
-            mean = 0.5 * (turns[self.first] + turns[self.second])
+                turns[free] = self.rotations(rest, result, free)
+            mean = 0.5 * (turns[first] + turns[second])
             pull = np.einsum("eij,ej->ei", mean, apart)
-            right = np.stack([np.bincount(self.first, pull[:, i], minlength=self.count) for i in range(3)], axis=-1)
-            result[free] = solver.solve(right[free] - fixed + TIE * x[free])
+            right = np.stack([np.bincount(first, pull[:, i], minlength=self.count)[free] for i in range(3)], axis=-1)
+            result[free] = solver.solve(right - fixed + TIE * x[free])
         return result
 
     def _nearest_known(
-        self, turns: Float[np.ndarray, "n 3 3"], known: Bool[np.ndarray, " n"]
+        self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], known: Bool[np.ndarray, " n"]
     ) -> Float[np.ndarray, "n 3 3"]:
-        """Each vertex's own turn where it is known, else that of the known vertex fewest edges away."""
-        inner = known & ~self.grown(~known, 1)
-        if not inner.any():
-            return np.broadcast_to(np.eye(3), turns.shape).copy()
+        """At the vertices that are not known and those beside them, the turn of the known vertex fewest edges away
+        that has known ones only around it; no turn elsewhere."""
+        result = np.broadcast_to(np.eye(3), (self.count, 3, 3)).copy()
+        beside = self.grown(~known, 1)
+        near = np.flatnonzero(self.grown(beside, 1))  # the first ring of such vertices is all that can be nearest
+        inner = np.flatnonzero(~beside[near])
+        if not len(inner):
+            return result
         _, _, source = csgraph.dijkstra(
-            self.graph, directed=False, indices=np.flatnonzero(inner), unweighted=True, min_only=True,
+            self.graph[near][:, near], directed=False, indices=inner, unweighted=True, min_only=True,
             return_predecessors=True,
         )  # fmt: skip
         reached = source >= 0
-        result = np.broadcast_to(np.eye(3), turns.shape).copy()
-        result[reached] = turns[source[reached]]
+        used, which = np.unique(source[reached], return_inverse=True)
+        result[near[reached]] = self.rotations(rest, x, near[used])[which]
         return result
 
 

@@ -83,8 +83,15 @@ def mesh_outline(coverage: Coverage) -> tuple[Outline, Int[np.ndarray, " k"], Fl
 
 def _outward(alpha: np.ndarray, rows: np.ndarray, blur: float) -> Float[np.ndarray, "k 2"]:
     """Unit normals (x, y) at (row, column) places: down the slope of the blurred coverage."""
-    smooth = ndimage.gaussian_filter(alpha, blur)
-    slope = [-ndimage.map_coordinates(part, rows.T, order=1, mode="nearest") for part in np.gradient(smooth)]
+    if not len(rows):
+        return np.zeros((0, 2))
+    # only what the blur brings to these places: a picture is mostly empty
+    margin = int(4 * blur) + 2
+    low = np.maximum(rows.min(axis=0).astype(int) - margin, 0)
+    high = np.minimum(rows.max(axis=0).astype(int) + margin + 2, alpha.shape)
+    smooth = ndimage.gaussian_filter(alpha[low[0] : high[0], low[1] : high[1]], blur)
+    places = (rows - low).T
+    slope = [-ndimage.map_coordinates(part, places, order=1, mode="nearest") for part in np.gradient(smooth)]
     normals = np.stack(slope[::-1], axis=-1)
     return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-9)
 
@@ -119,12 +126,27 @@ def _pairs(ours: Outline, others: Outline, reach: float) -> tuple[np.ndarray, np
 
 
 class Membrane:
-    """A skin whose vertices are moved by pulls at some of its places, and hold together."""
+    """A skin whose vertices are moved by pulls at some of its places, and hold together.
+
+    A pull ties the corners of one face, which are neighbours: every system has the pattern of the mesh's Laplacian, so
+    that the order it is factorised in and the places of its entries are found once.
+    """
 
     def __init__(self, faces: Int[np.ndarray, "f 3"], count: int):
         graph = vertex_graph(faces, count)
-        self.faces, self.count = faces, count
-        self.laplacian = sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph
+        system = (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph + sparse.identity(count)).tocsc()
+        order = np.argsort(splu(system, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).perm_c)
+        self.rank = np.empty(count, np.int64)
+        self.rank[order] = np.arange(count)
+        self.corners = self.rank[faces]
+        self.laplacian = system[order][:, order].tocsc()
+        self.laplacian.sort_indices()
+        entry = self.laplacian.copy()
+        entry.data = np.arange(entry.nnz, dtype=np.float64)
+        pairs = [entry[self.corners[:, i], self.corners[:, j]] for i in range(3) for j in range(3)]
+        self.entries = np.stack([np.asarray(pair).ravel() for pair in pairs], axis=-1).astype(np.int64)
+        self.diagonal = entry.diagonal().astype(np.int64)
+        self.laplacian.data[self.diagonal] -= 1
 
     def moved(
         self, x: Float[np.ndarray, "n 3"], c2w: Float[np.ndarray, "4 4"], focal: float, pulls: Pulls, stiffness: float
@@ -134,14 +156,19 @@ class Membrane:
         Args:
             focal: in picture widths.
         """
-        rows = np.repeat(np.arange(len(pulls.face)), 3)
-        columns = self.faces[pulls.face].ravel()
-        matrix = sparse.csr_matrix((pulls.barycentric.ravel(), (rows, columns)), (len(pulls.face), self.count))
-        depth = (c2w[:3, 3] - x) @ c2w[:3, 2]
-        world = pulls.shift * ((matrix @ depth) / focal)[:, None]
-        weighted = matrix.T @ sparse.diags(pulls.weight)
-        system = weighted @ matrix + stiffness * self.laplacian + ANCHOR * sparse.identity(self.count)
-        step = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve(weighted @ world)
+        count, corners, share = len(x), self.corners[pulls.face], pulls.barycentric.astype(np.float64)
+        depth = np.empty(count)
+        depth[self.rank] = (c2w[:3, 3] - x) @ c2w[:3, 2]
+        world = pulls.shift * (np.einsum("mj,mj->m", share, depth[corners]) / focal)[:, None]
+        weighted = share * pulls.weight[:, None]
+        system = self.laplacian.copy()
+        system.data *= stiffness
+        system.data[self.diagonal] += ANCHOR
+        ties = (weighted[:, :, None] * share[:, None, :]).ravel()
+        system.data += np.bincount(self.entries[pulls.face].ravel(), ties, minlength=system.nnz)
+        pull = [np.bincount(corners.ravel(), (weighted * world[:, [i]]).ravel(), minlength=count) for i in range(2)]
+        solver = splu(system, permc_spec="NATURAL", options={"SymmetricMode": True})
+        step = solver.solve(np.stack(pull, axis=-1))[self.rank]
         return x + step[:, :1] * c2w[:3, 0] - step[:, 1:] * c2w[:3, 1]
 
 
