@@ -64,7 +64,7 @@ class BundledVideoPipeline(DiffusionPipeline):
     def __init__(
         self,
         denoiser: VolumeDenoiser,
-        num_inference_steps: int = 1,
+        num_inference_steps: int = 3,
         sigma_max: float = 40.0,
         sigma_min: float = 4.0,
     ):
