@@ -113,7 +113,8 @@ def test_the_bundled_model_makes_views_and_refines_renders(tmp_path: Path) -> No
     assert made.images.shape == refined.images.shape == (2, 2, synthesizer.image_size, synthesizer.image_size, 4)
     np.testing.assert_array_equal(made.images, again.images)
     assert made.images[..., 3].max() > 128 and not np.array_equal(made.images, refined.images)
-    assert seen == [(1, 1)] * 3 and json.dumps(synthesizer.describe())
+    steps = synthesizer.pipeline.config.num_inference_steps
+    assert seen == [(step + 1, steps) for step in range(steps)] * 2 + [(1, 1)] and json.dumps(synthesizer.describe())
 
 
 def test_the_way_of_offloading_is_chosen_by_the_memory_and_said() -> None:
