@@ -29,12 +29,13 @@ import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sv4d_ns.field.clip import clip_field
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig, mlp
 from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import march, render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
-from sv4d_ns.fitting.learning_rates import LEARNING_RATES, decay_factor
+from sv4d_ns.fitting.learning_rates import field_optimizer, set_rates
 from sv4d_ns.fitting.objective import loss_terms
 from sv4d_ns.fitting.schedule import ScheduleConfig, advance
 from sv4d_ns.fitting.settings import LossWeights
@@ -172,34 +173,21 @@ class Ours:
         self.total = steps
         canonical = largest_silhouette(grid)
         views = train_views(grid, device)
-        self.field = DeformableField(
-            DeformableFieldConfig(
-                keyframes=grid.num_frames,
-                canonical_time=canonical / max(grid.num_frames - 1, 1),
-                encoding_backend=encoding,
-            )
-        ).to(device)
-        self.occupancy = OccupancyGrid(grid.num_frames).to(device)
+        untrained, occupancy = clip_field(grid.num_frames, canonical, encoding)
+        self.field, self.occupancy = untrained.to(device), occupancy.to(device)
         self.occupancy.carve(hull_views(views))
         self.field.confine(self.occupancy.hull[canonical])
         self.flow = surface_flow(views, self.occupancy.half_extent)
         self.schedule, self.canonical = ScheduleConfig(), canonical
         self.sampler = BatchSampler(views, BatchConfig(rays=rays), self.schedule, 0)
         self.weights = LossWeights()
-        groups = self.field.parameter_groups()
-        self.steps = steps
-        self.optimizer = torch.optim.Adam(
-            [{"params": groups[name], "lr": lr} for name, lr in LEARNING_RATES.items() if name in groups],
-            betas=(0.9, 0.99), eps=1e-15, fused=True,
-        )  # fmt: skip
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer = field_optimizer(self.field)
         self.evaluated = 0
 
     def step(self, number: int) -> None:
         number = min(number, self.total)
         window = advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * decay_factor(number, self.steps)
+        set_rates(self.optimizer, number, self.total)
         batch = self.sampler.draw(number, window, self.canonical)
         out = render_rays(
             self.field, self.occupancy, batch.origins, batch.directions, batch.times,

@@ -41,7 +41,8 @@ def main(films: list[Path], /, work: Path, out: Path = Path("docs/pictures")) ->
         work: runs and exports are made here.
         out: pictures are written here.
     """
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    ask = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    commit = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     out.mkdir(parents=True, exist_ok=True)
     for number, film in enumerate(films):
         glb, grid = made(film, work)

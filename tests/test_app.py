@@ -156,6 +156,12 @@ def test_one_run_at_a_time_in_the_order_they_were_started(tmp_path: Path, fake: 
     assert fake.read_text().split() == ["begin", "second", "end", "second", "begin", "first", "end", "first"]
 
 
+async def begun(runner: Runner, job: Job) -> Job:
+    """Start a job once the doctor has seen it, and wait until it runs."""
+    runner.start(await reached(runner.store, job, "ready"))
+    return await reached(runner.store, job, "running")
+
+
 def test_a_cancelled_run_is_stopped_and_goes_on_with_the_same_command(tmp_path: Path, fake: Path) -> None:
     store = Store(tmp_path / "out")
     job, waiting = added(store, "long"), added(store, "other")
@@ -186,8 +192,7 @@ def test_a_run_that_does_not_listen_is_ended(tmp_path: Path, fake: Path) -> None
     job = added(store, "stubborn")
 
     async def test(runner: Runner) -> None:
-        runner.start(await reached(store, job, "ready"))
-        await reached(store, job, "running")
+        await begun(runner, job)
         while not fake.exists():
             await asyncio.sleep(0.05)
         runner.cancel(store.get(job.id))
@@ -254,8 +259,7 @@ def test_a_server_that_ends_stops_its_run(tmp_path: Path, fake: Path) -> None:
     job = added(store, "long")
 
     async def test(runner: Runner) -> None:
-        runner.start(await reached(store, job, "ready"))
-        await reached(store, job, "running")
+        await begun(runner, job)
 
     working(store, test)
     assert store.get(job.id).state == "stopped"

@@ -18,7 +18,6 @@ from typing import Any, cast
 from urllib.parse import quote, unquote
 
 import tyro
-from filelock import FileLock, Timeout
 
 from sv4d_ns.app.jobs import Store, title_of
 from sv4d_ns.app.runner import Runner, Settings
@@ -26,6 +25,7 @@ from sv4d_ns.app.seen import brief, described, download_name, files
 from sv4d_ns.app.work import PAGE_FILE
 from sv4d_ns.cli.batch import SUFFIXES
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import sole_use
 from sv4d_ns.video.matting import BUNDLED
 
 try:
@@ -363,13 +363,6 @@ def command(arguments: Sequence[str]) -> None:
         raise InputError(f"--max-upload-mb {config.max_upload_mb:g} lets nothing in: give a number above 0.")
     if not 0 <= config.port < 1 << 16:  # tornado would take the lower 16 bits
         raise InputError(f"--port {config.port} is no port: give one up to 65535, or 0 for any that is free.")
-    config.out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.out / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"Another 'sv4d app' works in {config.out}: open its page, or give another --out.") from error
-    try:
+    taken = f"Another 'sv4d app' works in {config.out}: open its page, or give another --out."
+    with sole_use(config.out, LOCK_FILE, taken):
         asyncio.run(serve(config, words[split + 1 :]))
-    finally:
-        lock.release()

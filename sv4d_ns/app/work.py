@@ -108,7 +108,7 @@ def export(arguments: Sequence[str]) -> None:
         usd = True
     except InputError:
         usd = False
-    files.mesh_files(run, mesh, settings.folder, "morph", 64, "usdz" if usd else "none", "obj", terminal)
+    files.write_mesh(run, mesh, settings.folder, "morph", 64, "usdz" if usd else "none", "obj", terminal)
     _pack(settings.folder / OBJ_FOLDER, settings.folder / OBJ_FILE)
     files.web_files(run, mesh, settings.folder)
 

@@ -13,13 +13,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from sv4d_ns.runs.cluster import open_cluster, run_all
 from sv4d_ns.runs.layout import SUMMARY_FILE
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_path, content_hash
+from sv4d_ns.utils.files import atomic_path, content_hash, sole_use
 
 SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif", ".apng", ".webp", ".avif"})
 STATE_FILE, LOCK_FILE, TABLE_FILE, SHEET_FILE = "batch.json", ".batch.lock", "batch.md", "batch.png"
@@ -155,16 +154,9 @@ def batch(config: BatchConfig, settings: Sequence[str]) -> list[Outcome]:
         InputError: no video, or another batch works on the same folder.
     """
     videos = find_videos(config.videos)
-    config.out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.out / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"Another 'sv4d batch' works on {config.out}: wait for it, or give another --out.") from error
-    try:
+    taken = f"Another 'sv4d batch' works on {config.out}: wait for it, or give another --out."
+    with sole_use(config.out, LOCK_FILE, taken):
         return _locked_batch(config, videos, list(settings))
-    finally:
-        lock.release()
 
 
 def _locked_batch(config: BatchConfig, videos: list[Path], settings: list[str]) -> list[Outcome]:

@@ -226,9 +226,7 @@ class Trainer:
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach() / len(pieces)
         totals = {name: self.accelerator.reduce(value, "mean") for name, value in totals.items()}
         norm = self.accelerator.clip_grad_norm_(list(trainable(state.parts).values()), config.max_grad_norm)
-        *read, grad_norm = torch.stack([*totals.values(), norm]).tolist()  # at once: a GPU is waited for to read
-        values = dict(zip(totals, read, strict=True))
-        finite = math.isfinite(values["loss"]) and math.isfinite(grad_norm)
+        values, grad_norm, finite = read_step(totals, norm)
         if finite or self.accelerator.scaler is not None:
             state.optimizer.step()  # with fp16, a step that overflows is left out, and the scale lowered, in there
         if finite:
@@ -361,6 +359,16 @@ def _check_pictures(config: TrainConfig, pipeline: StableVideo4D2Pipeline, parts
         raise InputError("--cache-latents needs a frozen image encoder (official or SVD start): this start trains its.")
     if config.picture_loss > 0 and not isinstance(pipeline.vae, PatchAutoencoder):
         raise InputError("--picture-loss needs this package's linear autoencoder: leave it at 0 for this start.")
+
+
+def read_step(parts: dict[str, Tensor], norm: Tensor) -> tuple[dict[str, float], float, bool]:
+    """A step's losses and the norm of its gradient as numbers, and whether loss and norm are finite.
+
+    All is read in one go: a GPU is waited for at each reading.
+    """
+    *values, grad_norm = torch.stack([*(value.detach() for value in parts.values()), norm]).tolist()
+    read = dict(zip(parts, values, strict=True))
+    return read, grad_norm, math.isfinite(read["loss"]) and math.isfinite(grad_norm)
 
 
 def truncate_log(path: Path, step: int) -> None:

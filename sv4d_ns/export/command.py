@@ -134,13 +134,14 @@ class ExportMesh(_Export):
 
     def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
         from sv4d_ns.export import files
+        from sv4d_ns.export.make import make_asset
 
         if self.mode == "sequence":
             file_format = "ply" if self.sequence == "none" else self.sequence
             return files.write_frames(run, self.options(), folder, file_format, self.usd, terminal)
         return files.write_mesh(
             run,
-            self.options(),
+            make_asset(run, self.options(), terminal),
             folder,
             self.animation,
             self.max_bones,

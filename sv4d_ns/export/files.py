@@ -30,7 +30,7 @@ Written = tuple[list[Path], str]
 
 def write_mesh(
     run: FinishedRun,
-    options: Options,
+    mesh: AnimatedMesh,
     folder: Path,
     animation: Literal["morph", "skin"],
     max_bones: int,
@@ -43,26 +43,10 @@ def write_mesh(
     """The animated mesh as GLB and, on request, as USD and as a file per frame.
 
     Args:
+        mesh: of the run (`make_asset`).
         ground: put the lowest point of the clip at 0.
         height: metres the object is to be tall; None keeps the run's scale.
     """
-    mesh = make_asset(run, options, terminal)
-    return mesh_files(run, mesh, folder, animation, max_bones, usd, sequence, terminal, ground, height)
-
-
-def mesh_files(
-    run: FinishedRun,
-    mesh: AnimatedMesh,
-    folder: Path,
-    animation: Literal["morph", "skin"],
-    max_bones: int,
-    usd: Literal["none", "usdc", "usdz"],
-    sequence: Literal["none", "obj", "ply"],
-    terminal: "Terminal",
-    ground: bool = True,
-    height: float | None = None,
-) -> Written:
-    """`write_mesh` of an asset that is made already."""
     placement = grounded(mesh, height)
     if not ground:
         placement = replace(placement, lift=0.0)

@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.clip import clip_field
 from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
 from sv4d_ns.fitting.learning_rates import field_optimizer, set_rates
@@ -50,19 +50,18 @@ class GridFit:
     """
 
     def __init__(
-        self, grid: ViewGrid, options: FitOptions, device: torch.device | str = "cpu", encoding: str = "numba"
+        self,
+        grid: ViewGrid,
+        options: FitOptions,
+        device: torch.device | str = "cpu",
+        encoding: Literal["numba", "tinycudann"] = "numba",
     ) -> None:
         torch.manual_seed(options.seed)
         torch.set_flush_denormal(True)  # subnormal moments of rarely touched grid entries would slow Adam down
         self.options, self.device, self.step = options, device, 0
         self.canonical = largest_silhouette(grid)
-        config = DeformableFieldConfig(
-            keyframes=grid.num_frames,
-            canonical_time=self.canonical / max(grid.num_frames - 1, 1),
-            encoding_backend=encoding,  # type: ignore[arg-type]
-        )
-        self.field = DeformableField(config).to(device)
-        self.occupancy = OccupancyGrid(grid.num_frames).to(device)
+        untrained, occupancy = clip_field(grid.num_frames, self.canonical, encoding)
+        self.field, self.occupancy = untrained.to(device), occupancy.to(device)
         self.optimizer = field_optimizer(self.field)
         self.use_grid(grid)
 
@@ -100,7 +99,7 @@ class GridFit:
         batch = self.sampler.draw(step, window, self.canonical)
         rendered = render_rays(
             self.field, self.occupancy, batch.origins, batch.directions, batch.times, options.samples,
-            background=batch.background, jitter=batch.jitter,
+            background=batch.background, jitter=batch.jitter, moments=batch.moments,
         )  # fmt: skip
         terms = loss_terms(self.field, self.occupancy, self.flow, rendered, batch, options.losses, options.seed, step)
         self.optimizer.zero_grad(set_to_none=True)

@@ -109,3 +109,28 @@ def content_hash(*parts: Any) -> str:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+@contextmanager
+def sole_use(folder: Path, lock: str, taken: str) -> Iterator[None]:
+    """Hold a folder, which is made if needed, for this process alone; a lock ends with its process, however it ends.
+
+    Args:
+        lock: name of the lock's file in it.
+        taken: what to say where another process holds it.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(taken) from error
+    try:
+        yield
+    finally:
+        held.release()

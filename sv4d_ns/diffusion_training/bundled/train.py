@@ -29,7 +29,7 @@ from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig, check
 from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Source, make_batch
 from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
-from sv4d_ns.diffusion_training.train import MAX_SKIPPED, truncate_log
+from sv4d_ns.diffusion_training.train import MAX_SKIPPED, read_step, truncate_log
 from sv4d_ns.utils.devices import choose_device, upload
 from sv4d_ns.utils.errors import InputError
 
@@ -158,9 +158,7 @@ class Trainer:
         parts["loss"].backward()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        *read, grad_norm = torch.stack([*(value.detach() for value in parts.values()), norm]).tolist()  # at once
-        values = dict(zip(parts, read, strict=True))
-        finite = math.isfinite(values["loss"]) and math.isfinite(grad_norm)
+        values, grad_norm, finite = read_step(parts, norm)
         if finite:
             state.optimizer.step()
             state.average.step(parameters)
