@@ -89,7 +89,7 @@ def test_drawn_out_skin_keeps_its_shape_and_follows_its_neighbours():
     torn = moved.copy()
     torn[vertices[:, 1] > 0.3] += [0.0, -0.1, 0.35]  # the end is sent elsewhere: the skin between is drawn out
     film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
-    result, changed = mended(np.stack([vertices, torn]), vertices, faces, film, 0)
+    result, changed = mended(np.stack([vertices, torn]), np.zeros((2, len(vertices)), bool), vertices, faces, film, 0)
     assert not changed[0].any() and changed[1][vertices[:, 1] > 0.3].all()
     assert np.abs(result[1] - moved).max() < 0.02
     edges = trimesh.Trimesh(vertices, faces, process=False).edges_unique
@@ -97,11 +97,23 @@ def test_drawn_out_skin_keeps_its_shape_and_follows_its_neighbours():
     assert (length / rest).max() < 4
 
 
+def test_a_guess_is_carried_by_the_skin_around_it():
+    vertices, faces = rod()
+    moved = np.add(vertices, [0.0, 0.0, 0.1])
+    guessed = np.zeros((2, len(vertices)), bool)
+    guessed[1, vertices[:, 1] > 0.3] = True
+    shifted = moved + np.where(guessed[1][:, None], [0.0, 0.0, 0.02], 0.0)  # too little to be drawn out
+    film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
+    result, changed = mended(np.stack([vertices, shifted]), guessed, vertices, faces, film, 0)
+    assert changed[1][guessed[1]].all()
+    assert np.abs(result[1] - moved).max() < 1e-3
+
+
 def test_a_motion_without_faults_is_left_alone():
     vertices, faces = rod()
     moved = np.add(vertices, [0.0, 0.05, 0.1])
     film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
-    result, changed = mended(np.stack([vertices, moved]), vertices, faces, film, 0)
+    result, changed = mended(np.stack([vertices, moved]), np.zeros((2, len(vertices)), bool), vertices, faces, film, 0)
     assert not changed.any()
     np.testing.assert_array_equal(result, np.stack([vertices, moved]))
 
@@ -112,6 +124,10 @@ def grid_of(inside, resolution=64):
     x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
     low = np.full(3, -0.57)
     return OpacityGrid(np.where(inside(x, y, z), 0.9, 0.0), low, -low, 0.03)
+
+
+def everywhen(positions):
+    return np.ones(len(positions), dtype=bool)
 
 
 def legs(gap):
@@ -136,12 +152,14 @@ def test_a_web_between_legs_is_cut_and_the_legs_stay():
     axis = np.linspace(-0.57, 0.57, 64)
     nodes = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)[grid.values > 0.5]
     still, film = np.stack([nodes] * 3), [filmed(*legs(0.11), frame) for frame in range(3)]
-    result, share = carved(grid, grid.values, 0.5, nodes, still, film)
+    result, share = carved(grid, grid.values, 0.5, nodes, still, everywhen(still), film)
     y, z = nodes[:, 1], nodes[:, 2]
     kept = result[grid.values > 0.5] > 0.5
     assert not kept[(np.abs(y) < 0.02) & (z < 0.05) & (z > -0.3)].any()
     assert kept[(np.abs(np.abs(y) - 0.11) < 0.03) & (np.abs(z) < 0.3) & (np.abs(nodes[:, 0]) < 0.07)].all()
     assert 0.02 < share < 0.4
+    guesses = np.zeros(len(still), bool)
+    assert carved(grid, grid.values, 0.5, nodes, still, guesses, film)[1] == 0  # a guess speaks against nothing
 
 
 def test_what_the_film_needs_is_not_cut_for_a_slip_of_the_motion():
@@ -155,7 +173,7 @@ def test_what_the_film_needs_is_not_cut_for_a_slip_of_the_motion():
     film = [filmed(np.asarray(box.vertices), np.asarray(box.faces), frame) for frame in range(6)]
     positions = np.stack([nodes] * 6)
     positions[4:, nodes[:, 2] < -0.2] += [0.0, 0.2, 0.0]  # in two frames of six the foot is put beside the leg
-    result, share = carved(grid, grid.values, 0.5, nodes, positions, film)
+    result, share = carved(grid, grid.values, 0.5, nodes, positions, everywhen(positions), film)
     assert share == 0
     assert (result[grid.values > 0.5] > 0.5).all()
 

@@ -73,6 +73,8 @@ FILM_FULL = 0.03
 """Weight from which a place shows the film alone: the sharpest frame sees it at 72 degrees."""
 PROBE_FACES = 10_000
 """Faces of the surface whose motion says what the film contradicts: nodes of the grid move like what is around them."""
+WELL_KNOWN = 0.03
+"""Share of vertices without a known place from which a frame says nothing against the canonical shape."""
 FINE_VIDEO = 384
 """Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
 for each pixel of an object that fills the picture, on either side of it."""
@@ -159,7 +161,8 @@ def _carved(
 
     probe = surface_of(solid, level, grid, PROBE_FACES)
     tracks = _motion(run, probe, grid, len(solid), BarsAlone(terminal))
-    solid, cut = carved(grid, solid, level, probe.vertices, tracks.positions, film)
+    known = tracks.guessed.mean(axis=1) < WELL_KNOWN
+    solid, cut = carved(grid, solid, level, probe.vertices, tracks.positions, known, film)
     if cut:
         terminal.say(f"{cut:.2%} of the matter would stand outside the film's silhouettes; it was cut away")
     return solid
@@ -174,12 +177,14 @@ def _motion(
     if not run.deforms:
         return tracks
     shapes = silhouettes(input_pictures(run.views))
-    positions, changed = mended(tracks.positions, surface.vertices, surface.faces, shapes, run.canonical_frame)
+    positions, changed = mended(
+        tracks.positions, tracks.guessed, surface.vertices, surface.faces, shapes, run.canonical_frame
+    )
     if changed.any():
         terminal.say(
             f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended"
         )
-    return Tracks(positions.astype(np.float32), tracks.residuals, tracks.guessed | changed)
+    return replace(tracks, positions=positions.astype(np.float32))
 
 
 def _film_at_vertices(

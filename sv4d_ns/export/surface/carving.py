@@ -130,6 +130,7 @@ def carved(
     level: float,
     vertices: Float[np.ndarray, "n 3"],
     positions: Float[np.ndarray, "t n 3"],
+    known: Bool[np.ndarray, " t"],
     film: Sequence[Picture],
 ) -> tuple[np.ndarray, float]:
     """`solid` without the matter that the film contradicts, and the share of nodes cut.
@@ -141,6 +142,7 @@ def carved(
     Args:
         vertices: of the surface cut out of `solid`.
         positions: of those vertices at every frame; nodes move like the vertices around them.
+        known: whether a frame's positions are the field's motion: guesses speak against nothing.
     """
     present = solid > level
     nodes = _nodes(grid)[present.ravel()]
@@ -148,7 +150,8 @@ def carved(
         return solid, 0.0
     moved = _carried(nodes, vertices, positions)
     shapes = silhouettes(film)
-    against = np.stack([shape.at(x) > OUTSIDE for shape, x in zip(shapes, moved, strict=True)]).sum(axis=0)
+    outside = np.stack([shape.at(x) > OUTSIDE for shape, x in zip(shapes, moved, strict=True)])
+    against = (outside & known[:, None]).sum(axis=0)
     doubted = against >= min(LEAST_FRAMES, len(shapes))
     needed = np.zeros(len(nodes), np.int64)
     for shape, x in zip(shapes, moved, strict=True):

@@ -133,6 +133,7 @@ def bad_vertices(
 
 def mended(
     positions: Float[np.ndarray, "t n 3"],
+    guessed: Bool[np.ndarray, "t n"],
     rest: Float[np.ndarray, "n 3"],
     faces: Int[np.ndarray, "f 3"],
     silhouettes: Sequence[Silhouette],
@@ -141,6 +142,7 @@ def mended(
     """Positions without drawn-out skin, and which vertices were solved again at each frame.
 
     Args:
+        guessed: vertices of whose place nothing is known (a frame of nothing else is taken as it is).
         rest: the canonical shape.
         first: the canonical frame; the others follow outwards in time, each keeping its mended neighbour's shape.
     """
@@ -155,6 +157,8 @@ def mended(
     ]
     for frame, neighbour in order:
         bad = bad_vertices(rest, positions[frame], faces, silhouettes[frame])
+        if not guessed[frame].all():
+            bad |= guessed[frame]
         if not bad.any() or bad.all():
             continue
         changed[frame] = skin.grown(bad, RINGS)
