@@ -41,13 +41,13 @@ from sv4d_ns.distillation.objective import Objective, ObjectiveConfig, make_anch
 from sv4d_ns.distillation.priors import SV4DPrior
 from sv4d_ns.distillation.rendering import Rays, RenderSettings, grid_rays, render
 from sv4d_ns.distillation.schedules import own_weights
-from sv4d_ns.distillation.warm_start import view_terms
+from sv4d_ns.distillation.warm_start import view_losses
 from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, picture_figures, video_figures
 from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights
+from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights, render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
 from sv4d_ns.fitting.schedule import ScheduleConfig, Window
 from sv4d_ns.fitting.train_views import hull_views, train_views
@@ -167,7 +167,19 @@ def run_steps(case: Case, fit: Fit, arm: str, steps: range, total: int) -> None:
         if objective is not None:
             terms = objective.terms(step - steps.start)
         else:
-            terms, _ = view_terms(fit.field, fit.occupancy, sampler.draw(step, Window(0, FRAMES - 1), 0))
+            batch = sampler.draw(step, Window(0, FRAMES - 1), 0)
+            rendered = render_rays(
+                fit.field,
+                fit.occupancy,
+                batch.origins,
+                batch.directions,
+                batch.times,
+                128,
+                background=batch.background,
+                jitter=batch.jitter,
+                moments=batch.moments,
+            )
+            terms = view_losses(rendered, batch)
         fit.optimizer.zero_grad()
         sum(terms.values(), torch.zeros(())).backward()
         fit.optimizer.step()

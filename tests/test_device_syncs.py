@@ -7,7 +7,7 @@ import torch
 from pretend_card import Card
 from test_fake_cuda import step_of
 
-from sv4d_ns.plugin.pipeline import read_step
+from sv4d_ns.plugin.base_pipeline import read_step
 from sv4d_ns.utils.errors import NotFiniteError
 
 

@@ -159,7 +159,7 @@ def step_of(method: str, folder: Path, device: str, step: int, card: Card | None
     with torch.no_grad():
         pipeline.model.field.density_head[-1].bias[0] += 1.5  # matter enough for a surface
     pipeline.model.carve(pipeline.datamanager.grid)
-    pipeline.model._before_step(step)
+    pipeline.model.before_step(step)
     pipeline.get_train_loss_dict(step)  # the first one sets things up
     if card is not None:
         card.counts.clear(), card.places.clear()

@@ -275,7 +275,7 @@ def test_4diffusion_resumes_with_its_only_views(runs: dict[str, Path]) -> None:
     config = yaml.unsafe_load((runs["4diffusion"] / "config.yml").read_text())
     config.pipeline.refine_steps = (1,)
     pipeline = config.pipeline.setup(device="cpu", test_mode="val")
-    pipeline._use_views_of_step(5)
+    pipeline.use_views_of_step(5)
     assert pipeline.datamanager.grid.num_frames == 3
 
 

@@ -329,7 +329,7 @@ def test_runs_are_named_after_what_the_user_gave(tmp_path, monkeypatch):
 def test_printed_commands_can_be_pasted():
     import shlex
 
-    from sv4d_ns.plugin.pipeline import next_commands
+    from sv4d_ns.plugin.base_pipeline import next_commands
 
     name = "my cat's #1 [new] $x"
     lines = next_commands(Path("outputs") / name, name, "ns-export")

@@ -6,16 +6,10 @@ Only configuration is imported at the top; nerfstudio imports this file for ever
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import tyro
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.models.base_model import Model
 from torch import Tensor
-from torch.nn import Parameter
 
-from sv4d_ns.fitting.settings import LossWeights
-from sv4d_ns.plugin.model import SV4DModel, SV4DModelConfig
+from sv4d_ns.plugin.base_model import FieldModel, FieldModelConfig
 
 if TYPE_CHECKING:
     from sv4d_ns.distillation.rendering import RenderSettings
@@ -24,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class FourDiffusionModelConfig(SV4DModelConfig):
+class FourDiffusionModelConfig(FieldModelConfig):
     """The field, what bounds it, and how it is rendered in training."""
 
     _target: type = field(default_factory=lambda: FourDiffusionModel)
@@ -43,35 +37,23 @@ class FourDiffusionModelConfig(SV4DModelConfig):
     16,384 for the reference field and 131,072 for the small one."""
     orientation_samples: int = 4096
     """Samples of a chunk at which normals are taken for the orientation loss."""
-    encoding: tyro.conf.Suppress[Literal["numba", "tinycudann"]] = "numba"
-    """Unused: the space-time field has a hash grid of its own."""
-    losses: tyro.conf.Suppress[LossWeights] = field(default_factory=LossWeights)
-    """Unused: the losses are the pipeline's."""
 
 
-class FourDiffusionModel(SV4DModel):
+class FourDiffusionModel(FieldModel):
     """Renders the space-time field."""
 
     config: FourDiffusionModelConfig
-    field: Any  # a SpaceTimeField, where SV4DModel has a DeformableField
-    occupancy: Any
 
-    def populate_modules(self) -> None:
-        """Make the field and its empty-space grid."""
+    def make_field(self) -> tuple[Any, Any]:
+        """A space-time field and a moment of occupancy for every frame."""
         from dataclasses import replace
 
         from sv4d_ns.field.occupancy import OccupancyGrid
         from sv4d_ns.field.space_time import SpaceTimeField
 
-        Model.populate_modules(self)
-        torch.set_flush_denormal(True)
-        self.num_frames: int = self.kwargs["metadata"]["num_frames"]
-        self.canonical_frame: int = self.kwargs["metadata"]["canonical_frame"]
-        small = self.is_small
         canonical_time = self.canonical_frame / max(self.num_frames - 1, 1)
-        self.field = SpaceTimeField(replace(field_config(small), canonical_time=canonical_time))
-        self.occupancy = OccupancyGrid(self.num_frames)
-        self._pictures_without_time = 0
+        field = SpaceTimeField(replace(field_config(self.is_small), canonical_time=canonical_time))
+        return field, OccupancyGrid(self.num_frames)
 
     @property
     def is_small(self) -> bool:
@@ -82,9 +64,13 @@ class FourDiffusionModel(SV4DModel):
         """How training renders."""
         from sv4d_ns.distillation.rendering import RenderSettings
 
-        samples, rays = (128, 1 << 17) if self.is_small else (256, 1 << 14)
-        config = self.config
-        return RenderSettings(config.train_samples or samples, config.chunk_rays or rays, config.orientation_samples)
+        rays = self.config.chunk_rays or (1 << 17 if self.is_small else 1 << 14)
+        return RenderSettings(self.samples, rays, self.config.orientation_samples)
+
+    @property
+    def samples(self) -> int:
+        """Steps along the box's diagonal in training, of the warm-up's rays and of distillation's pictures."""
+        return self.config.train_samples or (128 if self.is_small else 256)
 
     def frame_window(self, step: int) -> "Window":
         """All frames."""
@@ -92,35 +78,34 @@ class FourDiffusionModel(SV4DModel):
 
         return Window(0, self.num_frames - 1)
 
-    def get_param_groups(self) -> dict[str, list[Parameter]]:
-        """The field's parameters in groups, each with a learning rate of its own."""
-        return self.field.parameter_groups()
-
-    def _before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
+        """Look at one more moment of the empty space."""
         if step % self.config.occupancy_every == 0:
             self.occupancy.update(self.field, step // self.config.occupancy_every % self.num_frames)
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the silhouettes of a grid; those of an input whose camera is a guess do not count."""
-        from sv4d_ns.fitting.train_views import hull_views, train_views
+        from sv4d_ns.fitting.train_views import hull_views
         from sv4d_ns.synthesis.fourdm import KNOWN_POSE
 
         if not self.config.carve:
             return
-        views = train_views(grid, self.device, self.kwargs["metadata"].get("leave_out", True))
+        views = self.views_to_fit(grid)
         self.occupancy.carve(hull_views(views if grid.provenance.get(KNOWN_POSE, True) else views[1:]))
 
-    def get_outputs(self, ray_bundle: RayBundle | Cameras) -> dict[str, Any]:
-        """Render rays on white: rgb, accumulation, depth (world units) and normals in [0, 1]."""
-        outputs = super().get_outputs(ray_bundle)
-        outputs.pop("motion", None)  # the field does not say which point goes where
+    def _render_picture(self, ray_bundle: RayBundle) -> dict[str, Any]:
+        outputs = super()._render_picture(ray_bundle)
+        outputs.pop("motion")  # the field does not say which point goes where
         return outputs
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The losses are the pipeline's (`objective.Objective`): they need whole pictures."""
-        raise NotImplementedError("the pipeline makes the losses of 4diffusion")
+        """The losses of the warm-up, which fits the views' rays; distillation's are `objective.Objective`'s, which
+        renders whole pictures of this field."""
+        from sv4d_ns.distillation.warm_start import view_losses
+
+        return view_losses(outputs["rendered"], batch["batch"])
 
 
 def field_config(small: bool) -> Any:

@@ -3,17 +3,15 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from nerfstudio.data.datamanagers.base_datamanager import DataManagerConfig
-from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.models.base_model import ModelConfig
-from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch import Tensor
 
+from sv4d_ns.plugin.base_pipeline import FieldPipeline, FieldPipelineConfig, read_step
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.distillation_model import FourDiffusionModel, FourDiffusionModelConfig
 from sv4d_ns.plugin.help import first_in_help
-from sv4d_ns.plugin.pipeline import SV4DPipeline, SV4DPipelineConfig, read_step
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.progress import say
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 @first_in_help("datamanager", "movies", "warm_up")
 @dataclass
-class FourDiffusionPipelineConfig(SV4DPipelineConfig):
+class FourDiffusionPipelineConfig(FieldPipelineConfig):
     """What the field is optimised for."""
 
     _target: type = field(default_factory=lambda: FourDiffusionPipeline)
@@ -37,12 +35,6 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
     """The video and the model behind distillation."""
     model: ModelConfig = field(default_factory=FourDiffusionModelConfig)
     """The space-time field."""
-    refine_steps: tyro.conf.Suppress[tuple[int, ...] | None] = ()
-    """Unused: score distillation looks at the views anew in every step, so there is no second stage."""
-    refine_strength: tyro.conf.Suppress[float | None] = None
-    """Unused, like `refine_steps`."""
-    visibility_every: tyro.conf.Suppress[int] = 0
-    """Unused: the anchor is one view."""
     anchor_view: int | None = None
     """View of the grid that the field is to match (0 the input, then the novel views in order); None takes the input
     itself where its camera is known, else the sampled view that looks most like it."""
@@ -64,7 +56,7 @@ class FourDiffusionPipelineConfig(SV4DPipelineConfig):
         return int(share * total)
 
 
-class FourDiffusionPipeline(SV4DPipeline):
+class FourDiffusionPipeline(FieldPipeline):
     """Wires the view grid, the field, the model that made the views, and the objective together."""
 
     config: FourDiffusionPipelineConfig
@@ -98,32 +90,20 @@ class FourDiffusionPipeline(SV4DPipeline):
         """The empty-space grid before each step, the bar after it, the results at the end."""
         trainer: Any = training_callback_attributes.trainer
         self._total_steps = trainer.total_steps
-        self._use_views_of_step(trainer._start_step)
+        callbacks = super().get_training_callbacks(training_callback_attributes)
         with one_sentence_errors():
             self._objective = self._make_objective()
-        callbacks = VanillaPipeline.get_training_callbacks(self, training_callback_attributes)
-        begin = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], func=trainer.begin_step)
-        end = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.end_step)
-        finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
-        return [begin, *callbacks, end, finish]
+        return callbacks
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """The terms of a step; raises `NotFiniteError` before one of them can spoil the field."""
+        warm_up_steps = self._warm_up_steps()
+        if step < warm_up_steps:
+            return super().get_train_loss_dict(step)
         assert self._objective is not None
-        terms = self._terms(step)
-        self.psnr = read_step(terms, self._objective_psnr, step)
-        return {}, terms, {"psnr": self._objective_psnr}
-
-    def get_eval_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """How well the field fits other rays of the grid's views; distillation has no such measure."""
-        import torch
-
-        from sv4d_ns.distillation.warm_start import view_terms
-
-        _, batch = self.datamanager.next_eval(step)
-        with torch.no_grad():
-            terms, psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch["batch"])
-        return {}, terms, {"psnr": psnr}
+        terms = self._objective.terms(step - warm_up_steps) | {"motion": self._motion(step)}
+        self.psnr = read_step(terms, self._objective.anchor_psnr, step)
+        return {}, terms, {"psnr": self._objective.anchor_psnr}
 
     def go_back(self, step: int) -> None:
         """As the other method's, and with other views and noise in distillation, too."""
@@ -135,26 +115,11 @@ class FourDiffusionPipeline(SV4DPipeline):
         """Of this attempt."""
         return self.datamanager.config.seed + self.datamanager.retries
 
-    def _refinements_before(self, step: int) -> int:
-        return 0  # whatever a config.yml says: this method has no second stage
-
-    def _terms(self, step: int) -> dict[str, Tensor]:
+    def _motion(self, step: int) -> Tensor:
         from sv4d_ns.distillation.motion import motion_loss
 
-        assert self._objective is not None
-        terms: dict[str, Tensor] = {}
-        warm_up_steps = self._warm_up_steps()
-        if step < warm_up_steps:
-            from sv4d_ns.distillation.warm_start import view_terms
-
-            batch = self.datamanager.training_sampler().draw(step, self.space_model.frame_window(step), 0)
-            terms, self._objective_psnr = view_terms(self.space_model.field, self.space_model.occupancy, batch)
-        if step >= warm_up_steps:
-            terms |= self._objective.terms(step - warm_up_steps)
-            self._objective_psnr = self._objective.anchor_psnr
-            field, occupancy = self.space_model.field, self.space_model.occupancy
-            terms["motion"] = motion_loss(field, occupancy, self.space_model.num_frames, self._seed(), step)
-        return terms
+        model = self.space_model
+        return motion_loss(model.field, model.occupancy, model.num_frames, self._seed(), step)
 
     def _warm_up_steps(self) -> int:
         return self.config.warm_up_steps(self._total_steps)

@@ -25,7 +25,7 @@ from sv4d_ns.views.grid import ViewGrid
 if TYPE_CHECKING:
     from nerfstudio.cameras.rays import RayBundle
 
-    from sv4d_ns.plugin.model import SV4DModel
+    from sv4d_ns.plugin.base_model import FieldModel
 
 DISTANCE_RANGE = 0.8
 """World units in front of and behind the origin over which the channel `distance` goes through its colours."""
@@ -124,7 +124,7 @@ def flat_rays(bundle: "RayBundle") -> FlatRays:
     )
 
 
-def render_flat(model: "SV4DModel", rays: FlatRays) -> dict[str, Tensor]:
+def render_flat(model: "FieldModel", rays: FlatRays) -> dict[str, Tensor]:
     """`render_rays_chunked` with a model's settings, on white or the background nerfstudio has set (for a crop)."""
     from nerfstudio.model_components import renderers
 
@@ -142,7 +142,7 @@ def render_flat(model: "SV4DModel", rays: FlatRays) -> dict[str, Tensor]:
     )
 
 
-def camera_channels(model: "SV4DModel", rays: "RayBundle") -> Channels:
+def camera_channels(model: "FieldModel", rays: "RayBundle") -> Channels:
     """All that a picture of the model can show.
 
     Args:
@@ -172,7 +172,7 @@ def camera_channels(model: "SV4DModel", rays: "RayBundle") -> Channels:
 class _Picture:
     """n = h * w rendered rays of one time."""
 
-    model: "SV4DModel"
+    model: "FieldModel"
     origins: Float[Tensor, "n 3"]
     directions: Float[Tensor, "n 3"]
     times: Float[Tensor, "n 1"]

@@ -21,6 +21,7 @@ from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModelConfig
 from sv4d_ns.plugin.nerfstudio_commands import expect_missing_configs, opening, prepare
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
+from sv4d_ns.plugin.pipeline import SV4DPipelineConfig
 from sv4d_ns.plugin.quiet import silence_nerfstudio
 from sv4d_ns.plugin.validation import check_settings
 from sv4d_ns.plugin.viewer import local_unless_asked
@@ -244,17 +245,18 @@ class SV4DTrainerConfig(TrainerConfig):
 
     def _spread_schedules(self) -> None:
         """Every schedule of the field is in shares of the run's length: tell them how long it is."""
-        if not isinstance(self.pipeline.model, SV4DModelConfig):
+        for group in self.optimizers.values():
+            if isinstance(group.get("scheduler"), DecaySchedulerConfig):
+                group["scheduler"].max_steps = self.max_num_iterations
+        pipeline = self.pipeline
+        if not isinstance(pipeline, SV4DPipelineConfig):
             return
-        self.pipeline.model.schedule_steps = self.max_num_iterations
-        pipeline: Any = self.pipeline
+        assert isinstance(pipeline.model, SV4DModelConfig)
+        pipeline.model.schedule_steps = self.max_num_iterations
         if pipeline.refine_steps is None:
             source = self.source_run()
             earlier = None if source is None else recorded_rounds(source)
             pipeline.refine_steps = earlier or self._default_rounds()
-        for group in self.optimizers.values():
-            if isinstance(group.get("scheduler"), DecaySchedulerConfig):
-                group["scheduler"].max_steps = self.max_num_iterations
 
     def _default_rounds(self) -> tuple[int, ...]:
         step = max(1, round(REFINE_AT * self.max_num_iterations))

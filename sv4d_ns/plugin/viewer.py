@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from nerfstudio.viewer.viewer import Viewer
 
-    from sv4d_ns.plugin.model import SV4DModel
+    from sv4d_ns.plugin.base_model import FieldModel
     from sv4d_ns.views.grid import ViewGrid
 
 AZIMUTH_DEG, ELEVATION_DEG = 30.0, 15.0
@@ -123,7 +123,7 @@ class Playback(ViewerControl):
     Pictures the machine is too slow for are left out; the clip keeps its speed.
     """
 
-    def __init__(self, model: "SV4DModel", grid: "Callable[[], ViewGrid]"):
+    def __init__(self, model: "FieldModel", grid: "Callable[[], ViewGrid]"):
         """`grid` gives the view grid in use (stage 2 replaces it)."""
         self.model = model
         self.grid = grid
