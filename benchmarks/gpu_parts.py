@@ -302,7 +302,11 @@ def _without_group_offload(module: nn.Module) -> None:
 def twins(setting: Setting, note: Note) -> None:
     """The tests that compare what runs on a card with what runs on a CPU."""
     # the stand-in for a card in test_fake_cuda.py steps back where there is one
-    chosen = ["tests/test_kernels.py", "-k", "nerfacc_finds"] if setting.tiny else ["tests/test_kernels.py"]
+    chosen = (
+        ["tests/test_kernels.py", "-k", "nerfacc_finds"]
+        if setting.tiny
+        else ["tests/test_kernels.py", "tests/test_export_points.py"]
+    )
     command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()

@@ -43,7 +43,7 @@ class FourDiffusionModelConfig(SV4DModelConfig):
     16,384 for the reference field and 131,072 for the small one."""
     orientation_samples: int = 4096
     """Samples of a chunk at which normals are taken for the orientation loss."""
-    encoding: tyro.conf.Suppress[Literal["numba", "tinycudann"]] = "numba"
+    encoding: tyro.conf.Suppress[Literal["auto", "numba", "tinycudann"]] = "numba"
     """Unused: the space-time field has a hash grid of its own."""
     losses: tyro.conf.Suppress[LossWeights] = field(default_factory=LossWeights)
     """Unused: the losses are the pipeline's."""

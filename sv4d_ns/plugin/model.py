@@ -49,9 +49,10 @@ class SV4DModelConfig(ModelConfig):
     """Steps along the box's diagonal in training; only those in occupied space are evaluated."""
     render_samples: int = 192
     """The same for pictures."""
-    encoding: Literal["numba", "tinycudann"] = "numba"
+    encoding: Literal["auto", "numba", "tinycudann"] = "auto"
     """Who evaluates the canonical hash grid. numba is the compiled loop on a CPU and plain torch on a GPU; tinycudann
-    stands for tiny-cuda-nn's kernels on a GPU (install it first), and what they trained opens on a CPU too."""
+    stands for tiny-cuda-nn's kernels on a GPU, and what they trained opens on a CPU too. auto takes these on a GPU
+    where tiny-cuda-nn is installed, else numba; the choice is then part of the run's configuration."""
     occupancy_every: int = 2
     """Training steps between updates of the occupancy grid (one moment each)."""
     losses: LossWeights = field(default_factory=LossWeights)
