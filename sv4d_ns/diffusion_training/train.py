@@ -209,7 +209,8 @@ class Trainer:
         self.skeleton = without_weights(state.parts)
         """What averaged weights are put into for reports."""
         if config.precision == "bf16":
-            state.parts.forward = torch.autocast(self.device.type, torch.bfloat16)(state.parts.forward)
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+            state.parts.forward = autocast(state.parts.forward)  # type: ignore[method-assign]
         self.model, state.optimizer = self.accelerator.prepare(state.parts, state.optimizer)
         state.average = EMAModel(trainable(state.parts).values(), decay=config.ema_decay)
         _resume(state, self.pipeline, config)
