@@ -11,7 +11,10 @@ leaves gpu.json, gpu.md and the trained model below `--out`. `--device cpu --tin
 figures mean nothing.
 """
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 import tyro
 
+from sv4d_ns.cli.batch import end_with_the_parent
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
 
@@ -63,6 +67,7 @@ class Measure:
             )
         self.out.mkdir(parents=True, exist_ok=True)
         if self.only is not None:
+            end_with_the_parent()  # a part that is left behind would share the card with its next try
             run_part(next(part for part in PARTS if part.name == self.only), self.setting(self.minutes))
             return
         unknown = sorted(set(self.parts) - {part.name for part in PARTS})
@@ -90,13 +95,16 @@ class Measure:
         ]  # fmt: skip
         began = time.monotonic()
         with (self.out / f"{slug(part.name)}.log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             try:
-                code = subprocess.run(
-                    command, stdout=log, stderr=subprocess.STDOUT, timeout=60 * minutes + 20 * part.resumes, check=False
-                ).returncode
+                code = process.wait(60 * minutes + 20 * part.resumes)
                 ended = "" if code == 0 else f"ended with {code}: see {log.name}"
             except subprocess.TimeoutExpired:
                 ended = f"ended after {minutes:.1f} minutes"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
+                process.wait()
         kept = result(self.out, part)
         kept.update(minutes=(time.monotonic() - began) / 60, ended=ended)
         save(self.out, part, kept)

@@ -302,11 +302,16 @@ def _without_group_offload(module: nn.Module) -> None:
 def twins(setting: Setting, note: Note) -> None:
     """The tests that compare what runs on a card with what runs on a CPU."""
     # the stand-in for a card in test_fake_cuda.py steps back where there is one
-    chosen = ["tests/test_kernels.py", "-k", "nerfacc_finds"] if setting.tiny else ["tests/test_kernels.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *chosen]
+    chosen = (
+        ["tests/test_kernels.py", "-k", "nerfacc_finds"]
+        if setting.tiny
+        else ["tests/test_kernels.py", "tests/test_export_points.py"]
+    )
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
-    note("pytest", {"exit": done.returncode, "result": lines[-1] if lines else done.stderr.strip()[-200:]})
+    counts = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|skipped|error)", line)), "")
+    note("pytest", {"exit": done.returncode, "result": counts or (done.stdout + done.stderr).strip()[-200:]})
     for line in lines:
         if line.startswith(("FAILED", "ERROR", "SKIPPED")):
             note(line[:160], {"exit": done.returncode})

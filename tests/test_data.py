@@ -2,13 +2,18 @@
 
 import dataclasses
 import errno
+import importlib
 import json
+import os
+import signal
 import sys
+import time
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
@@ -192,6 +197,96 @@ def test_damaged_data_says_so(folder, tmp_path):
     (target / "object.json").write_text("{}")
     with pytest.raises(InputError, match="does not describe a rendered object"):
         RenderedDataset(tmp_path / "bad")
+
+
+# on a cluster
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted((folder / "objects").rglob("*.*"))}
+
+
+def test_a_worker_killed_in_the_middle_of_an_object_loses_nothing(tmp_path, folder, monkeypatch):
+    """The worker dies while it writes an object; another makes it, the same as without a cluster."""
+    place, real = str(tmp_path), render.try_asset
+
+    def fatal_once(asset, settings):
+        tried = Path(place) / f"{asset.name}.tried"
+        if asset.seed == 6 and not tried.exists():
+            tried.touch()
+            there = importlib.import_module("sv4d_ns.training_data.render")
+            calls, plain = [], there.png
+
+            def dies(picture):
+                calls.append(0)
+                if len(calls) == 5:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return plain(picture)
+
+            there.png = dies
+        return real(asset, settings)
+
+    monkeypatch.setattr(render, "try_asset", fatal_once)
+    out = tmp_path / "out"
+    summary = render_dataset(config(out, source="procedural:5:2", maps=True, cluster="local:2"))
+    assert (tmp_path / "creature-0000000006.tried").exists()
+    assert sorted(summary.rendered) == ["creature-0000000005", "creature-0000000006"] and not summary.skipped
+    alone = tmp_path / "alone"
+    monkeypatch.undo()
+    render_dataset(config(alone, source="procedural:5:2", maps=True))
+    left = [path for path in (out / "objects").iterdir() if path.name.startswith(".")]
+    assert left, "what the killed worker had begun"
+    assert not render_dataset(config(out, source="procedural:5:2", maps=True, cluster="local:2")).rendered
+    assert files_of(out) == files_of(alone), "and the same command again clears it away"
+
+
+def test_a_full_disk_on_a_worker_ends_the_render_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    real = render.try_asset
+
+    def full_at_6(asset, settings):
+        with dataset.disk_errors(settings.output / asset.name):
+            if asset.seed == 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(asset, settings)
+
+    monkeypatch.setattr(render, "try_asset", full_at_6)
+    settings = config(tmp_path / "out", source="procedural:5:3", cluster="local:1")
+    with pytest.raises(InputError, match=r"The disk is full while writing .*creature-0000000006.*same command again"):
+        render_dataset(settings)
+    assert "creature-0000000005" in finished_names(tmp_path / "out")
+    monkeypatch.undo()
+    assert "creature-0000000006" in render_dataset(settings).rendered
+
+
+def test_what_a_cluster_cannot_do_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("sv4d_ns.runs.cluster.CONNECT_SECONDS", 1)
+    with pytest.raises(InputError, match=r"tcp://127.0.0.1:9: no Dask scheduler answers there"):
+        render_dataset(config(tmp_path / "out", cluster="tcp://127.0.0.1:9"))
+    with pytest.raises(InputError, match=r"--workers is for this process: leave it out with --cluster"):
+        render_dataset(config(tmp_path / "out", cluster="local:2", workers=2))
+    lock = FileLock(tmp_path / "out" / render.LOCK_FILE)
+    with lock, pytest.raises(InputError, match="Another 'sv4d data render' works on"):
+        render_dataset(config(tmp_path / "out"))
+
+
+def test_workers_with_another_version_or_none_are_named(tmp_path):
+    from distributed import Client, LocalCluster
+
+    def another_version():
+        importlib.import_module("sv4d_ns.runs.cluster").__version__ = "0.0.1"
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as there:
+        with Client(there, set_as_default=False) as client:
+            client.run(another_version)
+        with pytest.raises(InputError, match=r"has sv4d-ns 0\.0\.1, and this is .*install the same everywhere"):
+            render_dataset(config(tmp_path / "out", cluster=there.scheduler_address))
+        there.scale(0)
+        with Client(there, set_as_default=False) as client:
+            while client.scheduler_info()["workers"]:
+                time.sleep(0.1)
+        with pytest.raises(InputError, match="the scheduler has no worker; start some with 'dask worker"):
+            render_dataset(config(tmp_path / "out", cluster=there.scheduler_address))
+    assert not (tmp_path / "out" / "objects").exists()
 
 
 @pytest.mark.parametrize(

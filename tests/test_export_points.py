@@ -119,3 +119,21 @@ def test_refinement_moves_splats_towards_the_pictures(mesh):
     better = refine(grey, shown, 60, dense_rasterise, "cpu")
     assert error(better) < 0.6 * error(grey)
     np.testing.assert_array_equal(better.rotations, grey.rotations)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gsplat_draws_what_the_formula_does():
+    """`gsplat.rasterization` against its twin in plain torch, for round splats far enough from each other's depth."""
+    rasterization = pytest.importorskip("gsplat", reason="gsplat is not installed").rasterization
+    generator = torch.Generator().manual_seed(0)
+    count, size, focal = 40, 48, 60.0
+    means = torch.rand(count, 3, generator=generator) * 1.2 - 0.6
+    means[:, 2] = torch.linspace(2.0, 4.0, count)
+    colors, opacities = torch.rand(count, 3, generator=generator), torch.full((count,), 0.7)
+    scales, turned = torch.full((count, 3), 0.12), torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1)
+    intrinsics = torch.tensor([[[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]])
+    given = (means, turned, scales, opacities, colors, torch.eye(4)[None], intrinsics)
+    wanted, wanted_alpha, _ = dense_rasterise(*given, size, size)
+    made, alpha, _ = rasterization(*(tensor.cuda() for tensor in given), size, size)
+    # gsplat widens each by 0.3 pixels squared, and turns a ray's angle into a sheared ellipse
+    assert (made.cpu() - wanted).abs().mean() < 0.03 and (alpha.cpu() - wanted_alpha).abs().mean() < 0.03

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from tiny_run import tiny_config
 
 from sv4d_ns.field import hash_grid, kernels
 from sv4d_ns.field import volume_rendering as rendering
@@ -141,6 +143,32 @@ def test_a_run_s_configuration_names_the_layout_of_its_table() -> None:
     for encoding, layout in (("numba", HashEncoding), ("tinycudann", HashGrid)):
         model = SV4DModelConfig(encoding=encoding).setup(scene_box=object_box(), num_train_data=1, metadata=metadata)
         assert isinstance(model.field.encoding, layout)
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "chosen"),
+    [("cuda", True, "tinycudann"), ("cuda", False, "numba"), ("cpu", True, "numba")],
+)
+def test_the_fast_kernels_are_taken_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, chosen: str
+) -> None:
+    monkeypatch.setattr("sv4d_ns.plugin.trainer.choose_device", lambda _: (device, ""))
+    monkeypatch.setattr(hash_grid, "tinycudann_works", lambda: installed)
+    config = tiny_config("sv4d", tmp_path)
+    assert config.pipeline.model.encoding == "auto"
+    config.set_timestamp()
+    assert config.pipeline.model.encoding == chosen
+
+    # a run that goes on from another has that one's table, whatever is here
+    run = config.get_base_dir()
+    run.mkdir(parents=True)
+    (run / "config.yml").write_text(yaml.dump(config))
+    monkeypatch.setattr("sv4d_ns.plugin.trainer.choose_device", lambda _: ("cuda", ""))
+    monkeypatch.setattr(hash_grid, "tinycudann_works", lambda: chosen == "numba")
+    following = tiny_config("sv4d", tmp_path / "following")
+    following.load_dir = run / "nerfstudio_models"
+    following.set_timestamp()
+    assert following.pipeline.model.encoding == chosen
 
 
 def test_without_tinycudann_its_back_end_says_what_to_do() -> None:

@@ -1,12 +1,14 @@
 """Chunks that shrink where memory runs out, and the plan of memory and time."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusion_fixture import FRAMES, VIEWS, tiny_pipeline, tiny_unet, tiny_video, unet_inputs
 
 from sv4d_ns.diffusion.memory import Chunks
-from sv4d_ns.diffusion.planner.command import command
-from sv4d_ns.diffusion.planner.plan import CARDS, GIB, Offload, dry_run, plan_memory
+from sv4d_ns.diffusion.planner.command import command, tried
+from sv4d_ns.diffusion.planner.plan import CARDS, GIB, RAN_ON, Offload, dry_run, plan_memory
 from sv4d_ns.diffusion.sv4d import attention
 from sv4d_ns.utils.errors import InputError
 
@@ -127,3 +129,13 @@ def test_plan_command(capsys):
         plan_memory("official4", CARDS["t4"], size=60)
     with pytest.raises(InputError, match="--frames"):
         plan_memory("official4", CARDS["t4"], frames=0)
+
+
+def test_the_plan_and_the_documents_say_the_same_of_what_has_run_on_a_card(capsys):
+    root = Path(__file__).parents[1]
+    tables = (root / "docs" / "performance.md").read_text().partition("<!-- gpu: start -->")[2]
+    tables = tables.partition("<!-- gpu: end -->")[0]
+    assert ("never yet on a GPU" in (root / "README.md").read_text()) == (not RAN_ON)
+    assert ("Not measured yet." in tables) == (not RAN_ON) and all(card in tables for card in RAN_ON)
+    command(["--device", "rtx-4090", "--offload", "model"])
+    assert " ".join(tried().split()) in " ".join(capsys.readouterr().out.split())

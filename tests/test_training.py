@@ -4,17 +4,21 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusion_fixture import tiny_pipeline
+from safetensors.torch import load_file
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion.sv4d.small_components import PooledImageEncoder
 from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training import train as trainer
-from sv4d_ns.diffusion_training.checkpoint import checkpoints
+from sv4d_ns.diffusion_training.checkpoint import checkpoints, trainable
 from sv4d_ns.diffusion_training.config import TrainConfig, check
 from sv4d_ns.diffusion_training.data import (
     HELD_OUT_SEEDS,
@@ -33,7 +37,8 @@ from sv4d_ns.diffusion_training.evaluate import (
     motion_error,
     score,
 )
-from sv4d_ns.diffusion_training.model import ModelConfig, bypassed, camera_vectors_of, fit_autoencoder
+from sv4d_ns.diffusion_training.model import ModelConfig, TrainedParts, bypassed, camera_vectors_of, fit_autoencoder
+from sv4d_ns.diffusion_training.sharding import set_up
 from sv4d_ns.diffusion_training.train import Trainer, prepare, train
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
@@ -243,7 +248,8 @@ def test_own_references_are_what_one_sampling_step_gives(config):
     batch = make_batch(0, 0, BatchShape(1, 2), 16)
     encoded = objective.encode(pipeline, batch, torch.device("cpu"))
     drawn = draws(config, numbers=range(1), objects=1)
-    made = objective.own_references(pipeline, encoded, drawn, 40.0)
+    parts = TrainedParts(pipeline.unet, pipeline.image_encoder)
+    made = objective.own_references(parts, pipeline, encoded, drawn, 40.0)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         (to_model_images(batch.inputs[0, :1]) + 1) / 2, batch.azimuths[0].tolist(), batch.elevations[0].tolist(),
@@ -383,11 +389,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(config):
     np.testing.assert_allclose(losses(parts.output_dir), losses(rich.output_dir), rtol=1e-5)
 
 
-def _one_of_two(rank, port, config):
+def _one_of_two(rank, port, config, more):
     """A process of two: what `accelerate launch` sets, then the same call."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **more,
     )  # fmt: skip
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -396,23 +402,118 @@ def _one_of_two(rank, port, config):
     train(config)
 
 
-def test_two_processes_make_the_losses_of_one(config):
+def run_two(config, **more):
+    """Train in two processes with more in their environment; their exit codes."""
     import socket
 
-    train(config)
-    two = dataclasses.replace(config, output_dir=config.output_dir.with_name("two"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # forked, because starting two more interpreters costs more than the training
     context = multiprocessing.get_context("fork")
-    started = [context.Process(target=_one_of_two, args=(rank, port, two)) for rank in range(2)]
+    started = [context.Process(target=_one_of_two, args=(rank, port, config, more)) for rank in range(2)]
     for process in started:
         process.start()
     for process in started:
         process.join(300)
-    assert [process.exitcode for process in started] == [0, 0]
+    return [process.exitcode for process in started]
+
+
+def test_two_processes_make_the_losses_of_one(config):
+    train(config)
+    two = dataclasses.replace(config, output_dir=config.output_dir.with_name("two"))
+    assert run_two(two) == [0, 0]
     np.testing.assert_allclose(losses(two.output_dir), losses(config.output_dir), rtol=2e-5)
+
+
+def fsdp2():
+    """What `accelerate launch --config_file recipes/fsdp2.yaml` puts into the environment of its processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    recipe = Path(__file__).parents[1] / "recipes" / "fsdp2.yaml"
+    words = ["--config_file", str(recipe), "--num_processes", "2", "-m", "sv4d_ns.diffusion_training.train"]
+    asked, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert asked.use_fsdp
+    names = ("ACCELERATE_USE_FSDP", "FSDP_")
+    return {name: value for name, value in prepare_multi_gpu_env(asked).items() if name.startswith(names)}
+
+
+def saved(config, name):
+    return load_file(checkpoints(config.output_dir)[-1] / f"{name}.safetensors")
+
+
+def test_a_sharded_run_makes_the_losses_of_one_process_and_goes_on_exactly(config, monkeypatch):
+    """FSDP2: weights, average and moments sharded, stopped and continued, then continued by one process."""
+    rich = dataclasses.replace(
+        config, steps_3d=1, steps_4d=3, own_references=0.5, reference_drop=0.2, picture_loss=1.0, objects_3d=4,
+        clips=((4, 2),), accumulation=2, gradient_checkpointing=True, still_share=0.0,
+    )  # fmt: skip
+    train(rich)
+    shards, stopped = (dataclasses.replace(rich, output_dir=config.output_dir.with_name(n)) for n in ("shards", "stop"))
+    seen = config.output_dir.with_name("seen")
+    seen.mkdir()
+    real = Trainer.step
+
+    def notes_what_it_holds(self, batch):
+        entry = real(self, batch)
+        held = sum(value.to_local().numel() for value in trainable(self.state.parts).values())
+        held_average = sum(value.to_local().numel() for value in self.state.average.shadow_params)
+        moments = [value["exp_avg"].to_local().numel() for value in self.state.optimizer.state.values()]
+        whole = sum(value.numel() for value in self.state.parts.parameters())
+        (seen / str(self.process)).write_text(json.dumps([held, held_average, sum(moments), whole]))
+        return entry
+
+    monkeypatch.setattr(Trainer, "step", notes_what_it_holds)
+    assert run_two(shards, **fsdp2()) == [0, 0]
+    held = np.array([json.loads((seen / rank).read_text()) for rank in "01"])
+    whole = held[0, 3]
+    assert (held[:, :2].sum(0) == whole).all(), "each number is held by one process"
+    assert (held[:, :3] < 0.7 * whole).all()
+    np.testing.assert_allclose(losses(shards.output_dir), losses(rich.output_dir), rtol=2e-5)
+    for name in ("weights", "average"):
+        for ours, theirs in zip(saved(shards, name).items(), saved(rich, name).items(), strict=True):
+            assert ours[0] == theirs[0]
+            torch.testing.assert_close(ours[1], theirs[1], atol=2e-5, rtol=1e-4)
+    pipeline = StableVideo4D2Pipeline.from_pretrained(shards.output_dir / "model")
+    average = saved(shards, "average")["unet.conv_in.weight"]
+    torch.testing.assert_close(pipeline.unet.conv_in.weight.float(), average, atol=1e-3, rtol=1e-3)
+
+    def dies_at_step_4(self, batch):
+        if self.state.step == 3:
+            os._exit(9)
+        return real(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", dies_at_step_4)
+    assert run_two(stopped, **fsdp2()) == [9, 9]
+    monkeypatch.setattr(Trainer, "step", real)
+    one = dataclasses.replace(stopped, output_dir=config.output_dir.with_name("one"))
+    shutil.copytree(stopped.output_dir, one.output_dir)
+    assert run_two(stopped, **fsdp2()) == [0, 0]
+    assert losses(stopped.output_dir) == losses(shards.output_dir)
+    for name in ("weights", "average"):
+        first, second = (
+            (checkpoints(run.output_dir)[-1] / f"{name}.safetensors").read_bytes() for run in (shards, stopped)
+        )
+        assert first == second
+    train(one)  # a checkpoint does not say how many processes made it
+    np.testing.assert_allclose(losses(one.output_dir), losses(rich.output_dir), rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "precision", "sentence"),
+    [
+        ({"FSDP_VERSION": "1"}, "no", "version 1 of FSDP: set fsdp_version to 2"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "no", "give --gradient-checkpointing"),
+        ({}, "fp16", "--precision fp16 is not for FSDP: give bf16 or no"),
+    ],
+)
+def test_what_does_not_go_together_with_fsdp_says_so(monkeypatch, more, precision, sentence):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **more}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=sentence):
+        set_up(SimpleNamespace(num_processes=2), precision)
+    assert not set_up(SimpleNamespace(num_processes=1), precision), "one process has everything"
 
 
 def test_training_writes_a_model_that_loads_samples_and_goes_on(config):
@@ -424,10 +525,8 @@ def test_training_writes_a_model_that_loads_samples_and_goes_on(config):
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(torch.rand(2, 4, 16, 16), [60.0, 150.0, 300.0], [0.0, 10.0, 0.0], num_inference_steps=2).frames
     assert frames.shape == (2, 3, 4, 16, 16) and frames.min() >= 0 and frames.max() <= 1
-    from safetensors.torch import load_file
-
-    saved = load_file(checkpoints(run)[-1] / "average.safetensors")["unet.conv_in.weight"]
-    torch.testing.assert_close(pipeline.unet.conv_in.weight.float(), saved, atol=1e-3, rtol=1e-3)
+    average = load_file(checkpoints(run)[-1] / "average.safetensors")["unet.conv_in.weight"]
+    torch.testing.assert_close(pipeline.unet.conv_in.weight.float(), average, atol=1e-3, rtol=1e-3)
 
     adapted = dataclasses.replace(
         config, start=str(folder), lora_rank=2, steps_3d=1, steps_4d=1, output_dir=run.with_name("lora"),

@@ -11,11 +11,13 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder
 from sv4d_ns.diffusion_training.config import TrainConfig, changes_since
 from sv4d_ns.diffusion_training.model import TrainedParts
+from sv4d_ns.diffusion_training.sharding import is_sharded, shard_of, whole
 from sv4d_ns.training_data.dataset import disk_errors
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_folder, atomic_path
@@ -53,19 +55,33 @@ def averaged(state: TrainState) -> dict[str, Tensor]:
     return dict(zip(trainable(state.parts), state.average.shadow_params, strict=True))
 
 
-def save_checkpoint(state: TrainState, pipeline: StableVideo4D2Pipeline, config: TrainConfig) -> Path:
+def save_checkpoint(
+    state: TrainState, pipeline: StableVideo4D2Pipeline, config: TrainConfig, writes: bool = True
+) -> Path:
     """Write the whole state as one folder that is either complete or absent; old ones are removed.
+
+    Args:
+        state: of the run.
+        pipeline: of the same parts.
+        config: the run's settings.
+        writes: False in the processes that only hand over their shards (see `sharding`).
 
     Raises:
         InputError: when the disk is full; earlier checkpoints stay.
     """
     folder = config.output_dir / "checkpoints" / f"step_{state.step:07d}"
+    if not writes:
+        for tensors in (trainable(state.parts), averaged(state)):
+            for tensor in tensors.values():
+                whole(tensor)
+        _whole_optimizer(state.optimizer)
+        return folder
     with disk_errors(folder), atomic_folder(folder, "state.json", "a checkpoint") as temporary:
         save_file(_plain(trainable(state.parts)), temporary / "weights.safetensors")
         save_file(_plain(averaged(state)), temporary / "average.safetensors")
         if isinstance(pipeline.vae, PatchAutoencoder):  # fitted by this run, and tiny
             save_file(_plain(pipeline.vae.state_dict()), temporary / "autoencoder.safetensors")
-        torch.save(state.optimizer.state_dict(), temporary / "optimizer.pt")
+        torch.save(_whole_optimizer(state.optimizer), temporary / "optimizer.pt")
         saved = {
             "step": state.step,
             "average_steps": state.average.optimization_step,
@@ -79,7 +95,30 @@ def save_checkpoint(state: TrainState, pipeline: StableVideo4D2Pipeline, config:
 
 
 def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor).contiguous() for name, tensor in tensors.items()}
+
+
+def _whole_optimizer(optimizer: Any) -> dict[str, Any]:
+    """An optimiser's state dict; sharded moments become whole ones on the CPU."""
+    given = optimizer.state_dict()
+    moments = {
+        index: {name: whole(value) if isinstance(value, DTensor) else value for name, value in values.items()}
+        for index, values in given["state"].items()
+    }
+    return {**given, "state": moments}
+
+
+def _sharded_optimizer(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The reverse of `_whole_optimizer`, for an optimiser whose parameters may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name: shard_of(value, parameters[index]) if value.shape == parameters[index].shape else value
+            for name, value in values.items()
+        }
+        for index, values in saved["state"].items()
+    }
+    return {**saved, "state": moments}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -101,8 +140,11 @@ def load_checkpoint(folder: Path, state: TrainState, pipeline: StableVideo4D2Pip
         _fill(averaged(state), load_file(folder / "average.safetensors"), folder)
         if isinstance(pipeline.vae, PatchAutoencoder):
             pipeline.vae.load_state_dict(load_file(folder / "autoencoder.safetensors"))
-        device = next(state.parts.parameters()).device
-        state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location=device))
+        # for shards, only what this process holds is read
+        moments = torch.load(
+            folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=is_sharded(state.parts)
+        )
+        state.optimizer.load_state_dict(_sharded_optimizer(moments, state.optimizer))
         state.average.optimization_step = saved["average_steps"]
         state.step = saved["step"]
     except InputError:
@@ -124,7 +166,7 @@ def _fill(target: dict[str, Any], saved: dict[str, Tensor], folder: Path) -> Non
         )
     with torch.no_grad():
         for name, tensor in target.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(shard_of(saved[name], tensor))
 
 
 def write_run(state: TrainState, config: TrainConfig) -> None:

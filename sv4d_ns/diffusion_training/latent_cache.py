@@ -83,7 +83,7 @@ class LatentCache:
     def _encode(self, dataset: RenderedDataset, record: ObjectRecord, orbit: Orbit, path: Path) -> None:
         pipeline, channels = self.pipeline, self.pipeline.vae.config.in_channels
         parts = TrainedParts(pipeline.unet, pipeline.image_encoder)
-        device = pipeline.unet.device
+        device = pipeline.vae.device
         latents, embeddings = [], []
         for frame in range(record.frames):
             pictures = dataset.pictures(record, orbit, [frame], list(range(record.views)))

@@ -16,6 +16,7 @@ from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion_training.config import TrainConfig
 from sv4d_ns.diffusion_training.data import Batch, batch_images
 from sv4d_ns.diffusion_training.model import TrainedParts, camera_vectors_of
+from sv4d_ns.diffusion_training.sharding import is_sharded
 from sv4d_ns.utils.devices import upload
 
 FIRST_LEVEL_SPREAD = 0.25
@@ -191,6 +192,9 @@ def losses(
     b, t, v = encoded.targets.shape[:3]
     x = encoded.targets.flatten(0, 2)
     any_own = bool(draws.own.any())  # before they are on the device
+    parts = model if is_sharded(model) else TrainedParts(pipeline.unet, pipeline.image_encoder)
+    if is_sharded(model):  # all processes or none: they gather the weights together
+        any_own = config.own_references > 0 and t > 1
     draws = draws.to(x.device)
     sigma = draws.log_sigma.exp().repeat_interleave(t * v, output_size=b * t * v)[:, None, None, None]
     noise, known = draws.noise.flatten(0, 2), draws.known
@@ -200,7 +204,7 @@ def losses(
     cameras[~known, :, : pipeline.config.camera_dims[0]] = 0
     references = encoded.views[:, 0] * draws.references[..., None, None, None]
     if any_own:
-        own = own_references(pipeline, encoded, draws, first_level(pipeline))
+        own = own_references(parts, pipeline, encoded, draws, first_level(pipeline))
         mask = (draws.own[:, None] & draws.references)[..., None, None, None]
         references = torch.where(mask, own, references)
     output = model(
@@ -213,11 +217,11 @@ def losses(
         references.flatten(0, 1),
     ).float()
     loss = (output - v_target(x, noise, sigma)).square().mean()
-    parts = {"v": loss}
+    terms = {"v": loss}
     if config.picture_loss > 0 and encoded.pictures is not None:
-        parts["picture"] = _picture_loss(pipeline, denoised(noisy, output, sigma), encoded.pictures, sigma)
-        loss = loss + config.picture_loss * parts["picture"]
-    return {"loss": loss, **parts}
+        terms["picture"] = _picture_loss(pipeline, denoised(noisy, output, sigma), encoded.pictures, sigma)
+        loss = loss + config.picture_loss * terms["picture"]
+    return {"loss": loss, **terms}
 
 
 def _picture_loss(pipeline: StableVideo4D2Pipeline, clean: Tensor, pictures: Tensor, sigma: Tensor) -> Tensor:
@@ -237,11 +241,10 @@ def _soft_absolute(error: Tensor) -> Tensor:
 
 @torch.no_grad()
 def own_references(
-    pipeline: StableVideo4D2Pipeline, encoded: Encoded, draws: Draws, sigma: float
+    parts: torch.nn.Module, pipeline: StableVideo4D2Pipeline, encoded: Encoded, draws: Draws, sigma: float
 ) -> Float[Tensor, "b v c h w"]:
     """What the network makes of every sample's first frame in one step, through pictures as in sampling."""
     b, _, v = encoded.targets.shape[:3]
-    parts = TrainedParts(pipeline.unet, pipeline.image_encoder)
     noise = draws.own_noise.flatten(0, 1)
     level = torch.full((), sigma, device=noise.device)
     noisy = noise * level / (level.square() + 1).sqrt()

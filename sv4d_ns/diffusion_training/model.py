@@ -73,6 +73,7 @@ class TrainedParts(nn.Module):
     """
 
     unet: MultiViewVideoUNet
+    _no_split_modules = MultiViewVideoUNet._no_split_modules  # what accelerate makes FSDP's units of
     image_encoder: Any  # CLIP or ours; untyped because transformers and diffusers share no base
 
     def __init__(self, unet: MultiViewVideoUNet, image_encoder: nn.Module):
@@ -190,15 +191,21 @@ def build_pipeline(
     )
 
 
+def with_components(pipeline: StableVideo4D2Pipeline, **parts: Any) -> StableVideo4D2Pipeline:
+    """A pipeline of the same settings with other modules."""
+    settings: dict[str, Any] = {
+        name: value
+        for name, value in pipeline.config.items()
+        if name not in pipeline.components and not name.startswith("_")
+    }
+    return StableVideo4D2Pipeline(**{**pipeline.components, **parts}, **settings)
+
+
 def export(pipeline: StableVideo4D2Pipeline, folder: Path) -> None:
     """Write a model in diffusers' layout, half precision safetensors; the pipeline itself stays as it is."""
-    parts: dict[str, Any] = {
-        name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)
+    halves = {
+        name: copy.deepcopy(part).to("cpu").half()
+        for name, part in pipeline.components.items()
+        if isinstance(part, nn.Module)
     }
-    others: dict[str, Any] = {name: part for name, part in pipeline.components.items() if name not in parts}
-    settings: dict[str, Any] = {
-        name: value for name, value in pipeline.config.items() if name not in pipeline.components
-    }
-    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-    halves: dict[str, Any] = {name: part.to("cpu").half() for name, part in parts.items()}
-    StableVideo4D2Pipeline(**halves, **others, **settings).save_pretrained(folder, safe_serialization=True)
+    with_components(pipeline, **halves).save_pretrained(folder, safe_serialization=True)

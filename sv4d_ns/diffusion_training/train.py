@@ -6,6 +6,7 @@ make those of one.
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import math
@@ -25,12 +26,14 @@ from diffusers.training_utils import EMAModel
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
 from sv4d_ns.diffusion.sv4d.small_components import PatchAutoencoder
 from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training.checkpoint import (
     TrainState,
+    averaged,
     checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -40,9 +43,10 @@ from sv4d_ns.diffusion_training.checkpoint import (
 from sv4d_ns.diffusion_training.config import TrainConfig, check, shapes
 from sv4d_ns.diffusion_training.data import Batch, BatchShape, RenderedSource, Source, make_batch, open_sources
 from sv4d_ns.diffusion_training.latent_cache import LatentCache
-from sv4d_ns.diffusion_training.model import TrainedParts, bypassed, export
+from sv4d_ns.diffusion_training.model import TrainedParts, bypassed, export, with_components
 from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
 from sv4d_ns.diffusion_training.report import loss_curve, sample_sheet
+from sv4d_ns.diffusion_training.sharding import set_up, whole, without_weights
 from sv4d_ns.diffusion_training.starts import open_start
 from sv4d_ns.training_data.dataset import disk_errors
 from sv4d_ns.utils.devices import choose_device
@@ -116,10 +120,15 @@ def prepare(config: TrainConfig) -> tuple[TrainState, StableVideo4D2Pipeline]:
     """
     pipeline = open_start(config.start, config.model, config.sampling, config.seed)
     state = fresh_state(config, pipeline)
+    _resume(state, pipeline, config)
+    return state, pipeline
+
+
+def _resume(state: TrainState, pipeline: StableVideo4D2Pipeline, config: TrainConfig) -> None:
+    """Go on with the newest checkpoint of the run, if it has one."""
     found = checkpoints(config.output_dir)
     if found:
         load_checkpoint(found[-1], state, pipeline, config)
-    return state, pipeline
 
 
 def batches(
@@ -163,19 +172,48 @@ class Trainer:
             project_dir=str(config.output_dir), kwargs_handlers=[unused],
         )  # fmt: skip
         self.processes, self.process = self.accelerator.num_processes, self.accelerator.process_index
+        self.device = self.accelerator.device
+        self.sharded = set_up(self.accelerator, config.precision)
         check(config, self.processes)
         _check_trackers(config)
         torch.set_num_threads(config.threads)
         self.sources = open_sources(config.data, read_pictures=not config.cache_latents)
         _check_data(config, self.sources)
-        self.state, self.pipeline = prepare(config)
-        _check_pictures(config, self.pipeline, self.state.parts)
-        self.device = self.accelerator.device
+        self.cache: LatentCache | None = None
+        self.skipped = 0
+        if self.sharded:
+            self._begin_sharded()
+        else:
+            self._begin_whole()
+
+    def _begin_whole(self) -> None:
+        """Every process has the whole network, its average and its optimiser."""
+        self.state, self.pipeline = prepare(self.config)
+        _check_pictures(self.config, self.pipeline, self.state.parts)
         self.pipeline.to(self.device)
         self.state.average.to(self.device)
         self.model, self.state.optimizer = self.accelerator.prepare(self.state.parts, self.state.optimizer)
-        self.skipped = 0
-        self.cache = self._filled_cache() if config.cache_latents else None
+        if self.config.cache_latents:
+            self.cache = self._filled_cache()
+
+    def _begin_sharded(self) -> None:
+        """Every process has its shard of them; the whole network never lies on its device."""
+        config = self.config
+        self.pipeline = open_start(config.start, config.model, config.sampling, config.seed)
+        self.state = state = fresh_state(config, self.pipeline)
+        _check_pictures(config, self.pipeline, state.parts)
+        self.pipeline.vae.to(self.device)
+        if config.cache_latents:
+            self.pipeline.image_encoder.to(self.device)
+            self.cache = self._filled_cache()
+        self.skeleton = without_weights(state.parts)
+        """What averaged weights are put into for reports."""
+        if config.precision == "bf16":
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+            state.parts.forward = autocast(state.parts.forward)  # type: ignore[method-assign]
+        self.model, state.optimizer = self.accelerator.prepare(state.parts, state.optimizer)
+        state.average = EMAModel(trainable(state.parts).values(), decay=config.ema_decay)
+        _resume(state, self.pipeline, config)
 
     def _filled_cache(self) -> LatentCache:
         cache = LatentCache(self.config.output_dir / "latents", self.pipeline, self.sources)
@@ -226,7 +264,7 @@ class Trainer:
                 totals[name] = totals.get(name, torch.zeros((), device=self.device)) + value.detach() / len(pieces)
         totals = {name: self.accelerator.reduce(value, "mean") for name, value in totals.items()}
         norm = self.accelerator.clip_grad_norm_(list(trainable(state.parts).values()), config.max_grad_norm)
-        values, grad_norm, finite = read_step(totals, norm)
+        values, grad_norm, finite = read_step(totals, norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if finite or self.accelerator.scaler is not None:
             state.optimizer.step()  # with fp16, a step that overflows is left out, and the scale lowered, in there
         if finite:
@@ -253,15 +291,15 @@ class Trainer:
         for batch in batches(config, self.sources, size, first, self.process, self.processes):
             entry = self.step(batch)
             entry["seconds"] = round(time.monotonic() - began, 2)
-            last = state.step == config.total_steps
-            if self.accelerator.is_main_process:
+            last, main = state.step == config.total_steps, self.accelerator.is_main_process
+            if main:
                 self._log(entry, log, (state.step - first) / max(entry["seconds"], 1e-9))
-                if last or state.step % config.checkpoint_every == 0:
-                    save_checkpoint(state, self.pipeline, config)
-                if last or (config.sheet_every and state.step % config.sheet_every == 0):
-                    self.report()
+            if (main or self.sharded) and (last or state.step % config.checkpoint_every == 0):
+                save_checkpoint(state, self.pipeline, config, writes=main)
+            if last or (config.sheet_every and state.step % config.sheet_every == 0):
+                self.report()
             self.accelerator.log({name: entry[name] for name in ("loss", "grad_norm", "lr")}, step=state.step)
-        if first == config.total_steps and self.accelerator.is_main_process:
+        if first == config.total_steps:
             self.report()  # a finished run: write its model again, perhaps with other sampling settings
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -279,6 +317,7 @@ class Trainer:
             return
         count = sum(parameter.numel() for parameter in trainable(state.parts).values())
         where = f"{self.processes} process{'es' if self.processes > 1 else ''} on {self.device.type}"
+        where += ", sharded (FSDP2)" if self.sharded else ""
         begin = f"Continuing {config.output_dir} at step {state.step}" if state.step else f"New run {config.output_dir}"
         print(f"{begin}: {count:,} trained parameters, {where}.", flush=True)
         write_run(state, config)
@@ -295,28 +334,50 @@ class Trainer:
             print(f"step {step}/{total}  loss {entry['loss']:.4f}  {left}", flush=True)
 
     def report(self) -> None:
-        """Loss curve, pictures of held-out creatures, and the model so far, from the averaged weights."""
-        config, state = self.config, self.state
-        loss_curve(config.output_dir / "losses.jsonl", config.output_dir / "loss_curve.png", config.steps_3d)
-        parameters = list(trainable(state.parts).values())
-        state.average.store(parameters)
-        state.average.copy_to(parameters)
-        try:
+        """Loss curve, pictures of held-out creatures, and the model so far, from the averaged weights: by the main
+        process, to which the others hand their shards."""
+        config, state, main = self.config, self.state, self.accelerator.is_main_process
+        if not (main or self.sharded):
+            return
+        with self._averaged() as pipeline:
+            if not main:
+                return
+            loss_curve(config.output_dir / "losses.jsonl", config.output_dir / "loss_curve.png", config.steps_3d)
             if config.lora_rank:
-                state.parts.unet.save_lora_adapter(str(config.output_dir / LORA_WEIGHTS), weight_name=LORA_FILE)
+                pipeline.unet.save_lora_adapter(str(config.output_dir / LORA_WEIGHTS), weight_name=LORA_FILE)
             else:
-                export(self.pipeline, config.output_dir / "model")
+                export(pipeline, config.output_dir / "model")
             sheet = config.output_dir / "sheets" / f"step_{state.step:07d}.png"
-            sample_sheet(self.pipeline, sheet)
-        finally:
-            state.average.restore(parameters)
-            state.parts.unet.train()
+            sample_sheet(pipeline, sheet)
         picture = np.asarray(Image.open(sheet))[None]
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"samples": picture}, step=state.step, dataformats="NHWC")
             else:
                 tracker.log_images({"samples": list(picture)}, step=state.step)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[StableVideo4D2Pipeline]:
+        """The pipeline with averaged weights while the block lasts; of shards, only the main process makes it."""
+        state, parameters = self.state, list(trainable(self.state.parts).values())
+        if not self.sharded:
+            state.average.store(parameters)
+            state.average.copy_to(parameters)
+            try:
+                yield self.pipeline
+            finally:
+                state.average.restore(parameters)
+                state.parts.unet.train()
+            return
+        values = {**state.parts.state_dict(), **averaged(state)}
+        if not self.accelerator.is_main_process:
+            for value in values.values():
+                whole(value)
+            yield self.pipeline
+            return
+        parts: Any = copy.deepcopy(self.skeleton)
+        parts.load_state_dict({name: whole(value) for name, value in values.items()}, assign=True)
+        yield with_components(self.pipeline, unet=parts.unet, image_encoder=parts.image_encoder).to(self.device)
 
 
 def _split(batch: Batch, parts: int) -> list[Batch]:

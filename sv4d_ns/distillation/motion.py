@@ -5,6 +5,7 @@ every step, to carry points of any time to the canonical time so that density an
 not feel it. Own design, in the manner of D-NeRF's canonical deformation.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,9 +34,12 @@ def motion_loss(
     """How badly the motion explains one random frame; has gradients in the motion network alone."""
     rng = randomness.generator(seed, step, 20)
     frame = int(rng.integers(num_frames))
-    x = occupancy.draw_points(occupancy.occupied[min(frame, occupancy.bins - 1)].nonzero(), POINTS, rng)
-    if not len(x):
-        return field.aabb.new_zeros(())
+    occupied = occupancy.occupied[min(frame, occupancy.bins - 1)]
+    place, any_there = randomness.draw_true(occupied.flatten(), POINTS, rng)
+    side = len(occupied)
+    cells = torch.stack([place // side**2, place // side % side, place % side], 1)
+    within = upload(rng.random((POINTS, 3), dtype=np.float32), cells.device)
+    x = (cells + within) * occupancy.cell_size - occupancy.half_extent
     t = torch.full_like(x[:, :1], frame / max(num_frames - 1, 1))
     moved = field.deformation(x, t)
     residual, slope = _disagreement(field, x, t, (x + moved).detach())
@@ -45,7 +49,7 @@ def motion_loss(
     offset = upload(rng.normal(size=x.shape), x.device).to(x) * NEIGHBOUR * field.config.half_extent
     rigid = losses.deformation_rigidity(moved, field.deformation(x + offset, t), offset)
     rest = (moved / field.config.half_extent).square().sum(-1).mean()
-    return explained + RIGIDITY * rigid + REST * rest
+    return any_there * (explained + RIGIDITY * rigid + REST * rest)
 
 
 def _disagreement(

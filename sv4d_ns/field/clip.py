@@ -7,9 +7,16 @@ from sv4d_ns.field.occupancy import OccupancyGrid
 
 
 def clip_field(
-    num_frames: int, canonical_frame: int, encoding: Literal["numba", "tinycudann"]
+    num_frames: int, canonical_frame: int, encoding: Literal["auto", "numba", "tinycudann"]
 ) -> tuple[DeformableField, OccupancyGrid]:
-    """An untrained field with a keyframe for every frame, canonical at one of them, and a grid with a bin for each."""
+    """An untrained field with a keyframe for every frame, canonical at one of them, and a grid with a bin for each.
+
+    Args:
+        num_frames: of the clip.
+        canonical_frame: at which nothing is deformed.
+        encoding: of the hash grid; "auto", which `ns-train` settles before, is "numba" here, which runs anywhere.
+    """
     canonical_time = canonical_frame / max(num_frames - 1, 1)
-    config = DeformableFieldConfig(keyframes=num_frames, canonical_time=canonical_time, encoding_backend=encoding)
+    backend: Literal["numba", "tinycudann"] = "numba" if encoding == "auto" else encoding
+    config = DeformableFieldConfig(keyframes=num_frames, canonical_time=canonical_time, encoding_backend=backend)
     return DeformableField(config), OccupancyGrid(num_frames)

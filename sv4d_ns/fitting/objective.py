@@ -107,16 +107,19 @@ def _patch_terms(
     has_estimate = bool(weights.normal) and batch.normals is not None
     if not (has_estimate or weights.bilateral_normal):
         return terms
-    rows = seen.flatten().nonzero()[:, 0]  # once: each look for them waits for the device
+    flat = seen.flatten()
+    # a CPU looks at the surface alone; a GPU would be waited for to find it, which costs more than to look everywhere
+    rows = flat.nonzero()[:, 0] if flat.device.type == "cpu" else torch.arange(len(flat), device=flat.device)
     if not len(rows):
         return terms
-    rays = batch.rays + rows
+    rays, is_surface = batch.rays + rows, flat[rows]
     surface = batch.origins[rays] + rendered.depth.detach()[rays, None] * batch.directions[rays]
-    found = field.normals(surface, batch.times[rays], moments=batch.moments)
+    surface = torch.where(is_surface[:, None], surface, 0.0)
+    found = field.normals(surface, batch.times[rays], moments=batch.moments) * is_surface[:, None]
     normals = torch.zeros_like(made).view(-1, 3).index_copy(0, rows, found).view_as(made)
     if has_estimate:
         assert batch.normals is not None
-        terms["normal"] = losses.normal(found, batch.normals[rays], batch.weight[rays])
+        terms["normal"] = losses.normal(found, batch.normals[rays], batch.weight[rays] * is_surface)
     if weights.bilateral_normal:
         terms["bilateral_normal"] = losses.bilateral_normal(normals, target, seen)
     return terms
@@ -126,27 +129,26 @@ def _surface_terms(
     field: DeformableField, rendered: RenderOutput, batch: Batch, weights: LossWeights, seed: int, step: int
 ) -> dict[str, Tensor]:
     """Smoothness of surface and motion at points that are seen in this step."""
-    seen = (rendered.weights.detach() > 0.02).nonzero()[:, 0]
-    if not len(seen):
+    if not len(rendered.weights):
         return {}
     rng = randomness.generator(seed, step, 2)
-    pick = seen[upload(rng.integers(0, len(seen), REGULARISED_POINTS), seen.device)]
+    pick, any_seen = randomness.draw_true(rendered.weights.detach() > 0.02, REGULARISED_POINTS, rng)
     x, moved = rendered.positions[pick], rendered.deformation[pick]
     t = batch.times[rendered.ray_indices[pick]]
     offset = upload(NEIGHBOUR_SCALE * rng.normal(size=x.shape), x.device).to(x)
     terms = {}
     if weights.normal_smoothness:
-        terms["normal_smoothness"] = losses.normal_smoothness(field, (x + moved).detach(), 0.5 * offset)
+        terms["normal_smoothness"] = any_seen * losses.normal_smoothness(field, (x + moved).detach(), 0.5 * offset)
     if not moved.requires_grad:  # the static phase does not evaluate the deformation
         return terms
     if weights.deformation:
-        terms["deformation"] = losses.deformation_magnitude(rendered.deformation, rendered.weights)
+        terms["deformation"] = any_seen * losses.deformation_magnitude(rendered.deformation, rendered.weights)
     if weights.deformation_rigidity:
         beside = [moment + shift for moment in batch.moments for shift in (-BESIDE, BESIDE)]
         places = torch.cat([x + 2 * offset, x.new_zeros(len(beside), 3)])
         times = torch.cat([t, upload(np.array(beside, np.float32)[:, None], t.device)])
         neighbour = field.deformation(places, times, [*batch.moments, *beside])[: len(x)]
-        terms["deformation_rigidity"] = losses.deformation_rigidity(moved, neighbour, 2 * offset)
+        terms["deformation_rigidity"] = any_seen * losses.deformation_rigidity(moved, neighbour, 2 * offset)
     return terms
 
 

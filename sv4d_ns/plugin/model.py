@@ -28,9 +28,10 @@ class SV4DModelConfig(FieldModelConfig):
     schedule_steps: tyro.conf.Suppress[int] = 0
     """Length of the schedule (static phase, growing frame window) in training steps. Filled in: the run's
     --max-num-iterations."""
-    encoding: Literal["numba", "tinycudann"] = "numba"
+    encoding: Literal["auto", "numba", "tinycudann"] = "auto"
     """Who evaluates the canonical hash grid. numba is the compiled loop on a CPU and plain torch on a GPU; tinycudann
-    stands for tiny-cuda-nn's kernels on a GPU (install it first), and what they trained opens on a CPU too."""
+    stands for tiny-cuda-nn's kernels on a GPU, and what they trained opens on a CPU too. auto takes these on a GPU
+    where tiny-cuda-nn is installed, else numba; the choice is then part of the run's configuration."""
     losses: LossWeights = field(default_factory=LossWeights)
     """Weights of the losses."""
     seed: int = 0

@@ -142,6 +142,8 @@ class SV4DTrainerConfig(TrainerConfig):
         """Find the run this command is about: one it made before, or a new one named after the time."""
         silence_nerfstudio()
         new = self.timestamp == "{timestamp}"
+        with one_sentence_errors():
+            self._settle_encoding()
         super().set_timestamp()
         if not new:
             return
@@ -151,6 +153,26 @@ class SV4DTrainerConfig(TrainerConfig):
         self.timestamp = name
         if sentence:
             say(sentence)
+
+    def _settle_encoding(self) -> None:
+        """Choose who evaluates the hash grid, which decides what its table means: a run that goes on from another has
+        that one's."""
+        model: Any = self.pipeline.model
+        if getattr(model, "encoding", None) != "auto":
+            return
+        source = self.source_run()
+        if source is not None:
+            from sv4d_ns.runs.open import recorded_setting
+
+            recorded = recorded_setting(source, "pipeline", "model", "encoding")
+            model.encoding = "numba" if recorded in (None, "auto") else recorded
+            return
+        on_gpu = choose_device(self.chosen_device())[0] == "cuda"
+        if on_gpu:
+            from sv4d_ns.field.hash_grid import tinycudann_works
+
+            on_gpu = tinycudann_works()
+        model.encoding = "tinycudann" if on_gpu else "numba"
 
     def print_to_terminal(self) -> None:
         """Print every setting, if that was asked for."""
@@ -206,6 +228,7 @@ class SV4DTrainerConfig(TrainerConfig):
         """Check everything the user gave, then write config.yml: nerfstudio calls this before it starts a run."""
         with one_sentence_errors():
             check_settings(self)
+            self._settle_encoding()
             device, sentence = choose_device(self.chosen_device())
             identity = self._fingerprint()  # before the run fills in its own settings
             self._check_resume()

@@ -106,6 +106,11 @@ def _open_plainly(load_config: Path) -> FinishedRun | None:
     )
 
 
+def recorded_setting(folder: Path, *names: str) -> Any:
+    """A setting by its path from the config.yml of a run's folder; None where it cannot be told."""
+    return _setting(config_outline(folder / "config.yml"), *names)
+
+
 def _setting(outline: Any, *names: str) -> Any:
     """A setting of a config's outline by its path; None where there is none."""
     for name in names:

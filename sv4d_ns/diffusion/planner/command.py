@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
@@ -11,6 +11,7 @@ from sv4d_ns.diffusion.planner.plan import (
     CARDS,
     DTYPES,
     GIB,
+    RAN_ON,
     USABLE,
     Card,
     ModelName,
@@ -40,7 +41,7 @@ class PlanConfig:
     """Denoising steps; the model's own by default."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Of the network; fp16 by default."""
-    offload: Offload | None = None
+    offload: Annotated[Offload | None, tyro.conf.EnumChoicesFromValues] = None
     """Only this way of offloading; all of them by default."""
     fp8_storage: bool = False
     """The network's weights in one byte each."""
@@ -71,6 +72,7 @@ def command(arguments: Sequence[str]) -> None:
     kinds = list(Offload) if config.offload is None else [config.offload]
     console.print(_offloading(plan, kinds, name, card))
     console.print(_advice(plan, kinds, name, card))
+    console.print(tried())
 
 
 def _device(name: str) -> tuple[str, Card]:
@@ -105,6 +107,12 @@ def _advice(plan: Plan, kinds: Sequence[Offload], name: str, card: Card) -> str:
     if best not in kinds:
         return f"Recommended instead of offload '{kinds[0].value}' on {name}: '{best.value}'."
     return f"Recommended on {name}: offload '{best.value}'. Times assume 40 % of the matrix rate and are rough."
+
+
+def tried() -> str:
+    """On which cards these models have run."""
+    where = f"has run on {', '.join(RAN_ON)}" if RAN_ON else "has run on no GPU yet: all of this is computed"
+    return f"The released size {where} (docs/performance.md)."
 
 
 def _duration(seconds: float) -> str:

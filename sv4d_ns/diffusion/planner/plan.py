@@ -31,6 +31,9 @@ EFFICIENCY = 0.4
 BUS_BYTES_PER_SECOND = 12e9
 """From main memory to a card (PCIe 4, 16 lanes, in practice about half); an assumption."""
 
+RAN_ON: tuple[str, ...] = ()
+"""Cards on which `benchmarks/gpu.py` has run both models at full size; its tables are in docs/performance.md."""
+
 ModelName = Literal["official4", "official8"]
 
 
