@@ -29,17 +29,12 @@ import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sv4d_ns.field.clip import clip_field
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig, mlp
 from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import march, render_rays
-from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
-from sv4d_ns.fitting.learning_rates import field_optimizer, set_rates
-from sv4d_ns.fitting.objective import loss_terms
-from sv4d_ns.fitting.schedule import ScheduleConfig, advance
-from sv4d_ns.fitting.settings import LossWeights
-from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_flow, train_views
+from sv4d_ns.field.volume_rendering import march
+from sv4d_ns.fitting.fit import FitOptions, GridFit
+from sv4d_ns.fitting.train_views import train_views
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.metrics.images import pooled_psnr
@@ -169,35 +164,17 @@ class Ours:
         device: str = "cpu",
         encoding: Literal["numba", "tinycudann"] = "numba",
     ) -> None:
-        torch.manual_seed(0)
         self.total = steps
-        canonical = largest_silhouette(grid)
-        views = train_views(grid, device)
-        untrained, occupancy = clip_field(grid.num_frames, canonical, encoding)
-        self.field, self.occupancy = untrained.to(device), occupancy.to(device)
-        self.occupancy.carve(hull_views(views))
-        self.field.confine(self.occupancy.hull[canonical])
-        self.flow = surface_flow(views, self.occupancy.half_extent)
-        self.schedule, self.canonical = ScheduleConfig(), canonical
-        self.sampler = BatchSampler(views, BatchConfig(rays=rays), self.schedule, 0)
-        self.weights = LossWeights()
-        self.optimizer = field_optimizer(self.field)
-        self.evaluated = 0
+        self.fit = GridFit(grid, FitOptions(steps=steps, rays=rays), device, encoding)
+        self.field, self.occupancy = self.fit.field, self.fit.occupancy
 
     def step(self, number: int) -> None:
-        number = min(number, self.total)
-        window = advance(self.field, self.occupancy, self.flow, self.schedule, number, self.total, 2)
-        set_rates(self.optimizer, number, self.total)
-        batch = self.sampler.draw(number, window, self.canonical)
-        out = render_rays(
-            self.field, self.occupancy, batch.origins, batch.directions, batch.times,
-            background=batch.background, jitter=batch.jitter, moments=batch.moments,
-        )  # fmt: skip
-        terms = loss_terms(self.field, self.occupancy, self.flow, out, batch, self.weights, 0, number)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(terms.values())).sum().backward()
-        self.optimizer.step()
-        self.evaluated = len(out.weights)
+        self.fit.step = min(number, self.total)
+        self.fit.take_step()
+
+    @property
+    def evaluated(self) -> int:
+        return self.fit.evaluated
 
     def picture(self, view: HeldOut, frame: int) -> np.ndarray:
         size = view.pictures.shape[1]
@@ -360,7 +337,7 @@ def fit(
 
 def step_time(build: Ours, steps: int, rays: int) -> float:
     """Median seconds of a step of so many rays, at the end of the schedule: every frame in use."""
-    build.sampler.config = replace(build.sampler.config, rays=rays)
+    build.fit.sampler.config = replace(build.fit.sampler.config, rays=rays)
     times = []
     for number in range(build.total - steps, build.total):
         begun = now()

@@ -14,7 +14,8 @@ from sv4d_ns.diffusion.bundled.rendering import Volume, render_rays
 from sv4d_ns.diffusion_training.bundled import objective
 from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig
 from sv4d_ns.diffusion_training.bundled.data import BatchShape, CreatureSource, make_batch
-from sv4d_ns.diffusion_training.bundled.train import Trainer, learning_rate
+from sv4d_ns.diffusion_training.bundled.train import Trainer
+from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
 from sv4d_ns.diffusion_training.train import command
 from sv4d_ns.utils.errors import InputError
@@ -82,7 +83,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert (tmp_path / "whole" / "model" / "model_index.json").is_file()
     with pytest.raises(InputError, match="learning_rate"):
-        Trainer(dataclasses.replace(whole, learning_rate=1.0))
+        Trainer(dataclasses.replace(whole=1.0))
 
 
 def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
@@ -94,10 +95,9 @@ def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
-    config = BundledTrainConfig(steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0)
-    assert learning_rate(config, 0) == pytest.approx(0.1)
-    assert learning_rate(config, 50) == 1.0
-    assert learning_rate(config, 99) == pytest.approx(0.02, abs=0.02)
+    assert learning_rate(1.0, 0, 100, 10, 20) == pytest.approx(0.1)
+    assert learning_rate(1.0, 50, 100, 10, 20) == 1.0
+    assert learning_rate(1.0, 99, 100, 10, 20) == pytest.approx(0.02, abs=0.02)
 
 
 def test_the_recipe_of_the_shipped_weights_is_one() -> None:

@@ -37,6 +37,7 @@ from sv4d_ns.diffusion_training.evaluate import (
     motion_error,
     score,
 )
+from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.model import ModelConfig, TrainedParts, bypassed, camera_vectors_of, fit_autoencoder
 from sv4d_ns.diffusion_training.sharding import set_up
 from sv4d_ns.diffusion_training.train import Trainer, prepare, train
@@ -281,7 +282,7 @@ def test_stages_and_learning_rate(config):
     frames = [trainer.batch_shape(long, step).frames for step in range(250)]
     assert set(frames[:50]) == {1} and set(frames[50:]) == {1, 2}
     assert np.mean(np.array(frames[50:]) == 1) == pytest.approx(long.still_share, abs=0.1)
-    rates = [trainer.learning_rate(long, step) for step in range(250)]
+    rates = [learning_rate(long.learning_rate, step, 250, 10, 100) for step in range(250)]
     assert max(rates) == rates[100] == long.learning_rate and rates[0] < rates[5] < rates[9]
     assert all(np.diff(rates[150:]) < 0) and rates[-1] < 0.03 * long.learning_rate
 

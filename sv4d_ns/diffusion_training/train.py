@@ -43,6 +43,7 @@ from sv4d_ns.diffusion_training.checkpoint import (
 from sv4d_ns.diffusion_training.config import TrainConfig, check, shapes
 from sv4d_ns.diffusion_training.data import Batch, BatchShape, RenderedSource, Source, make_batch, open_sources
 from sv4d_ns.diffusion_training.latent_cache import LatentCache
+from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.model import TrainedParts, bypassed, export, with_components
 from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
 from sv4d_ns.diffusion_training.report import loss_curve, sample_sheet
@@ -60,13 +61,6 @@ MAX_SKIPPED = 20
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_WEIGHTS, LORA_FILE = "lora", "pytorch_lora_weights.safetensors"
 """Folder and file of exported adapters; `unet.load_lora_adapter` reads them with `prefix=None`."""
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, constant, then half a cosine to 2 percent of the peak over the last steps."""
-    rate = config.learning_rate * min((step + 1) / config.warmup_steps, 1.0)
-    progress = (step - config.total_steps + config.decay_steps) / config.decay_steps
-    return rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))))
 
 
 def batch_shape(config: TrainConfig, step: int) -> BatchShape:
@@ -249,7 +243,9 @@ class Trainer:
             InputError: after too many such steps in a row.
         """
         state, config = self.state, self.config
-        rate = learning_rate(config, state.step)
+        rate = learning_rate(
+            config.learning_rate, state.step, config.total_steps, config.warmup_steps, config.decay_steps
+        )
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)

@@ -59,6 +59,8 @@ class GridFit:
         torch.manual_seed(options.seed)
         torch.set_flush_denormal(True)  # subnormal moments of rarely touched grid entries would slow Adam down
         self.options, self.device, self.step = options, device, 0
+        self.evaluated = 0
+        """Points of the field that the last step looked at along its rays."""
         self.canonical = largest_silhouette(grid)
         untrained, occupancy = clip_field(grid.num_frames, self.canonical, encoding)
         self.field, self.occupancy = untrained.to(device), occupancy.to(device)
@@ -106,6 +108,7 @@ class GridFit:
         torch.stack(list(terms.values())).sum().backward()
         self.optimizer.step()
         self.step += 1
+        self.evaluated = len(rendered.weights)
         return terms
 
     def copy(self, **changes: object) -> "GridFit":

@@ -7,7 +7,6 @@ a run killed at any moment and started again makes the same losses as one that w
 import contextlib
 import copy
 import json
-import math
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -29,6 +28,7 @@ from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig, check
 from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Source, make_batch
 from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
+from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.train import MAX_SKIPPED, read_step, truncate_log
 from sv4d_ns.utils.devices import choose_device, upload
 from sv4d_ns.utils.errors import InputError
@@ -36,13 +36,6 @@ from sv4d_ns.utils.errors import InputError
 CREATURES = "creatures"
 ADAM_BETAS = (0.9, 0.99)
 _NO_AUTOENCODER = SimpleNamespace(vae=None)
-
-
-def learning_rate(config: BundledTrainConfig, step: int) -> float:
-    """Linear warm-up, constant, then half a cosine to 2 percent of the peak over the last steps."""
-    rate = config.learning_rate * min((step + 1) / config.warmup_steps, 1.0)
-    progress = (step - config.steps + config.decay_steps) / config.decay_steps
-    return rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))))
 
 
 def open_sources(config: BundledTrainConfig) -> tuple[list[Source], list[float]]:
@@ -145,7 +138,7 @@ class Trainer:
             InputError: after too many such steps in a row.
         """
         state, config = self.state, self.config
-        rate = learning_rate(config, state.step)
+        rate = learning_rate(config.learning_rate, state.step, config.steps, config.warmup_steps, config.decay_steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
