@@ -9,6 +9,7 @@ input frame, and the mean picture of training objects seen from that view.
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from sv4d_ns.diffusion_training.report import on_white, sample_views
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.metrics.consistency import hull_agreement
 from sv4d_ns.metrics.images import psnr, silhouette_iou, ssim
+from sv4d_ns.metrics.lpips import BackboneMissing, Lpips, load_lpips
 from sv4d_ns.training_data.procedural import creature, render
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
@@ -66,7 +68,8 @@ class Scores:
     mean absolute difference of neighbouring pixels divided by the truth's (1 is as sharp as the truth). motion: error
     of the difference of neighbouring frames divided by the true difference (temporal consistency: 0 is right, 1 is a
     still picture, above is flicker or wrong motion). hull: share of the silhouettes that one solid object can explain
-    (cross-view consistency, 1 is best; `evaluation.consistency`). seconds: of sampling, for each picture.
+    (cross-view consistency, 1 is best; `evaluation.consistency`). seconds: of sampling, for each picture. lpips: with
+    AlexNet, 0 for equal pictures; None where its weights are not on this machine or the pictures are too small.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Scores:
     motion: float
     hull: float
     seconds: float = 0.0
+    lpips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,24 @@ def score(
         float(np.mean([motion_error(m, t) for m, t in pairs])),
         float(np.mean([_hull(m, plan) for (m, _), plan in zip(pairs, plans, strict=True)])),
         seconds,
+        _lpips(pairs),
     )
+
+
+def _lpips(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float | None:
+    network = _lpips_network()
+    colours = [(_colours(made), _colours(truth)) for made, truth in pairs]
+    if network is None or not network.can_judge(colours[0][1]):
+        return None
+    return float(np.mean([network.distance(made, truth).mean() for made, truth in colours]))
+
+
+@cache
+def _lpips_network() -> Lpips | None:
+    try:
+        return load_lpips("alex")
+    except BackboneMissing:
+        return None
 
 
 def _colours(pictures: Float[np.ndarray, "t v h w 4"]) -> Float[Tensor, "n 3 h w"]:
@@ -212,12 +233,13 @@ def evaluate(config: EvaluateConfig) -> list[Scores]:
 def table(rows: list[Scores]) -> str:
     """A Markdown table."""
     lines = [
-        "| | PSNR, dB | SSIM | silhouette IoU | sharpness | motion error | hull | s a picture |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | PSNR, dB | SSIM | LPIPS | silhouette IoU | sharpness | motion error | hull | s a picture |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cost = f"{row.seconds:.3f}" if row.seconds else "-"
-        numbers = f"{row.psnr:.2f} | {row.ssim:.3f} | {row.iou:.3f} | {row.sharpness:.2f} | {row.motion:.2f}"
+        lpips = "-" if row.lpips is None else f"{row.lpips:.3f}"
+        numbers = f"{row.psnr:.2f} | {row.ssim:.3f} | {lpips} | {row.iou:.3f} | {row.sharpness:.2f} | {row.motion:.2f}"
         lines.append(f"| {row.name} | {numbers} | {row.hull:.3f} | {cost} |")
     return "\n".join(lines)
 
