@@ -32,7 +32,7 @@ from sv4d_ns.field.volume_rendering import render_rays, render_rays_chunked
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
 from sv4d_ns.fitting.learning_rates import LEARNING_RATES, decay_factor
 from sv4d_ns.fitting.objective import loss_terms
-from sv4d_ns.fitting.schedule import ScheduleConfig, advance
+from sv4d_ns.fitting.schedule import ScheduleConfig, apply_schedule
 from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.fitting.train_views import TrainView, hull_views, surface_flow
 from sv4d_ns.geometry.rays import pixel_rays
@@ -173,7 +173,7 @@ def fit(
         profile.mark = time.perf_counter()
         for group, lr in zip(optimizer.param_groups, base_lr, strict=True):
             group["lr"] = lr * decay_factor(step, config.steps)
-        window = advance(field, occupancy, flow, schedule, step, config.steps, config.occupancy_every)
+        window = apply_schedule(field, occupancy, flow, schedule, step, config.steps, config.occupancy_every)
         profile.lap("occupancy")
 
         batch = sampler.draw(step, window, canonical)

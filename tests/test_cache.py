@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sv4d_ns.cli.main import main
 from sv4d_ns.diffusion.window_store import WindowStore
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.runs.cache import WINDOWS, entries, flaws, leftovers
+from sv4d_ns.runs.cache import WINDOWS, entries, flaws, stale_files
 from sv4d_ns.runs.layout import STAGES, SUMMARY_FILE, record_run, release_run
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import TEMPORARY
@@ -72,7 +72,7 @@ def test_verify_names_every_damaged_file(outputs: Path, capsys: pytest.CaptureFi
 def test_prune_keeps_finished_runs_and_asks_first(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (outputs / "video" / "sv4d" / "second" / "checkpoint.partial").write_bytes(b"half")
     (outputs / "video" / "sv4d" / f"{TEMPORARY}views").mkdir()
-    assert len(leftovers(outputs)) == 2
+    assert len(stale_files(outputs)) == 2
     before = sorted(outputs.rglob("*"))
     main(["cache", "prune", str(outputs)])
     assert sorted(outputs.rglob("*")) == before and "would be deleted" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_prune_keeps_finished_runs_and_asks_first(outputs: Path, capsys: pytest.
         ("first", "finished"),
         ("second", "unfinished"),
     ]
-    assert not leftovers(outputs)
+    assert not stale_files(outputs)
     main(["cache", "prune", str(outputs), "--unfinished", "--yes"])
     assert [entry.path.name for entry in entries(outputs)] == ["first"]
     assert (outputs / "video" / "sv4d" / "first" / "views" / "grid.json").is_file()

@@ -13,11 +13,11 @@ from sv4d_ns.export.surface.extraction import (
     _with_holes_closed,
     _without_pinches,
     canonical_mesh,
+    find_tears,
     follow_vertices,
     frozen,
     is_watertight,
     opacity_grid,
-    torn_off,
     vertex_graph,
     vertex_normals,
 )
@@ -98,9 +98,9 @@ def test_a_patch_on_a_second_solution_is_torn_off(mesh):
     graph, reach = vertex_graph(mesh.faces, len(mesh.vertices)), 0.04
     tip = mesh.vertices[:, 0] > 0.4
     moved = mesh.vertices + np.where(tip[:, None], [0, 0.3, 0.0], [0, 0, 0.1])
-    np.testing.assert_array_equal(torn_off(mesh.vertices, moved, graph, reach), tip)
+    np.testing.assert_array_equal(find_tears(mesh.vertices, moved, graph, reach), tip)
     stretched = mesh.vertices * [1.8, 1, 1]  # growing is no tear, however far the tip gets
-    assert not torn_off(mesh.vertices, stretched, graph, reach).any()
+    assert not find_tears(mesh.vertices, stretched, graph, reach).any()
 
 
 def test_a_second_solution_does_not_draw_the_skin_out(limb, mesh):

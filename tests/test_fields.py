@@ -193,7 +193,7 @@ def test_an_admitted_keyframe_starts_from_its_neighbour_and_a_trained_one_stays(
         for k, p in enumerate(field.motion.keyframes):
             p.fill_(0.1 * k if k < 3 else 0.0)
     shift = torch.tensor([0.1, 0.0, -0.05])
-    assert field.admit(3, 2, shift)
+    assert field.init_frame_from_neighbour(3, 2, shift)
     x = torch.rand(50, 3) - 0.5
     at = lambda k: torch.full((50, 1), k / 10)  # noqa: E731
     # what is now at x was at x - shift, and both came from the same canonical point
@@ -201,7 +201,9 @@ def test_an_admitted_keyframe_starts_from_its_neighbour_and_a_trained_one_stays(
         x + field.deformation(x, at(3)), x - shift + field.deformation(x - shift, at(2)), atol=1e-5, rtol=0
     )
     before = field.deformation(x, at(3))
-    assert not field.admit(3, 1, torch.zeros(3)) and not field.admit(0, 1, shift)
+    assert not field.init_frame_from_neighbour(3, 1, torch.zeros(3)) and not field.init_frame_from_neighbour(
+        0, 1, shift
+    )
     assert torch.equal(field.deformation(x, at(3)), before)
 
 

@@ -11,7 +11,7 @@ from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
 from sv4d_ns.fitting.objective import RIGIDITY_BESIDE_FLOW, loss_terms
-from sv4d_ns.fitting.schedule import ScheduleConfig, Window, advance
+from sv4d_ns.fitting.schedule import ScheduleConfig, Window, apply_schedule
 from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.fitting.train_views import (
     agreeing_views,
@@ -184,7 +184,7 @@ def test_one_frame_and_a_frame_without_object_can_be_fitted(frames: int, empty_f
     flow = surface_flow(views, occupancy.half_extent)
     sampler = BatchSampler(views, BatchConfig(rays=64, patches=0), ScheduleConfig(), 0)
     for step in range(5):
-        window = advance(field, occupancy, flow, ScheduleConfig(), step, 5, 1)
+        window = apply_schedule(field, occupancy, flow, ScheduleConfig(), step, 5, 1)
         batch = sampler.draw(step, window, 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 32, batch.background)
         loss = torch.stack(list(loss_terms(field, occupancy, flow, out, batch, LossWeights(), 0, step).values())).sum()
@@ -207,7 +207,7 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
     optimizer = torch.optim.Adam(groups, eps=1e-15)
     names: set[str] = set()
     for step in range(total):
-        window = advance(field, occupancy, flow, ScheduleConfig(), step, total, 2)
+        window = apply_schedule(field, occupancy, flow, ScheduleConfig(), step, total, 2)
         batch = sampler.draw(step, window, 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
         terms = loss_terms(field, occupancy, flow, out, batch, LossWeights(), 0, step)

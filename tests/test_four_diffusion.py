@@ -67,7 +67,7 @@ def test_pull_back_is_the_derivative_and_both_back_ends_agree(dimensions):
         points, gradient = x.clone().requires_grad_(), weights.clone().requires_grad_()
         features = grid(points)
         first = torch.autograd.grad((features * weights).sum(), [points, grid.table])
-        pulled = grid.pull_back(x, gradient)
+        pulled = grid.vjp(x, gradient)
         second = torch.autograd.grad((pulled * direction).sum(), [gradient, grid.table])
         assert torch.allclose(pulled, first[0], atol=1e-4)
         results.append([features, *first, *second])

@@ -186,7 +186,7 @@ def test_references_are_dropped_all_or_none_and_one_by_one(config):
 
 
 def test_dropping_the_condition_drops_the_references_too(config):
-    some = draws(dataclasses.replace(config, cfg_drop=0.4, reference_drop=0.0, own_references=1.0))
+    some = draws(dataclasses.replace(config, cfg_drop=0.4, reference_drop=0.0, self_conditioning=1.0))
     assert 0.4 < some.known.float().mean() < 0.8
     assert not some.references[~some.known].any() and some.references[some.known].all()
     assert torch.equal(some.own, some.known)
@@ -243,14 +243,14 @@ def test_what_is_dropped_does_not_reach_the_network(config):
     assert (levels == levels[:, :1]).all() and levels[0, 0] != levels[1, 0], "one noise level a sample"
 
 
-def test_own_references_are_what_one_sampling_step_gives(config):
+def test_self_conditioning_is_what_one_sampling_step_gives(config):
     _, pipeline = prepare(config)
     torch.nn.init.normal_(pipeline.unet.conv_out.weight, std=0.1)
     batch = make_batch(0, 0, BatchShape(1, 2), 16)
     encoded = objective.encode(pipeline, batch, torch.device("cpu"))
     drawn = draws(config, numbers=range(1), objects=1)
     parts = TrainedParts(pipeline.unet, pipeline.image_encoder)
-    made = objective.own_references(parts, pipeline, encoded, drawn, 40.0)
+    made = objective.self_conditioning(parts, pipeline, encoded, drawn, 40.0)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         (to_model_images(batch.inputs[0, :1]) + 1) / 2, batch.azimuths[0].tolist(), batch.elevations[0].tolist(),
@@ -381,7 +381,9 @@ def test_the_loss_falls_on_one_batch(config):
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(config):
-    rich = dataclasses.replace(config, steps_3d=1, steps_4d=2, own_references=0.5, reference_drop=0.2, picture_loss=1.0)
+    rich = dataclasses.replace(
+        config, steps_3d=1, steps_4d=2, self_conditioning=0.5, reference_drop=0.2, picture_loss=1.0
+    )
     train(rich)
     parts = dataclasses.replace(
         rich, accumulation=2, gradient_checkpointing=True, output_dir=config.output_dir.with_name("parts")
@@ -447,7 +449,7 @@ def saved(config, name):
 def test_a_sharded_run_makes_the_losses_of_one_process_and_goes_on_exactly(config, monkeypatch):
     """FSDP2: weights, average and moments sharded, stopped and continued, then continued by one process."""
     rich = dataclasses.replace(
-        config, steps_3d=1, steps_4d=3, own_references=0.5, reference_drop=0.2, picture_loss=1.0, objects_3d=4,
+        config, steps_3d=1, steps_4d=3, self_conditioning=0.5, reference_drop=0.2, picture_loss=1.0, objects_3d=4,
         clips=((4, 2),), accumulation=2, gradient_checkpointing=True, still_share=0.0,
     )  # fmt: skip
     train(rich)

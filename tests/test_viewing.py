@@ -18,7 +18,7 @@ from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, SizeControl
-from sv4d_ns.plugin.render_outputs import LEGENDS, GridWitnesses, camera_channels
+from sv4d_ns.plugin.render_outputs import LEGENDS, GridVisibility, camera_channels
 from sv4d_ns.plugin.viewer import Clock, Playback, local_unless_asked, thumbnails
 from sv4d_ns.views.grid import ViewGrid
 
@@ -147,7 +147,7 @@ def model_with_a_ball() -> SimpleNamespace:
     occupancy = OccupancyGrid(FRAMES, resolution=16)
     grid = view_grid()
     config = SimpleNamespace(render_samples=64, eval_num_rays_per_chunk=100)
-    return SimpleNamespace(field=field, occupancy=occupancy, config=config, views=GridWitnesses(lambda: grid))
+    return SimpleNamespace(field=field, occupancy=occupancy, config=config, views=GridVisibility(lambda: grid))
 
 
 def rays(view: int, size: int = 24, when: float = 0.5) -> RayBundle:

@@ -55,7 +55,7 @@ class TrainConfig:
     """Probability that a clip sample is given no reference views (all or none)."""
     reference_view_drop: float = 0.0
     """Probability that a single reference view is missing, in a sample that is given them."""
-    own_references: float = 0.0
+    self_conditioning: float = 0.0
     """Share of the given references that the network makes itself, in one step from the first noise level, as it will
     be given in later windows of a video."""
     cfg_drop: float = 0.0
@@ -165,7 +165,7 @@ def check(config: TrainConfig, processes: int) -> None:
                config.decay_steps, config.checkpoint_every, *(n for pair in config.clips for n in pair))  # fmt: skip
     if min(numbers) < 1:
         raise InputError("Numbers of objects, frames, views, steps and parts must be at least 1.")
-    shares = ("still_share", "dynamic_share", "reference_drop", "reference_view_drop", "own_references", "cfg_drop",
+    shares = ("still_share", "dynamic_share", "reference_drop", "reference_view_drop", "self_conditioning", "cfg_drop",
               "first_level_share")  # fmt: skip
     for name in shares:
         if not 0 <= getattr(config, name) <= 1:

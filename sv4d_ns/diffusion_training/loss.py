@@ -134,7 +134,7 @@ def _draw_one(
     references = torch.full((views,), given) & (torch.rand(views, generator=generator) >= config.reference_view_drop)
     own_noise = torch.randn(shape[1:], generator=generator)
     return (
-        log_sigma, noise, references, torch.tensor(given and own < config.own_references),
+        log_sigma, noise, references, torch.tensor(given and own < config.self_conditioning),
         torch.tensor(cfg >= config.cfg_drop), own_noise,
     )  # fmt: skip
 
@@ -194,7 +194,7 @@ def losses(
     any_own = bool(draws.own.any())  # before they are on the device
     parts = model if is_sharded(model) else TrainedParts(pipeline.unet, pipeline.image_encoder)
     if is_sharded(model):  # all processes or none: they gather the weights together
-        any_own = config.own_references > 0 and t > 1
+        any_own = config.self_conditioning > 0 and t > 1
     draws = draws.to(x.device)
     sigma = draws.log_sigma.exp().repeat_interleave(t * v, output_size=b * t * v)[:, None, None, None]
     noise, known = draws.noise.flatten(0, 2), draws.known
@@ -204,7 +204,7 @@ def losses(
     cameras[~known, :, : pipeline.config.camera_dims[0]] = 0
     references = encoded.views[:, 0] * draws.references[..., None, None, None]
     if any_own:
-        own = own_references(parts, pipeline, encoded, draws, first_level(pipeline))
+        own = self_conditioning(parts, pipeline, encoded, draws, first_level(pipeline))
         mask = (draws.own[:, None] & draws.references)[..., None, None, None]
         references = torch.where(mask, own, references)
     output = model(
@@ -240,7 +240,7 @@ def _soft_absolute(error: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def own_references(
+def self_conditioning(
     parts: torch.nn.Module, pipeline: StableVideo4D2Pipeline, encoded: Encoded, draws: Draws, sigma: float
 ) -> Float[Tensor, "b v c h w"]:
     """What the network makes of every sample's first frame in one step, through pictures as in sampling."""

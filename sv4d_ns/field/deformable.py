@@ -189,7 +189,7 @@ class DeformableField(nn.Module):
         self.bounds.copy_(hull)
 
     @torch.no_grad()
-    def admit(self, new: int, known: int, shift: Float[Tensor, " 3"]) -> bool:
+    def init_frame_from_neighbour(self, new: int, known: int, shift: Float[Tensor, " 3"]) -> bool:
         """Let keyframe `new` start from the motion and appearance of `known`, the object moved by `shift` (world units)
         since; whether it did.
 

@@ -3,7 +3,7 @@
 Instant-NGP (Mueller et al. 2022) as tiny-cuda-nn lays it out, which differs from `encoding.HashEncoding` in what a
 trained table means: corners lie half a cell off, resolutions come from a fixed growth factor, dense levels wrap at the
 far side, and a fourth coordinate (time) has a hash prime of its own. It also gives its own derivative as a
-differentiable operation (`pull_back`), which analytic normals need.
+differentiable operation (`vjp`), which analytic normals need.
 """
 
 from __future__ import annotations
@@ -423,7 +423,7 @@ class HashGrid(nn.Module):
             return functional_call(self._tcnn_encoding(), {"params": self.table.flatten()}, (x,))
         return _encode_torch(x, self.table, self.levels)
 
-    def pull_back(self, x: Float[Tensor, "n d"], gradient: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
+    def vjp(self, x: Float[Tensor, "n d"], gradient: Float[Tensor, "n f"]) -> Float[Tensor, "n d"]:
         """d(features . gradient)/dx, differentiable in `gradient` and the table (x counts as a constant)."""
         x = x.detach()
         if self._fused(x):

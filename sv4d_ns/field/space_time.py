@@ -155,7 +155,7 @@ class SpaceTimeField(nn.Module):
                 features.requires_grad_()
             logit = self.density_net(features)[:, 0]
             (slope,) = torch.autograd.grad(logit.sum(), features, create_graph=differentiable)
-        pulled = self.space.pull_back(place, slope) + self.space_time.pull_back(moment, slope)[:, :3]
+        pulled = self.space.vjp(place, slope) + self.space_time.vjp(moment, slope)[:, :3]
         # density rises with its logit, so both have the same normal
         return -functional.normalize(pulled / (2 * self.config.half_extent) + self._bias_gradient(x), dim=-1)
 

@@ -13,7 +13,7 @@ from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
 from sv4d_ns.fitting.learning_rates import field_optimizer, set_rates
 from sv4d_ns.fitting.objective import loss_terms
-from sv4d_ns.fitting.schedule import ScheduleConfig, advance
+from sv4d_ns.fitting.schedule import ScheduleConfig, apply_schedule
 from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_flow, train_views
 from sv4d_ns.views.grid import ViewGrid
@@ -92,7 +92,7 @@ class GridFit:
         """One optimisation step; returns its losses by name."""
         options, step = self.options, self.step
         set_rates(self.optimizer, step, options.steps)
-        window = advance(
+        window = apply_schedule(
             self.field, self.occupancy, self.flow, ScheduleConfig(), step, options.steps, options.occupancy_every
         )
         if options.visibility_every and len(window) > 1 and step % options.visibility_every == 0:

@@ -164,8 +164,8 @@ def _band_terms(
     band = draw_band(occupancy, [bins[frame] for frame in moving], randomness.generator(seed, step, 3))
     if band is None:
         return {}
-    landing, rigidity = band_losses(field, occupancy, band)
-    return {"registration": landing, "band_rigidity": rigidity}
+    residual, rigidity = band_losses(field, occupancy, band)
+    return {"registration": residual, "band_rigidity": rigidity}
 
 
 def _flow_terms(

@@ -42,19 +42,19 @@ class _Start:
 
     steps: int
     rigidity: float
-    """Weights of rigidity and of landing on the canonical hull; that of the surface's flow is 1."""
-    landing: float
+    """Weights of rigidity and of residual on the canonical hull; that of the surface's flow is 1."""
+    residual: float
 
 
-BY_HULL = _Start(steps=60, rigidity=30.0, landing=1.0)
+BY_HULL = _Start(steps=60, rigidity=30.0, residual=1.0)
 """The hulls alone say where matter went: rigid, or every limb goes to the nearest one."""
-BY_FLOW = _Start(steps=100, rigidity=0.03, landing=0.01)
+BY_FLOW = _Start(steps=100, rigidity=0.03, residual=0.01)
 """Followed points say it; hulls and rigidity fill in what nobody could follow."""
 REGISTRATION_RATE = 0.02
 """Adam's rate of those steps, in grid cells."""
 
 
-def admit(
+def init_frame_from_neighbour(
     field: DeformableField, occupancy: OccupancyGrid, flow: SceneFlow | None, frame: Admission, seed: int
 ) -> None:
     """Start a new frame's motion: its neighbour's, moved as the hulls' middles did, then registered to its own hull and
@@ -63,7 +63,7 @@ def admit(
     Costs about a second, once per frame. Pixels could not do this: they pull on what already overlaps them.
     """
     shift = occupancy.centroid(frame.new) - occupancy.centroid(frame.known)
-    if not field.admit(frame.new, frame.known, shift):
+    if not field.init_frame_from_neighbour(frame.new, frame.known, shift):
         return
     start = BY_HULL if flow is None else BY_FLOW
     parameter = field.motion.keyframes[frame.new]
@@ -74,8 +74,8 @@ def admit(
         if band is None:
             return
         optimizer.param_groups[0]["lr"] = REGISTRATION_RATE * (1 - number / start.steps)
-        landing, rigidity = band_losses(field, occupancy, band)
-        loss = start.landing * landing + start.rigidity * rigidity
+        residual, rigidity = band_losses(field, occupancy, band)
+        loss = start.residual * residual + start.rigidity * rigidity
         if flow is not None:
             loss = loss + flow_loss(field, occupancy, flow, frame, FLOW_POINTS, rng)
         parameter.grad = torch.autograd.grad(loss, parameter)[0]
@@ -136,5 +136,5 @@ def band_losses(field: DeformableField, occupancy: OccupancyGrid, band: Band) ->
     moved = field.deformation(torch.cat([band.x, band.x + band.offset]), torch.cat([band.t, band.t]), band.moments)
     here, neighbour = moved.chunk(2)
     landed = occupancy.distance_at(band.x + here, canonical)
-    landing = losses.registration(landed, band.distance, occupancy.cell_size, DISTANCE_REACH)
-    return landing, losses.deformation_rigidity(here, neighbour, band.offset)
+    residual = losses.registration(landed, band.distance, occupancy.cell_size, DISTANCE_REACH)
+    return residual, losses.deformation_rigidity(here, neighbour, band.offset)

@@ -13,7 +13,7 @@ import torch
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.fitting.registration import Admission, admit
+from sv4d_ns.fitting.registration import Admission, init_frame_from_neighbour
 from sv4d_ns.fitting.scene_flow import SceneFlow
 from sv4d_ns.utils.errors import InputError
 
@@ -69,7 +69,7 @@ def admissions(before: Window, now: Window, canonical: int) -> list[Admission]:
     return [Admission(frame, frame - direction) for frame, direction in outward]
 
 
-def advance(
+def apply_schedule(
     field: DeformableField,
     occupancy: OccupancyGrid,
     flow: SceneFlow | None,
@@ -91,7 +91,7 @@ def advance(
     if step > 0:
         before = frame_window(min((step - 1) / total_steps, 1.0), frames, canonical, schedule)
         for admitted in admissions(before, window, canonical):
-            admit(field, occupancy, flow, admitted, step)
+            init_frame_from_neighbour(field, occupancy, flow, admitted, step)
     if fraction >= schedule.residual_from and field.density_residual is not None:
         field.open_residual()
     if step % occupancy_every == 0:

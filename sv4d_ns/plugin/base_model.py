@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
     from sv4d_ns.fitting.schedule import Window
     from sv4d_ns.fitting.train_views import TrainView
-    from sv4d_ns.plugin.render_outputs import GridWitnesses
+    from sv4d_ns.plugin.render_outputs import GridVisibility
     from sv4d_ns.views.grid import ViewGrid
 
 DYNAMIC_VIDEO_FPS = 24.0
@@ -54,7 +54,7 @@ class FieldModel(Model):
     occupancy: Any
     clip_duration: float = 1.0
     """Seconds the clip lasts; set by the pipeline, used to play cameras that have no time."""
-    views: "GridWitnesses | None" = None
+    views: "GridVisibility | None" = None
     """What the field was fitted to, for the pictures that compare with it; set by the pipeline."""
     shown_channels: Callable[[], set[str]] | None = None
     """Channels a picture is to be made with at once, set by the viewer; others are made when they are asked for."""

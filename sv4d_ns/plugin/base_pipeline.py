@@ -96,7 +96,7 @@ class FieldPipeline(VanillaPipeline):
             super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
             if test_mode != "val":
                 self._check_checkpoint()
-        from sv4d_ns.plugin.render_outputs import GridWitnesses
+        from sv4d_ns.plugin.render_outputs import GridVisibility
 
         self.resumed_visibility: dict[int, Any] = {}
         """The sampler's visibility of views as it was when the checkpoint was saved that the run goes on from."""
@@ -104,7 +104,7 @@ class FieldPipeline(VanillaPipeline):
         """Of the last training step's rays, dB."""
         self.start_camera = StartCamera()
         self.playback = Playback(self.field_model, lambda: self.datamanager.grid)
-        self.field_model.views = GridWitnesses(lambda: self.datamanager.grid)
+        self.field_model.views = GridVisibility(lambda: self.datamanager.grid)
         self.datamanager.frame_window = self.field_model.frame_window
         self.datamanager.canonical_frame = self.field_model.canonical_frame
         self.field_model.clip_duration = self.datamanager.grid.num_frames / self.datamanager.grid.fps

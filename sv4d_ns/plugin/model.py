@@ -71,11 +71,11 @@ class SV4DModel(FieldModel):
 
     def before_step(self, step: int) -> None:
         """Bring the field's schedule, the motion's flow and the occupancy grid to a step."""
-        from sv4d_ns.fitting.schedule import advance
+        from sv4d_ns.fitting.schedule import apply_schedule
 
         self.step = step
         total, every = max(self.config.schedule_steps, 1), self.config.occupancy_every
-        advance(self.field, self.occupancy, self._flow, self.schedule, step, total, every)
+        apply_schedule(self.field, self.occupancy, self._flow, self.schedule, step, total, every)
 
     def carve(self, grid: "ViewGrid") -> None:
         """Bound the object by the visual hull of a grid's silhouettes."""

@@ -192,18 +192,18 @@ class _Picture:
         return surface_normals(self.model.field, self.origins, self.directions, self.times, self.rendered)
 
     @cached_property
-    def _witnesses(self) -> "Witnesses":
+    def _visibility(self) -> "ViewVisibility":
         assert self.model.views is not None  # or no channel that asks for them exists
         return self.model.views.at(self.model.field, self.model.occupancy, float(self.times[0]))
 
     @cached_property
     def _weights(self) -> Float[Tensor, "m v"]:
-        return self._witnesses.weights(self._points, self._all_normals[self._hit])
+        return self._visibility.weights(self._points, self._all_normals[self._hit])
 
     @property
     def _nearest_view(self) -> int:
         """The camera of the grid whose direction from the origin is nearest to this picture's."""
-        cosine = torch.nn.functional.cosine_similarity(self._witnesses.cameras[:, :3, 3], self.origins[:1])
+        cosine = torch.nn.functional.cosine_similarity(self._visibility.cameras[:, :3, 3], self.origins[:1])
         return int(cosine.argmax())
 
     def _on_white(self, colors: Float[Tensor, "m 3"]) -> Float[Tensor, "h w 3"]:
@@ -232,7 +232,7 @@ class _Picture:
 
     def confidence(self) -> Float[Tensor, "h w 3"]:
         """Who has seen the surface: the input camera, generated views only (as far as they are believed), or none."""
-        seen, generated = self._weights[:, :1], self._witnesses.trusted(self._points, self._weights)[:, None]
+        seen, generated = self._weights[:, :1], self._visibility.trusted(self._points, self._weights)[:, None]
         color = self._points.new_tensor
         by_views = generated * color(GENERATED_COLOR) + (1 - generated) * color(UNSEEN_COLOR)
         return self._on_white(seen * color(OBSERVED_COLOR) + (1 - seen) * by_views)
@@ -240,8 +240,8 @@ class _Picture:
     def model_view(self) -> Float[Tensor, "h w 3"]:
         """The nearest view's pixels on the surface."""
         view = self._nearest_view
-        texture = torch.from_numpy(self._witnesses.picture(view)).to(self._points) / 255
-        colors = sample_picture(texture, self._witnesses.project(self._points, view))
+        texture = torch.from_numpy(self._visibility.picture(view)).to(self._points) / 255
+        colors = sample_picture(texture, self._visibility.project(self._points, view))
         seen = (self._weights[:, view] > 0)[:, None]
         return self._on_white(torch.where(seen, colors, colors.new_full((1, 3), BLANK)))
 
@@ -249,11 +249,11 @@ class _Picture:
         """The nearest view beside the field from the same camera."""
         height, width = self.shape
         side = max(min(width // 2, height), 8)
-        view, grid = self._nearest_view, self._witnesses.grid
+        view, grid = self._nearest_view, self._visibility.grid
         model, time = self.model, float(self.times[0])
-        c2w = self._witnesses.cameras[view].cpu().numpy()
+        c2w = self._visibility.cameras[view].cpu().numpy()
         made = over_white(render_rgba(model.field, model.occupancy, c2w, grid.plan.focal_px(side), side, time))
-        seen = Image.fromarray(self._witnesses.picture(view)).resize((side, side))
+        seen = Image.fromarray(self._visibility.picture(view)).resize((side, side))
         canvas = Image.new("RGB", (max(width, 2 * side), max(height, side)), "white")
         left, top = (canvas.width - 2 * side) // 2, (canvas.height - side) // 2
         canvas.paste(seen, (left, top))
@@ -266,7 +266,7 @@ class _Picture:
 
 
 @dataclass(frozen=True, eq=False)
-class Witnesses:
+class ViewVisibility:
     """What the v + 1 cameras of a view grid see of the field at one frame; camera 0 is the input's."""
 
     grid: ViewGrid
@@ -309,18 +309,18 @@ class Witnesses:
         return best
 
 
-class GridWitnesses:
-    """Witnesses of a model's frames; the newest are kept, because a clip that plays asks for the same few again."""
+class GridVisibility:
+    """What views see of a field's frames; the newest are kept: a clip that plays asks for the same few again."""
 
     KEPT = 64
 
     def __init__(self, grid: Callable[[], ViewGrid]):
         """`grid` gives the view grid in use (stage 2 replaces it)."""
         self._grid = grid
-        self._known: dict[int, tuple[tuple[int, ...], Witnesses]] = {}
+        self._known: dict[int, tuple[tuple[int, ...], ViewVisibility]] = {}
 
     @torch.no_grad()
-    def at(self, field: Any, occupancy: Any, time: float) -> Witnesses:
+    def at(self, field: Any, occupancy: Any, time: float) -> ViewVisibility:
         """What the cameras see of a field at the frame nearest to `time` in [0, 1]."""
         grid = self._grid()
         frame = round(time * (grid.num_frames - 1))
@@ -331,7 +331,7 @@ class GridWitnesses:
             cameras = torch.from_numpy(grid.plan.c2w()).to(field.aabb)
             time = float(grid.times[frame])
             depth = torch.stack([_depth_map(field, occupancy, grid, camera, time) for camera in cameras])
-            known = (state, Witnesses(grid, frame, cameras, depth))
+            known = (state, ViewVisibility(grid, frame, cameras, depth))
             self._known[frame] = known
             while len(self._known) > self.KEPT:
                 del self._known[next(iter(self._known))]

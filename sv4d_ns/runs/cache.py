@@ -131,7 +131,7 @@ def _checkpoint_flaw(path: Path) -> str | None:
     return None
 
 
-def leftovers(output_dir: Path) -> list[Path]:
+def stale_files(output_dir: Path) -> list[Path]:
     """Half-written files and folders of processes that were killed: nothing reads them."""
     found: list[Path] = []
     for folder in _folders(output_dir):
@@ -205,7 +205,7 @@ class Prune:
         free = [entry for entry in found if entry.state in SHARED.values() and entry.path.parent.parent not in busy]
         free += [entry for entry in found if self.unfinished and entry.state == "unfinished"]
         going = {entry.path: own_files(entry) for entry in free}
-        for path in leftovers(self.output_dir):
+        for path in stale_files(self.output_dir):
             if not {*busy, *going}.intersection(path.parents):
                 going[path] = [path] if path.is_file() else [file for file in path.rglob("*") if not file.is_dir()]
         sizes = {file: file.lstat().st_size for files in going.values() for file in files}

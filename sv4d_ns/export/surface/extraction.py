@@ -557,15 +557,15 @@ def _solve_frame(
     x = solver.broyden(start, time)
     x, wrong = retried(x, error(x), x)
     if (wrong > SOLVED).any():
-        x, wrong = retried(x, wrong, _neighbours_say(solver, x, start, wrong <= SOLVED, graph))
-    known = (wrong <= SOLVED) & ~torn_off(solver.targets, x, graph, TEAR * solver.diagonal)
+        x, wrong = retried(x, wrong, _neighbour_vote(solver, x, start, wrong <= SOLVED, graph))
+    known = (wrong <= SOLVED) & ~find_tears(solver.targets, x, graph, TEAR * solver.diagonal)
     if known.all():
         return x, wrong, ~known
-    x = _neighbours_say(solver, x, start, known, graph)
+    x = _neighbour_vote(solver, x, start, known, graph)
     return x, error(x), ~known
 
 
-def torn_off(
+def find_tears(
     rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], graph: sparse.csr_matrix, reach: float
 ) -> Bool[np.ndarray, " n"]:
     """Vertices on islands that hang on the largest piece of their part by overstretched edges only.
@@ -585,7 +585,7 @@ def torn_off(
     return sizes[island] < largest_of_part[part]
 
 
-def _neighbours_say(
+def _neighbour_vote(
     solver: _Inverse, x: np.ndarray, start: np.ndarray, known: np.ndarray, graph: sparse.csr_matrix
 ) -> np.ndarray:
     """x with every unknown vertex moved to where its known neighbours' displacements would carry it."""
