@@ -104,7 +104,7 @@ def test_4diffusion_with_4dm_matches_one_of_its_views(finished, capfd):
 
 
 def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, model, video, finished, monkeypatch):
-    terms = FourDiffusionPipeline._terms
+    terms = FourDiffusionPipeline.get_train_loss_dict
 
     def killed(self, step: int):
         if step == 3:
@@ -113,7 +113,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, model, video,
 
     config = fourdm_config(tmp_path, model, video)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(FourDiffusionPipeline, "_terms", killed)
+        patch.setattr(FourDiffusionPipeline, "get_train_loss_dict", killed)
         run(config)
     folder = config.get_base_dir()
     kept = checkpoint_steps(folder / "nerfstudio_models")
