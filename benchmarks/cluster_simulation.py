@@ -125,7 +125,7 @@ class Simulation:
                     known.seconds, self.objects, workers, lost_after * 3600, self.back_after_minutes * 60,
                     known.hand_out_seconds, self.seed,
                 )  # fmt: skip
-                losing = f"one lost every {lost_after:g} h" if lost_after else "none lost"
+                losing = f"each lost after {lost_after:g} h" if lost_after else "none lost"
                 share = made.busy_hours / (made.hours * workers)
                 lines.append(
                     f"| {workers} workers, {losing} | {made.hours:.1f} | {share:.1%} | {made.lost_hours:.1f} h | "
