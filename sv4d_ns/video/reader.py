@@ -251,7 +251,8 @@ def _open(path: Path) -> Film:
             raise InputError(f"No file matches {path}: check the pattern.")
         return _open_pictures(path, pictures)
     if not path.exists():
-        raise InputError(f"{path} does not exist: check the path of the video.")
+        link = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
+        raise InputError(f"{path} does not exist{link}: check the path of the video.")
     if not path.is_file():
         raise InputError(f"{path} is not a file or folder of pictures (but a device or pipe): save the video first.")
     try:
