@@ -30,7 +30,15 @@ from sv4d_ns.video.pictures import (
     rgba,
     rgba_of_deep,
 )
-from sv4d_ns.video.sources import HEAD_BYTES, check_one_series, is_pattern, local_path, source_files, what_it_is
+from sv4d_ns.video.sources import (
+    HEAD_BYTES,
+    check_no_run,
+    check_one_series,
+    is_pattern,
+    local_path,
+    source_files,
+    what_it_is,
+)
 from sv4d_ns.video.timing import in_order
 
 ANIMATION_FORMATS = ("GIF", "PNG", "WEBP", "JPEG", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
@@ -241,6 +249,7 @@ def open_film(path: Path) -> Film:
 
 def _open(path: Path) -> Film:
     if path.is_dir():
+        check_no_run(path)
         pictures = source_files(path)
         if not pictures:
             raise InputError(_no_pictures(path))
