@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from sv4d_ns.plugin.trainer import SV4DTrainerConfig
 from sv4d_ns.plugin.validation import LIMITS
 from sv4d_ns.runs.layout import read_checkpoint
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
+from sv4d_ns.video.reader import open_film
 
 LONGEST = 500
 """Characters of a sentence, with the folders of the tests."""
@@ -441,3 +443,60 @@ def test_the_command_prints_the_sentence_and_fails(tmp_path: Path) -> None:
     assert "missing.mp4" in ended.stderr.strip().splitlines()[-1]
     assert "Traceback" not in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["batch", "good.mp4", "--out", "taken"],
+        ["data", "render", "procedural:0:1", "taken", "--frames", "2", "--views", "2", "--size", "16"],
+        ["doctor", "good.mp4", "--picture", "taken/a.png"],
+        ["doctor", "good.mp4", "--picture", "folder.png"],
+        ["doctor", "good.mp4", "--picture", "."],
+        ["doctor", "good.mp4", "--picture", "sheet.jpg"],
+    ],
+)
+def test_a_place_for_results_that_is_none_is_one_sentence(
+    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    from sv4d_ns.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(good, "good.mp4")
+    Path("taken").write_text("mine")
+    Path("folder.png").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    named = next(word for word in words if word.startswith(("taken", "folder", ".", "sheet")))
+    assert str(ended.value).startswith("Error: ") and named.split("/")[0] in str(ended.value)
+    assert Path("taken").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "good.mp4", "taken"]
+
+
+def test_an_error_of_ours_is_no_sentence_about_the_users_paths(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), one_sentence_errors([str(tmp_path)]):
+        (tmp_path / "forgotten").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [
+        (b"glTF\2\0\0\0", "a 3D model"),
+        (b"ply\nformat ascii 1.0\n", "a 3D model"),
+        (b"!!python/object:x", "--load-config"),
+    ],
+)
+def test_files_of_other_steps_given_as_the_video_are_named(tmp_path: Path, head: bytes, named: str) -> None:
+    (tmp_path / "a.bin").write_bytes(head + bytes(100))
+    with pytest.raises(InputError, match=named):
+        open_film(tmp_path / "a.bin")
+
+
+def test_a_run_given_as_the_video_is_named(tmp_path: Path) -> None:
+    """Its contact sheet was taken for a film of one frame."""
+    run = tmp_path / "run"
+    (run / "nerfstudio_models").mkdir(parents=True)
+    (run / "config.yml").touch()
+    Image.new("RGB", (64, 64)).save(run / "contact_sheet.png")
+    with pytest.raises(InputError, match=r"folder of a run.*--load-config"):
+        open_film(run)

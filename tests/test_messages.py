@@ -49,6 +49,8 @@ def test_known_warnings_are_silenced_by_words_and_module() -> None:
         warnings.warn_explicit(known, FutureWarning, "activations.py", 32, module=place)
         warnings.warn_explicit(known, FutureWarning, "mine.py", 1, module="users.own")
         warnings.warn_explicit("something new", FutureWarning, "activations.py", 33, module=place)
+        indexing = "Using a non-tuple sequence for multidimensional indexing is deprecated and will be changed"
+        warnings.warn_explicit(indexing, UserWarning, "cameras.py", 601, module="nerfstudio.cameras.cameras")
     assert [str(warning.message) for warning in heard] == [known, "something new"]
 
 

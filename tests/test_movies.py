@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -95,6 +96,27 @@ def test_the_overlay_lies_where_the_framing_says(scale: float) -> None:
     assert not made[..., 1:].any() and made[0, 0].sum() == 0
 
 
+def test_the_bar_counts_what_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not pictures: the overlay shows again what the side-by-side movie has rendered, and went by in no time."""
+    source = write_source(tmp_path / "source.mp4")
+    framing = Framing(20.0, 15.0, 20.0, 40, 30, SIZE).to_dict()
+    one = subject(view_grid(framing=framing, provenance={"source": str(source)}))
+    rendered, shown = 0, []
+    render = Subject.render
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal rendered
+        rendered += 1
+        return render(*arguments)
+
+    monkeypatch.setattr(Subject, "render", counted)
+    options = replace(OPTIONS, size=16)
+    write_run_movies(tmp_path / "out", one, movies.PRESETS, options, lambda *done: shown.append((rendered, *done)))
+    share = np.array([(count / rendered, done / total) for count, done, total in shown])
+    assert len(shown) > rendered, "some pictures need no render"
+    assert np.abs(share[:, 0] - share[:, 1]).max() < 0.1
+
+
 def test_a_run_leaves_movies_that_play_and_are_not_made_again(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source.mp4")
     square = Framing(20.0, 15.0, 20.0, 40, 30, SIZE)
@@ -104,7 +126,7 @@ def test_a_run_leaves_movies_that_play_and_are_not_made_again(tmp_path: Path) ->
     folder = tmp_path / "movies"
     files, sentences = write_run_movies(folder, one, movies.PRESETS, OPTIONS, lambda *done: calls.append(done))
     assert [file.stem for file in files] == list(movies.PRESETS) and not sentences
-    assert calls[-1][0] == calls[-1][1] == len(calls)
+    assert calls[-1][0] == calls[-1][1] and calls == sorted(calls)
     assert len(frames_of(folder / "orbit.mp4")) == 6
     assert frames_of(folder / "side-by-side.mp4")[0].shape == (SIZE, 2 * SIZE, 3)
     overlay = frames_of(folder / "overlay.mp4")
@@ -117,7 +139,7 @@ def test_a_run_leaves_movies_that_play_and_are_not_made_again(tmp_path: Path) ->
     (folder / "time.mp4").unlink()
     again: list[tuple[int, int]] = []
     write_run_movies(folder, one, movies.PRESETS, OPTIONS, lambda *done: again.append(done))
-    assert len(again) == FRAMES, "only the missing one"
+    assert again[-1] == (FRAMES, FRAMES), "only the missing one"
     assert all(file.stat().st_mtime_ns == at for file, at in before.items() if file.stem != "time")
     other = subject(one.grid)  # another field: all are old
     write_run_movies(folder, other, ("orbit",), OPTIONS, lambda *_: None)

@@ -83,6 +83,23 @@ def test_nothing_is_drawn_over_and_over_into_a_file(tmp_path: Path) -> None:
     assert len([line for line in done.stdout.splitlines() if line.strip()]) == 5
 
 
+def test_the_first_step_of_a_phase_is_no_measure_of_the_others() -> None:
+    from sv4d_ns.utils.progress import Pace
+
+    seconds = 0.0
+    pace = Pace(lambda: seconds)
+    assert pace.left(10) is None
+    seconds = 30.0  # the first step compiles
+    pace.tick(1)
+    assert pace.left(10) == pytest.approx(270)
+    seconds = 35.0
+    assert pace.left(10) == pytest.approx(265), "it counts down while nothing comes"
+    seconds = 40.0
+    pace.tick(3)
+    pace.tick(3)
+    assert pace.left(10) == pytest.approx(35)
+
+
 def test_durations_are_read_at_a_glance() -> None:
     from sv4d_ns.utils.progress import clock
 

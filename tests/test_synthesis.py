@@ -114,7 +114,10 @@ def test_the_bundled_model_makes_views_and_refines_renders(tmp_path: Path) -> No
     np.testing.assert_array_equal(made.images, again.images)
     assert made.images[..., 3].max() > 128 and not np.array_equal(made.images, refined.images)
     steps = synthesizer.pipeline.config.num_inference_steps
-    assert seen == [(step + 1, steps) for step in range(steps)] * 2 + [(1, 1)] and json.dumps(synthesizer.describe())
+    # a prediction and its pictures for each step, the last pictures included: 100 % is the end
+    half_steps = [*range(2, 2 * steps, 2), 2 * steps - 1, 2 * steps]
+    assert seen == [(done, 2 * steps) for done in half_steps] * 2 + [(1, 2), (2, 2)]
+    assert json.dumps(synthesizer.describe())
 
 
 def test_the_way_of_offloading_is_chosen_by_the_memory_and_said() -> None:

@@ -15,6 +15,7 @@ from test_video import FRAMES, HEIGHT, WIDTH, ball, clip_of, over, write_video
 
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import load_object_video, read_clip, segment
+from sv4d_ns.video.background import without_bars
 from sv4d_ns.video.checks import examine
 from sv4d_ns.video.sources import source_files, source_name
 from sv4d_ns.video.timing import in_order
@@ -376,6 +377,28 @@ def test_terminals_that_are_not_utf8_do_not_end_a_command(tmp_path):
         assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("kind", ["pictures", "masks"])
+def test_frames_that_are_not_cut_out_among_others_that_are_end_the_run(tmp_path, kind):
+    """They were taken as the object, with everything around it."""
+    exact = ball()
+    if kind == "masks":
+        masks = exact[..., 3].copy()
+        masks[2:4] = 255
+        clip = clip_of(over(exact, WHITE))
+    else:
+        for index, frame in enumerate(exact):
+            Image.fromarray(over(exact, WHITE)[index] if index in (2, 3) else frame).save(tmp_path / f"{index}.png")
+        clip, masks = read_clip(tmp_path), None
+    with pytest.raises(InputError, match=rf"cut nothing out in 2 of {FRAMES} frames \(first: 2\)"):
+        segment(clip, masks)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "a.mp4").symlink_to("gone.mp4")
+    with pytest.raises(InputError, match=r"a\.mp4 does not exist \(it is a link to gone\.mp4\)"):
+        read_clip(tmp_path / "a.mp4")
+
+
 # --- backgrounds -----------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +418,15 @@ def test_black_bars_are_cut_off(tmp_path, bars, level):
     assert video.framing.center_x == pytest.approx(plain.framing.center_x + left, abs=1)
     assert video.framing.center_y == pytest.approx(plain.framing.center_y + top, abs=1)
     assert video.framing.side == pytest.approx(plain.framing.side, rel=0.02)
+
+
+def test_bars_are_found_in_pictures_of_which_not_every_pixel_is_looked_at():
+    exact = ball(2, 128, 96, radius=20.0).repeat(12, axis=1).repeat(12, axis=2)
+    inner = over(exact, (240, 240, 240))
+    framed = np.pad(inner, ((0, 0), (60, 61), (7, 9), (0, 0)))
+    region = without_bars(clip_of(framed))
+    found = (region.left, region.top, region.left + region.width, region.top + region.height)
+    assert found == pytest.approx((7, 60, 7 + inner.shape[2], 60 + inner.shape[1]), abs=1)
 
 
 def test_a_dark_floor_is_no_bar(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 from jaxtyping import Bool, UInt8
 
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -77,10 +78,16 @@ def marks_of(findings: Sequence["Finding"]) -> dict[str, str]:
 
 
 def report(settings: Doctor) -> None:
-    """Print what was read and chosen, and a line for each finding."""
+    """Print what was read and chosen, and a line for each finding.
+
+    Raises:
+        InputError: the video cannot be used, or the picture is to be something else than a PNG.
+    """
     from sv4d_ns.diffusion.bundled import REACH
     from sv4d_ns.utils.progress import say
 
+    if settings.picture is not None and settings.picture.suffix.lower() != ".png":
+        raise InputError(f"--picture {settings.picture} does not end in .png: the cut-outs are written as a PNG.")
     video = examine(settings)
     say(f"{settings.video}: {len(video.frames)} frames at {video.fps:g} per second.")
     marks = marks_of(video.findings)

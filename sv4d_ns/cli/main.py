@@ -84,6 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if word not in COMMANDS:
         print(f"Error: sv4d has no command '{word}': 'sv4d --help' lists them.", file=sys.stderr)
         return 2
-    with one_sentence_errors():
+    with one_sentence_errors(rest):
         _run(COMMANDS[word][1], rest)
     return 0

@@ -36,6 +36,8 @@ THREE_QUARTER_DEG = 45.0
 ORBIT_SECONDS = 3.0
 ORBIT_FPS = 12.0
 """Rate of a movie in which time stands still; movies in which it passes have the clip's own."""
+KEPT_COST = 0.05
+"""Of a picture that need not be rendered any more, as a share of one that must."""
 LONGEST_SIDE = 640
 """Pixels along the longer side of the overlay of a run: larger sources are scaled down."""
 
@@ -109,6 +111,14 @@ class Movie:
     pictures: Callable[[], Iterator[UInt8[np.ndarray, "h w 3"]]]
     count: int
     fps: float
+    input_views: tuple[tuple[int, int], ...] | None = None
+    """Frame and size of each picture that is a render from the input camera, and kept; None where none is."""
+
+    def cost(self, size: int, kept: set[tuple[int, int]]) -> list[float]:
+        """What each picture takes, in renders of this size, where some renders from the input camera are kept."""
+        if self.input_views is None:
+            return [1.0] * self.count
+        return [KEPT_COST if view in kept else (view[1] / size) ** 2 for view in self.input_views]
 
 
 def orbit_cameras(grid: ViewGrid, count: int, elevation_deg: float) -> Float[np.ndarray, "n 4 4"]:
@@ -171,7 +181,8 @@ def _side_by_side(subject: Subject, options: MovieOptions) -> Movie:
             made = over_white(subject.render_input_view(frame, options.size))
             yield np.concatenate([given, made], axis=1)
 
-    return Movie(pictures, grid.num_frames, options.fps or grid.fps)
+    views = tuple((frame, options.size) for frame in range(grid.num_frames))
+    return Movie(pictures, grid.num_frames, options.fps or grid.fps, views)
 
 
 def _overlay(subject: Subject, options: MovieOptions) -> Movie:
@@ -181,14 +192,15 @@ def _overlay(subject: Subject, options: MovieOptions) -> Movie:
     clip = source_clip(grid, squares[0])
     scale = clip.region.scale
 
+    # no finer than it is shown
+    sizes = [min(options.size, max(math.ceil(square.side * scale), 16)) for square in squares]
+
     def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        for frame, square in enumerate(squares):
-            # no finer than it is shown
-            size = min(options.size, max(math.ceil(square.side * scale), 16))
+        for frame, (square, size) in enumerate(zip(squares, sizes, strict=True)):
             picture = subject.render_input_view(frame, size)
             yield paste_in_source(over_white(clip.frames[frame]), picture, square, scale)
 
-    return Movie(pictures, grid.num_frames, options.fps or grid.fps)
+    return Movie(pictures, grid.num_frames, options.fps or grid.fps, tuple(enumerate(sizes)))
 
 
 def source_squares(grid: ViewGrid) -> "list[Framing]":
@@ -313,9 +325,19 @@ def write_run_movies(
                 sentences.append(str(error))
                 continue
         files.append(path)
-    total, done = sum(one.count for _, one, _ in wanted), 0
-    for path, one, key in wanted:
-        before = done
-        write_movie(path, one, key, lambda number, before=before: progress(before + number, total))  # type: ignore[misc]
-        done += one.count
+    kept: set[tuple[int, int]] = set()
+    costs = []
+    for _, one, _ in wanted:
+        costs.append(np.cumsum([0.0, *one.cost(options.size, kept)]))
+        kept.update(one.input_views or ())
+    total, done = math.ceil(sum(cost[-1] for cost in costs)), 0.0
+    for (path, one, key), cost in zip(wanted, costs, strict=True):
+
+        def show(number: int, before: float = done, cost: Float[np.ndarray, " n"] = cost) -> None:
+            progress(int(before + cost[number]), total)
+
+        write_movie(path, one, key, show)
+        done += cost[-1]
+    if wanted:
+        progress(total, total)
     return files, sentences

@@ -2,10 +2,11 @@
 
 Steps of one run cost different amounts (the static phase looks at one frame, distillation renders whole pictures), so
 the mean speed so far is no estimate. What is kept here is how much each part costs *relative* to the others, as
-measured on one machine; how fast this machine is, with this video, is learned from the steps it has done.
+measured on one machine; how fast this machine is, with this video, is learned from the steps it has done lately.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a run consists of, in seconds of the reference machine (one thread of an AMD EPYC)."""
+    """What a run consists of, in CPU seconds of the reference machine (one thread of a busy AMD EPYC)."""
 
     start: float
     """Start-up and the making of views, before the first step."""
@@ -41,18 +42,20 @@ class Work:
         return min((before for before in self.rounds if before > step), default=len(self.steps))
 
 
-STATIC_STEP, MOVING_STEP = 0.05, 0.09
-"""Seconds of a step of sv4d while one frame is fitted, and from then on."""
+# CPU seconds of ns-train on the sample video with OMP_NUM_THREADS=1 (tests/data/step_seconds_*.json)
+STATIC_STEP, MOVING_STEP = 0.07, 0.13
+"""Of a step of sv4d while one frame is fitted, and from then on."""
 STATIC_UNTIL = 0.12
 """Share of the schedule (`sampling.ScheduleConfig`)."""
-VIEW_SECONDS = 0.012
+VIEW_SECONDS = 0.07
 """Of a generated picture of the bundled model."""
-ROUND_SECONDS = 0.046
-"""Of a picture of stage 2, rendered and refined."""
-WARM_STEP, DISTILLING_STEP = 0.2, 1.5
+ROUND_SECONDS = 0.183
+"""Of a picture of stage 2, rendered, refined and kept."""
+WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
-START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 20.0, 8.0, 3.2
-"""Before the first step; of the contact sheet and what is said of the result; of each movie."""
+START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
+"""From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
+movie."""
 
 
 def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movies: int = 5) -> Work:
@@ -79,26 +82,52 @@ def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies:
     return Work(START_SECONDS + VIEW_SECONDS * frames * views, costs, end=SHEET_SECONDS + MOVIE_SECONDS * movies)
 
 
+RECENT = 200
+"""Steps that say how fast the machine is; what else it has to do changes in the course of a run."""
+HICCUP = 8.0
+"""A step that took more times what is usual than this counts as so much: the machine was asleep."""
+
+
+ENOUGH = 10
+"""Steps of a kind after which others, whose cost relative to theirs is another machine's, are not asked any more."""
+
+
 @dataclass
 class Remaining:
-    """The time that is left of a run's training, from its plan and the time its own steps took."""
+    """The time that is left of a run's training, from its plan and the time its own steps took.
+
+    A round of stage 2 says nothing of the pace of steps: it is planned by theirs, and not held against the next one.
+    """
 
     work: Work
     now: Callable[[], float] = time.monotonic
-    _began: tuple[int, float] | None = None
-    """Steps done, and the time, from which on this process learns: after its first, in which kernels are compiled."""
+    _last: tuple[int, float] | None = None
+    """Steps done, and the time, at the last call."""
+    _took: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """Planned and measured seconds of recent steps; not of the first of this process, in which kernels are compiled."""
 
     def after(self, step: int) -> tuple[float, float] | None:
-        """Seconds until the end of the phase and of the run once `step` steps are done; None at the first call, with
-        nothing to go by. To be called after every step."""
-        if self._began is None or step <= self._began[0]:
-            self._began = (step, self.now())
+        """Seconds until the end of the phase and of the run once `step` steps are done; None while there is nothing to
+        go by. To be called after every step."""
+        now = self.now()
+        last, self._last = self._last, (step, now)
+        if last is not None and step > last[0] and not any(last[0] <= before < step for before in self.work.rounds):
+            self._took.append((float(self.work.steps[last[0] : step].sum()), now - last[1]))
+        if not self._took:
             return None
-        first, since = self._began
-        done = self.work.until(step)
-        pace = (self.now() - since) / max(done - self.work.until(first), 1e-9)
+        pace = self._pace()
         phase = float(self.work.steps[step : self.work.next_stop(step - 1)].sum())
-        return pace * phase, pace * (self.work.total - self.work.start - done)
+        return pace * phase, pace * (self.work.total - self.work.start - self.work.until(step))
+
+    def _pace(self) -> float:
+        """Seconds for each planned one."""
+        planned, measured = np.array(self._took).T
+        planned = np.maximum(planned, 1e-9)
+        alike = np.isclose(planned, planned[-1])
+        if alike.sum() >= ENOUGH:
+            planned, measured = planned[alike], measured[alike]
+        usual = float(np.median(measured / planned))
+        return float(np.minimum(measured, HICCUP * usual * planned).sum() / planned.sum())
 
 
 def time_sentence(work: Work | None) -> str:
@@ -113,14 +142,17 @@ def time_sentence(work: Work | None) -> str:
     return f"about {minutes} min; what the steps themselves teach is shown behind the bar."
 
 
-REFERENCE_GFLOPS = 165.0
-"""What one thread did in float32 matrix products where the figures above come from."""
+REFERENCE_GFLOPS = 96.0
+"""What one thread did in float32 matrix products, by its CPU time, where the figures above come from."""
 THREAD_GAIN = 1.18
 """How much faster a whole run is with two or more threads than with one (docs/performance.md)."""
+SPEED_SECONDS = 0.5
+"""For so long the machine's speed is measured: many times what a scheduler gives another program at once, so that the
+answer is the share a busy machine has left, not whether this was its turn."""
 
 
 def machine_speed() -> float:
-    """Speed of this machine with torch's threads, relative to one thread of the reference machine."""
+    """Speed that this machine has for us now, with torch's threads, relative to one thread of the reference machine."""
     import torch
 
     from sv4d_ns.utils.threads import torch_threads, workers
@@ -128,8 +160,9 @@ def machine_speed() -> float:
     with torch_threads(1):
         a = torch.rand(768, 768)
         a @ a
-        started = time.perf_counter()
-        for _ in range(4):
+        products, started = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - started) < SPEED_SECONDS or not products:
             a @ a
-        gflops = 4 * 2 * 768**3 / (time.perf_counter() - started) / 1e9
+            products += 1
+    gflops = products * 2 * 768**3 / seconds / 1e9
     return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if workers() > 1 else 1.0)

@@ -22,6 +22,9 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     # nerfstudio 1.1.5 calls what torch has renamed since
     (r"`torch\.cuda\.amp\.custom_(fwd|bwd)\(", FutureWarning, r"nerfstudio\.field_components\.activations"),
     (r"`torch\.cuda\.amp\.GradScaler\(", FutureWarning, r"nerfstudio\.engine\.trainer"),
+    # what nerfstudio indexes and copies tensors with, several lines for each picture of ns-eval and ns-render
+    (r"Using a non-tuple sequence for multidimensional indexing", UserWarning, r"nerfstudio\.cameras\.cameras"),
+    (r"To copy construct from a tensor", UserWarning, r"nerfstudio\.cameras\.camera_utils"),
     # the deformation takes no step in the static phase, but its schedule runs
     (r"Detected call of `lr_scheduler\.step", UserWarning, r"nerfstudio\.engine\.optimizers"),
 )

@@ -81,8 +81,11 @@ class BundledSynthesizer:
         steps = options["num_inference_steps"] or self.pipeline.config.num_inference_steps
         self.pipeline.set_progress_bar_config(disable=True)
 
+        # a step is a prediction and its pictures, those of the last one are made after it is told of
+        total = 2 * steps
+
         def on_step(_: Any, step: int, sigma: float, tensors: dict[str, Any]) -> dict[str, Any]:
-            progress(step + 1, steps)
+            progress(min(2 * (step + 1), total - 1), total)
             return tensors
 
         rgba = self.pipeline(
@@ -91,6 +94,7 @@ class BundledSynthesizer:
             callback_on_step_end=on_step, return_dict=False, **options,
         )[0]  # fmt: skip
         colour, alpha = rgba.split([3, 1], dim=2)
+        progress(total, total)
         return from_model_space(torch.cat([colour * alpha + 1.0 - alpha, alpha], dim=2))
 
 

@@ -6,8 +6,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 INTERRUPTED = 130
@@ -15,6 +16,9 @@ INTERRUPTED = 130
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _PERMISSION_ERRORS = frozenset({errno.EACCES, errno.EPERM})
+_PATH_ERRORS = frozenset(
+    (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EBUSY, errno.ELOOP, errno.ENAMETOOLONG)
+)
 
 
 class InputError(ValueError):
@@ -35,22 +39,38 @@ class NotFiniteError(ArithmeticError):
 
 
 @contextmanager
-def one_sentence_errors() -> Iterator[None]:
+def one_sentence_errors(words: Sequence[str] | None = None) -> Iterator[None]:
     """For command-line entry points: end the process with one sentence, and no traceback, where the user can help it.
 
-    An `InputError`, a full or read-only disk, and missing permissions end it with exit code 1; Ctrl-C with 130.
+    An `InputError`, a full or read-only disk, missing permissions, and a path of the command line that is of the wrong
+    kind (a file where a folder is to be written) end it with exit code 1; Ctrl-C with 130.
+
+    Args:
+        words: those of the command line; None takes the process's.
     """
     try:
         yield
     except InputError as error:
         raise SystemExit(_line(str(error))) from error
     except OSError as error:
-        sentence = disk_sentence(error)
+        given = _is_given(error, sys.argv[1:] if words is None else words)
+        sentence = file_sentence(error) if given else disk_sentence(error)
         if sentence is None:
             raise
         raise SystemExit(_line(sentence)) from error
     except KeyboardInterrupt:
         leave("Stopped. The same command goes on from what is finished.")
+
+
+def _is_given(error: OSError, words: Sequence[str]) -> bool:
+    """Whether an error is about a path that the user named, a folder on the way to it, or something below it as if it
+    were a folder; any other is ours."""
+    if not isinstance(error.filename, str):
+        return False
+    place = Path(error.filename)
+    given = {Path(part) for word in words for part in (word, word.partition("=")[2]) if part}
+    on_the_way = any(place in path.parents for path in given)
+    return place in given or on_the_way or any(path in given and not path.is_dir() for path in place.parents)
 
 
 def _line(sentence: str) -> str:
@@ -76,7 +96,7 @@ def disk_sentence(error: OSError) -> str | None:
 
 def file_sentence(error: OSError) -> str | None:
     """`disk_sentence`, and what to say of a path that is missing or of the wrong kind (a folder, not a file)."""
-    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError | FileNotFoundError):
+    if error.errno in _PATH_ERRORS:
         what = os.fspath(error.filename) if error.filename is not None else "A file"
         return f"{what!s} cannot be used ({error.strerror}): choose another path."
     return disk_sentence(error)

@@ -88,15 +88,43 @@ class _Description(ProgressColumn):
         return Text(task.description, no_wrap=True, overflow="ellipsis")
 
 
+class Pace:
+    """The time that is left of a phase, from its own steps.
+
+    As soon as there are two, the first is not counted: kernels are compiled in it, and files are opened.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._from = self._last = (0, now())
+        self._steps = 0
+
+    def tick(self, done: int) -> None:
+        """So much is done."""
+        if done <= self._last[0]:
+            return
+        self._steps += 1
+        if self._steps == 2:
+            self._from = self._last
+        self._last = (done, self._now())
+
+    def left(self, total: int) -> float | None:
+        """Seconds; None before the first step."""
+        (first, since), (done, at) = self._from, self._last
+        if done == first:
+            return None
+        return max((at - since) / (done - first) * (total - done) - (self._now() - at), 0.0)
+
+
 class _Remaining(ProgressColumn):
-    """The time that is left of the task: what the caller says (`left`), else from the mean speed so far."""
+    """The time that is left of the task: what the caller says (`left`), else from its pace."""
 
     def render(self, task: Task) -> Text:
         if task.finished or task.total is None:
             return Text(clock(task.elapsed), style="progress.elapsed")
         left = task.fields.get("left")
-        if left is None and task.completed > task.fields["begun"] and task.elapsed:
-            left = task.elapsed * (task.total - task.completed) / (task.completed - task.fields["begun"])
+        if left is None and task.fields["pace"] is not None:
+            left = task.fields["pace"].left(task.total)
         return Text("" if left is None else f"{clock(left)} left", style="progress.remaining")
 
 
@@ -104,7 +132,7 @@ class _Report:
     """What the open bar shows, in the file that `PROGRESS_VARIABLE` names; nothing where it names none."""
 
     def __init__(self) -> None:
-        self._phase, self._began, self._written = "", 0.0, 0.0
+        self._phase, self._written = "", 0.0
 
     def write(
         self,
@@ -115,15 +143,11 @@ class _Report:
         left: float | None = None,
         run_left: float | None = None,
     ) -> None:
-        """Seconds that are left are guessed from the mean speed so far where the caller does not know them."""
+        """Write it, unless that was done a moment ago."""
         file, now = os.environ.get(PROGRESS_VARIABLE), time.monotonic()
         if not file or (phase == self._phase and done < total and now - self._written < REPORT_SECONDS):
             return
-        if phase != self._phase:
-            self._phase, self._began = phase, now
-        elif left is None and done > 0:
-            left = (now - self._began) * (total - done) / done
-        self._written = now
+        self._phase, self._written = phase, now
         shown = {"phase": phase, "done": done, "total": total, "note": note, "left": left, "run_left": run_left}
         with suppress(OSError), atomic_path(Path(file)) as temporary:  # a full disk must not end the work itself
             temporary.write_text(json.dumps(shown))
@@ -156,21 +180,25 @@ class Bars(Progress):
             return _Description(), BarColumn(bar_width=max((width - NARROW) // 2, 4)), share, left, note
         return _Description(), BarColumn(), *self._count, share, left, note
 
-    def add(self, description: str, total: int | None, done: int = 0, note: str = "") -> TaskID:
-        """A new bar that begins at `done` of `total`."""
-        return self.add_task(description, total=total, completed=done, begun=done, note=note, left=None)
+    def add(
+        self, description: str, total: int | None, done: int = 0, note: str = "", pace: Pace | None = None
+    ) -> TaskID:
+        """A new bar that begins at `done` of `total`; without a pace, `left` says how long it takes."""
+        return self.add_task(description, total=total, completed=done, note=note, left=None, pace=pace)
 
 
 @contextmanager
 def bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar; the yielded function is called with (done, total)."""
     with Bars() as bars:
-        task = bars.add(description, None)
+        pace = Pace()
+        task = bars.add(description, None, pace=pace)
         _REPORT.write(description, 0, 0)
 
         def show(done: int, total: int) -> None:
+            pace.tick(done)
             bars.update(task, completed=done, total=total)
-            _REPORT.write(description, done, total)
+            _REPORT.write(description, done, total, left=pace.left(total))
 
         yield show
 
@@ -179,8 +207,16 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
 def bytes_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar of bytes; the yielded function is told how many more are done."""
     with Bars(bytes_done=True) as bars:
-        task = bars.add(description, total)
-        yield lambda count: bars.update(task, advance=count)
+        pace, done = Pace(), 0
+        task = bars.add(description, total, pace=pace)
+
+        def more(count: int) -> None:
+            nonlocal done
+            done += count
+            pace.tick(done)
+            bars.update(task, completed=done)
+
+        yield more
 
 
 class TrainingBar:

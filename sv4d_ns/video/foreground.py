@@ -114,7 +114,7 @@ def segment(
                 "a video with an alpha channel or one filmed before a single colour, a folder of masks "
                 "(--pipeline.datamanager.masks), or name a matting model (--pipeline.datamanager.matting u2netp)."
             )
-    _check_coverage(clip, foreground.alpha)
+    _check_coverage(clip, foreground)
     return foreground
 
 
@@ -419,11 +419,19 @@ def _nothing_visible(clip: Clip) -> InputError:
     )
 
 
-def _check_coverage(clip: Clip, alpha: UInt8[np.ndarray, "t h w"]) -> None:
-    share = (alpha >= 128).mean(axis=(1, 2))
+def _check_coverage(clip: Clip, foreground: Foreground) -> None:
+    share = (foreground.alpha >= 128).mean(axis=(1, 2))
     if share.max() < MIN_OBJECT_SHARE:
         raise _nothing_visible(clip)
     if share.mean() > MAX_OBJECT_SHARE:
         raise InputError(
             f"The object covers all of {clip.source}: give a video that shows it whole, with space around."
+        )
+    uncut = np.flatnonzero((foreground.alpha == 255).all(axis=(1, 2)))
+    if len(uncut):
+        named = "masks" if foreground.method == "masks" else "alpha channel"
+        raise InputError(
+            f"The {named} of {clip.source} cut nothing out in {len(uncut)} of {len(share)} frames (first: {uncut[0]}): "
+            "the object has to be cut out in all frames or in none; leave these out, or give masks "
+            "(--pipeline.datamanager.masks)."
         )

@@ -30,7 +30,15 @@ from sv4d_ns.video.pictures import (
     rgba,
     rgba_of_deep,
 )
-from sv4d_ns.video.sources import HEAD_BYTES, check_one_series, is_pattern, local_path, source_files, what_it_is
+from sv4d_ns.video.sources import (
+    HEAD_BYTES,
+    check_no_run,
+    check_one_series,
+    is_pattern,
+    local_path,
+    source_files,
+    what_it_is,
+)
 from sv4d_ns.video.timing import in_order
 
 ANIMATION_FORMATS = ("GIF", "PNG", "WEBP", "JPEG", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
@@ -241,6 +249,7 @@ def open_film(path: Path) -> Film:
 
 def _open(path: Path) -> Film:
     if path.is_dir():
+        check_no_run(path)
         pictures = source_files(path)
         if not pictures:
             raise InputError(_no_pictures(path))
@@ -251,7 +260,8 @@ def _open(path: Path) -> Film:
             raise InputError(f"No file matches {path}: check the pattern.")
         return _open_pictures(path, pictures)
     if not path.exists():
-        raise InputError(f"{path} does not exist: check the path of the video.")
+        link = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
+        raise InputError(f"{path} does not exist{link}: check the path of the video.")
     if not path.is_file():
         raise InputError(f"{path} is not a file or folder of pictures (but a device or pipe): save the video first.")
     try:

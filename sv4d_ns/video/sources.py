@@ -33,6 +33,11 @@ _FOREIGN = (
     (rb"(\xef\xbb\xbf)?\s*<(\?xml|error)", "an XML file, perhaps a server's error message: download it again"),
     (rb"\s*\{\s*\"", "a JSON file, perhaps a server's error message: download it again"),
     (rb"PK\x03\x04|Rar!|7z\xbc\xaf|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "a packed archive: unpack it first"),
+    (
+        rb"glTF|PXR-USDC|#usda|BLENDER|Kaydara FBX|ply\r?\n",
+        "a 3D model already: a film of the object is wanted ('sv4d data render' makes training data of models)",
+    ),
+    (rb"!!python/object", "the config of a run: --load-config takes it"),
     (rb"%PDF", "a PDF: export its pictures or give the film itself"),
     (rb"\x00\x05\x16[\x00\x07]", "a side file of macOS: take the one of the same name without '._'"),
     (rb"#EXTM3U", "a play list: download the film itself"),
@@ -106,6 +111,15 @@ def what_it_is(head: bytes) -> str | None:
         if re.match(beginning, head, re.DOTALL):
             return sentence
     return None
+
+
+def check_no_run(folder: Path) -> None:
+    """Raise `InputError` where a folder is that of a run, whose contact sheet is no film."""
+    if (folder / "config.yml").is_file() and (folder / "nerfstudio_models").is_dir():
+        raise InputError(
+            f"{folder} is the folder of a run, not a video: its commands take --load-config {folder / 'config.yml'}, "
+            f"and the views it was fitted to, {folder / 'views'}, can be given as data."
+        )
 
 
 def check_one_series(source: Path, pictures: list[Path]) -> None:
