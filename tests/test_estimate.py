@@ -122,7 +122,10 @@ def test_the_speed_of_a_busy_machine_is_its_mean_not_its_moment(monkeypatch: pyt
     monkeypatch.setattr(estimate.time, "perf_counter", stalled)
     monkeypatch.setattr("sv4d_ns.utils.threads.workers", lambda: 1)
     half = 2 * 768**3 / 0.018 / 1e9 / estimate.REFERENCE_GFLOPS
-    assert machine_speed() == pytest.approx(half, rel=0.2)
+    monkeypatch.setattr(estimate.time, "process_time", lambda: 0.009 * calls)
+    speed, share = machine_speed()
+    assert speed == pytest.approx(half, rel=0.2) and share == pytest.approx(0.5, abs=0.1)
+    assert "of a core is left" in estimate.time_sentence(Work(start=60.0, steps=np.zeros(1)))
 
 
 def test_the_phase_ends_where_stage_2_begins() -> None:

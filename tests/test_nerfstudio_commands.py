@@ -213,6 +213,15 @@ def test_files_at_fault_are_named_in_a_sentence(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("hook", [say_missing_config, say_file_errors])
+def test_a_viewer_that_is_ended_with_ctrl_c_shows_no_traceback(hook: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        hook(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
 # ------------------------------------------------------------------------------------------------------ services
 
 

@@ -138,21 +138,26 @@ def time_sentence(work: Work | None) -> str:
     """
     if work is None:
         return "learned from the first steps and shown behind the bar."
-    minutes = max(round(work.total / machine_speed() / 60), 1)
-    return f"about {minutes} min; what the steps themselves teach is shown behind the bar."
+    speed, share = machine_speed()
+    minutes = max(round(work.total / speed / 60), 1)
+    busy = f", as busy as this machine is now ({share:.0%} of a core is left)" if share < BUSY_SHARE else ""
+    return f"about {minutes} min{busy}; what the steps themselves teach is shown behind the bar."
 
 
 REFERENCE_GFLOPS = 96.0
 """What one thread did in float32 matrix products, by its CPU time, where the figures above come from."""
 THREAD_GAIN = 1.18
 """How much faster a whole run is with two or more threads than with one (docs/performance.md)."""
-SPEED_SECONDS = 0.5
+BUSY_SHARE = 0.8
+"""Share of the time a core is ours below which the user is told: the guess holds while that is so."""
+SPEED_SECONDS = 1.0
 """For so long the machine's speed is measured: many times what a scheduler gives another program at once, so that the
 answer is the share a busy machine has left, not whether this was its turn."""
 
 
-def machine_speed() -> float:
-    """Speed that this machine has for us now, with torch's threads, relative to one thread of the reference machine."""
+def machine_speed() -> tuple[float, float]:
+    """What this machine has for us now: its speed with torch's threads, relative to one thread of the reference
+    machine, and the share of the time that one core is ours."""
     import torch
 
     from sv4d_ns.utils.threads import torch_threads, workers
@@ -160,9 +165,10 @@ def machine_speed() -> float:
     with torch_threads(1):
         a = torch.rand(768, 768)
         a @ a
-        products, started = 0, time.perf_counter()
+        products, started, worked = 0, time.perf_counter(), time.process_time()
         while (seconds := time.perf_counter() - started) < SPEED_SECONDS or not products:
             a @ a
             products += 1
+        worked = time.process_time() - worked
     gflops = products * 2 * 768**3 / seconds / 1e9
-    return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if workers() > 1 else 1.0)
+    return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if workers() > 1 else 1.0), min(worked / seconds, 1.0)

@@ -94,9 +94,12 @@ def _is_run_folder(folder: Path, config: Any) -> bool:
 
 
 def say_file_errors(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """For `sys.excepthook`: a sentence instead of a traceback where a file or folder of the user's is at fault."""
+    """For `sys.excepthook`: a sentence instead of a traceback where a file or folder of the user's is at fault, and for
+    Ctrl-C, with which a viewer is ended."""
     sentence = file_sentence(error) if isinstance(error, OSError) else None
-    if sentence is None:
+    if isinstance(error, KeyboardInterrupt):
+        print("Stopped.", file=sys.stderr)
+    elif sentence is None:
         sys.__excepthook__(kind, error, traceback)
     else:
         print(f"Error: {sentence}", file=sys.stderr)
@@ -109,9 +112,11 @@ def expect_missing_configs() -> None:
 
 
 def say_missing_config(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """For `sys.excepthook`: a sentence for a file of the command line that does not exist."""
+    """For `sys.excepthook`: a sentence for a file of the command line that does not exist, and for Ctrl-C."""
     if isinstance(error, FileNotFoundError) and any(str(error.filename) in word for word in sys.argv[1:]):
         print(f"Error: {error.filename} does not exist: give the config.yml in a run's folder.", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        say_file_errors(kind, error, traceback)
     else:
         sys.__excepthook__(kind, error, traceback)
 

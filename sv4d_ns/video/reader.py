@@ -249,8 +249,8 @@ def open_film(path: Path) -> Film:
 
 def _open(path: Path) -> Film:
     if path.is_dir():
-        check_no_run(path)
         pictures = source_files(path)
+        check_no_run(path)
         if not pictures:
             raise InputError(_no_pictures(path))
         return _open_pictures(path, pictures)
