@@ -182,8 +182,8 @@ def _render_what_is_missing(config: RenderConfig, assets: list[Asset], held_out:
     if not rendered and not done:
         first = next(iter(skipped.items()))
         raise InputError(
-            f"None of the {len(assets) + len(held_out)} assets of {config.source} could be rendered; the first "
-            f"reason: {first[0]}: {first[1]}. All are in {config.output / SKIPPED_FILE}."
+            f"Nothing of {config.source} could be rendered ({len(skipped)} left out); the first reason: {first[0]}: "
+            f"{first[1]}. All are in {config.output / SKIPPED_FILE}."
         )
     return Summary(rendered, sorted(done), skipped)
 
