@@ -1,5 +1,6 @@
 """The choices of the command line are those of the rooms that make them."""
 
+import dataclasses
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -54,3 +55,26 @@ def test_the_users_views_become_a_plan() -> None:
     ):
         with pytest.raises(InputError):
             view_plan(SV4DDataManagerConfig(**wrong))
+
+
+def own_settings(config: Any, prefix: str = "") -> list[str]:
+    """Settings that this package adds to nerfstudio's, by their path."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found += own_settings(value, f"{prefix}{field.name}.")
+        elif field.name != "_target" and any(
+            field.name in vars(kind).get("__annotations__", {}) and kind.__module__.startswith("sv4d_ns")
+            for kind in type(config).__mro__
+        ):
+            found.append(prefix + field.name)
+    return found
+
+
+def test_an_sv4d_run_has_at_most_sixty_settings_of_its_own() -> None:
+    from sv4d_ns.method_configs.sv4d import method
+
+    names = own_settings(method.config)
+    assert "pipeline.model.losses.mask" in names and "pipeline.datamanager.crop" in names
+    assert len(names) <= 60, names
