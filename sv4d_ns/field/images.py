@@ -42,7 +42,7 @@ def render_rgba(
         time: in [0, 1].
         wanted: the pixels to draw, the others stay white and transparent; None draws all.
     """
-    matrix = torch.as_tensor(c2w, dtype=torch.float32, device=field.aabb.device)
+    matrix = torch.tensor(c2w, dtype=torch.float32, device=field.aabb.device)  # a copy: it may be read-only
     origins, directions = picture_rays(matrix, focal, size)
     if wanted is not None:
         picture = np.full((size, size, 4), (255, 255, 255, 0), np.uint8)
