@@ -83,7 +83,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert (tmp_path / "whole" / "model" / "model_index.json").is_file()
     with pytest.raises(InputError, match="learning_rate"):
-        Trainer(dataclasses.replace(whole=1.0))
+        Trainer(dataclasses.replace(whole, learning_rate=1.0))
 
 
 def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
