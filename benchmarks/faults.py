@@ -484,6 +484,8 @@ def main(settings: Settings) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would ours
     os.environ |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "400"}  # of the jobs; sentences on one line each
     FORK.set_forkserver_preload(IMPORTED)
+    if settings.folder is not None:
+        settings.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.folder) as name:
         bench = undisturbed(settings, Path(name))
         for fault in (full_disks, interrupts, every_file, damage, kills):
