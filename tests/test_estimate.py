@@ -139,6 +139,12 @@ def test_the_phase_ends_where_stage_2_begins() -> None:
     assert work.total == 5 + 20 + 7 + 3
 
 
+def test_distilling_uses_the_threads_there_are_and_the_warm_up_does_not() -> None:
+    one, two = (distillation_work(100, 21, 8, warm_up=50, threads=threads).steps for threads in (1, 2))
+    assert (one[:50] == two[:50]).all()
+    assert 1.3 < one[-1] / two[-1] < 2
+
+
 def test_4diffusion_has_a_plan_of_its_own() -> None:
     work = distillation_work(500, frames=21, views=8, warm_up=250)
     assert work.steps[0] < work.steps[-1] and not work.rounds

@@ -57,6 +57,33 @@ def test_thumbnails_are_those_of_the_frame() -> None:
     assert (pictures[0] == (150, 255, 255)).all() and (pictures[2] == (255, 255, 60)).all()
 
 
+def test_cameras_that_arrive_while_pictures_are_put_on_the_others_get_theirs() -> None:
+    from contextlib import nullcontext
+
+    from sv4d_ns.plugin.viewer import Playback
+
+    def handle() -> Any:
+        return SimpleNamespace(wxyz=None, position=None, visible=True, on_click=lambda call: None)
+
+    handles, drawn = {0: handle(), 1: handle()}, []
+
+    def add_camera_frustum(name: str, **settings: Any) -> Any:
+        drawn.append(name)
+        handles.setdefault(2, handle())  # nerfstudio adds them in a thread of its own
+        return handle()
+
+    grid = view_grid()
+    playback = Playback(SimpleNamespace(), lambda: grid)  # type: ignore[arg-type]
+    playback.viewer = SimpleNamespace(
+        camera_handles=handles,
+        viser_server=SimpleNamespace(atomic=nullcontext, scene=SimpleNamespace(add_camera_frustum=add_camera_frustum)),
+        control_panel=SimpleNamespace(time=0.0),
+    )  # type: ignore[assignment]
+    playback._say_status = lambda frame: None  # type: ignore[method-assign]
+    playback._draw()
+    assert set(drawn) == {f"/cameras/camera_{view:05d}" for view in range(3)}
+
+
 @pytest.fixture(scope="module")
 def viewer():
     viser = pytest.importorskip("viser")

@@ -66,7 +66,9 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         pipeline = self.pipeline
         assert isinstance(pipeline, FourDiffusionPipelineConfig)
         steps = self.max_num_iterations
-        return distillation_work(steps, frames, views, pipeline.warm_up_steps(steps), len(pipeline.movies))
+        return distillation_work(
+            steps, frames, views, pipeline.warm_up_steps(steps), len(pipeline.movies), threads=workers()
+        )
 
     def _make_video(self) -> Path | None:
         """The video of a picture, or of a picture of a sentence; None where neither was given (an error later).

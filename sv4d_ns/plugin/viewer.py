@@ -130,8 +130,8 @@ class Playback(ViewerControl):
         self._clock: Clock | None = None
         self._lock = threading.Lock()
         self._drawing = threading.Lock()
-        self._drawn: int | None = None
-        self._thumbnails: dict[int, dict[int, UInt8[np.ndarray, "s s 3"]]] = {}
+        self._drawn: tuple[int, int] | None = None
+        self._thumbnails: dict[tuple[int, int], dict[int, UInt8[np.ndarray, "s s 3"]]] = {}
         self._pictured: ViewGrid | None = None
         """The grid both are of."""
         self._own_times: deque[float] = deque([0.0], maxlen=16)
@@ -235,20 +235,21 @@ class Playback(ViewerControl):
                 if grid is not self._pictured:
                     self._pictured, self._drawn = grid, None
                     self._thumbnails.clear()
-                if self._drawn == frame:
+                # made by nerfstudio after the controls are set up, in another thread
+                cameras = dict(getattr(self.viewer, "camera_handles", {}))
+                if self._drawn == (frame, len(cameras)):
                     return
                 self._say_status(frame)
-                self._show_thumbnails(grid, frame)
-                self._drawn = frame
+                self._show_thumbnails(grid, frame, cameras)
+                self._drawn = frame, len(cameras)
             finally:
                 self._drawing.release()
 
-    def _show_thumbnails(self, grid: "ViewGrid", frame: int) -> None:
+    def _show_thumbnails(self, grid: "ViewGrid", frame: int, cameras: dict[int, Any]) -> None:
         """Put the input frame and the generated views of a frame on their cameras."""
-        # made by nerfstudio after the controls are set up
-        cameras: dict[int, Any] = getattr(self.viewer, "camera_handles", {})
-        pictures = self._thumbnails.get(frame) or thumbnails(grid, frame, list(cameras))
-        self._thumbnails[frame] = pictures
+        known = frame, len(cameras)
+        pictures = self._thumbnails.get(known) or thumbnails(grid, frame, list(cameras))
+        self._thumbnails[known] = pictures
         while len(self._thumbnails) > THUMBNAILS_KEPT:
             del self._thumbnails[next(iter(self._thumbnails))]
         with self.viewer.viser_server.atomic():
@@ -264,7 +265,7 @@ class Playback(ViewerControl):
                     visible=old.visible,
                 )
                 new.on_click(_look_through)
-                cameras[view] = new
+                self.viewer.camera_handles[view] = new
 
     def _shown_channels(self) -> set[str]:
         panel = self.viewer.control_panel
