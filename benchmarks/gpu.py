@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import tyro
 
-from sv4d_ns.cli.batch import end_with_the_parent
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.utils.processes import end_with_the_parent
 
 sys.path.insert(0, str(Path(__file__).parent))
 from asset_pack import Pack

@@ -10,10 +10,11 @@ import torch
 
 from sv4d_ns.diffusion.bundled import load_bundled_pipeline
 from sv4d_ns.diffusion.bundled.frustum import Frustum, pixel_directions, relative_poses
+from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
 from sv4d_ns.diffusion.bundled.rendering import Volume, render_rays
 from sv4d_ns.diffusion_training.bundled import objective
 from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig
-from sv4d_ns.diffusion_training.bundled.data import BatchShape, CreatureSource, make_batch
+from sv4d_ns.diffusion_training.bundled.data import Batch, BatchShape, CreatureSource, make_batch, mirrored
 from sv4d_ns.diffusion_training.bundled.train import Trainer
 from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
@@ -60,6 +61,26 @@ def test_a_batch_follows_from_seed_and_step_and_its_rays_show_its_pictures() -> 
     assert (first.pixels[..., :3] <= first.pixels[..., 3:] + 1e-6).all()
 
 
+def test_a_mirrored_batch_is_one_of_a_mirrored_object() -> None:
+    batch = make_batch(1, 5, BatchShape(1, 1, 2, 64), 64, [CreatureSource()], [1.0])
+    frustum = Frustum()
+
+    def seen(batch: Batch) -> torch.Tensor:
+        gate = torch.zeros_like(batch.colours[:, 0])
+        volume = Volume(batch.occupancy.float() * 2, batch.colours, gate, batch.image)
+        return render_rays(volume, batch.origins, batch.directions, frustum)
+
+    other = mirrored(batch)
+    assert torch.equal(other.frames.flip(-1), batch.frames) and not torch.equal(other.frames, batch.frames)
+    assert torch.allclose(seen(other), seen(batch), atol=1e-3)
+    # a point and its mirror image are seen by a view at places that mirror each other
+    point = torch.tensor([0.1, 0.2, 2.1, 1.0])
+    across = torch.tensor([-1.0, 1.0, 1.0, 1.0])
+    assert torch.allclose(other.to_camera @ (point * across), (batch.to_camera @ point) * across, atol=1e-6)
+    for name, value in vars(mirrored(other)).items():
+        assert torch.allclose(value, getattr(batch, name)), name
+
+
 def test_noise_references_and_masks_follow_from_seed_and_step() -> None:
     draws = [objective.draw(0, step, (8, 2, 3, 4, 8, 8), 0.25) for step in range(40)]
     assert torch.equal(draws[3].noise, objective.draw(0, 3, (8, 2, 3, 4, 8, 8), 0.25).noise)
@@ -70,9 +91,9 @@ def test_noise_references_and_masks_follow_from_seed_and_step() -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = small_config(tmp_path / "whole")
+    whole = small_config(tmp_path / "whole", uses=3)
     Trainer(whole).run()
-    stopped = small_config(tmp_path / "stopped", minutes=1e-9)  # one step, then out of time
+    stopped = small_config(tmp_path / "stopped", uses=3, minutes=1e-9)  # one step, then out of time
     Trainer(stopped).run()
     Trainer(dataclasses.replace(stopped, minutes=0.0)).run()
 
@@ -90,8 +111,24 @@ def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
     shipped = load_bundled_pipeline().denoiser.state_dict()
     begun = Trainer(small_config(tmp_path, start="bundled")).model.state_dict()
     assert all(torch.equal(value, begun[name]) for name, value in shipped.items())
+    with pytest.raises(InputError, match="--depth is 1"):
+        Trainer(small_config(tmp_path / "shallow", start="bundled", depth=1))
     fresh = Trainer(small_config(tmp_path / "fresh")).model.state_dict()
     assert not torch.equal(fresh["profile.weight"], begun["profile.weight"])
+
+
+def test_a_deepened_network_computes_the_same() -> None:
+    torch.manual_seed(0)
+    network = VolumeDenoiser(depth=1).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    batch = make_batch(1, 5, BatchShape(1, 2, 2, 8), 64, [CreatureSource()], [1.0])
+    given = (batch.frames, batch.elevation_deg, torch.ones(1), batch.views, torch.ones(1, 2), torch.ones(1, 2) > 0)
+    deeper = network.deepened(3).eval()
+    with torch.no_grad():
+        first, second = (model(*given, batch.to_camera, Frustum()) for model in (network, deeper))
+    assert deeper.config.depth == 3 and len(deeper.blocks) == 3
+    assert torch.equal(first.density, second.density) and torch.equal(first.colour, second.colour)
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

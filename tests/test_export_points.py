@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from dense_splats import dense_rasterise
 from export_fixture import SwingingLimb, exported
 
 from sv4d_ns.export.colour.baking import Picture
@@ -72,21 +73,6 @@ def test_splats_have_the_standard_layout(mesh, tmp_path):
     np.testing.assert_allclose(axis, np.stack([rows["nx"], rows["ny"], rows["nz"]], -1), atol=1e-4)
 
 
-def dense_rasterise(means, quats, scales, opacities, colors, viewmats, intrinsics, width, height):
-    """Isotropic Gaussians composited front to back in plain torch: the interface of gsplat.rasterization."""
-    local = means @ viewmats[0, :3, :3].T + viewmats[0, :3, 3]
-    z = local[:, 2]
-    uv = local[:, :2] / z[:, None] * intrinsics[0, 0, 0] + intrinsics[0, :2, 2]
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    radius = scales.mean(-1) / z * intrinsics[0, 0, 0]
-    order = z.argsort()
-    away = ((x[..., None] - uv[order, 0]) ** 2 + (y[..., None] - uv[order, 1]) ** 2) / radius[order] ** 2
-    alpha = (opacities[order] * torch.exp(-0.5 * away)).clamp(max=0.99)
-    left = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha], -1), -1)
-    weights = alpha * left[..., :-1]
-    return (weights @ colors[order])[None], weights.sum(-1, keepdim=True)[None], {}
-
-
 def test_refinement_moves_splats_towards_the_pictures(mesh):
     plan, size = ViewPlan.ring((90.0,)), 40
     truth = sample_splats(mesh, 250)
@@ -119,21 +105,3 @@ def test_refinement_moves_splats_towards_the_pictures(mesh):
     better = refine(grey, shown, 60, dense_rasterise, "cpu")
     assert error(better) < 0.6 * error(grey)
     np.testing.assert_array_equal(better.rotations, grey.rotations)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gsplat_draws_what_the_formula_does():
-    """`gsplat.rasterization` against its twin in plain torch, for round splats far enough from each other's depth."""
-    rasterization = pytest.importorskip("gsplat", reason="gsplat is not installed").rasterization
-    generator = torch.Generator().manual_seed(0)
-    count, size, focal = 40, 48, 60.0
-    means = torch.rand(count, 3, generator=generator) * 1.2 - 0.6
-    means[:, 2] = torch.linspace(2.0, 4.0, count)
-    colors, opacities = torch.rand(count, 3, generator=generator), torch.full((count,), 0.7)
-    scales, turned = torch.full((count, 3), 0.12), torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1)
-    intrinsics = torch.tensor([[[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]])
-    given = (means, turned, scales, opacities, colors, torch.eye(4)[None], intrinsics)
-    wanted, wanted_alpha, _ = dense_rasterise(*given, size, size)
-    made, alpha, _ = rasterization(*(tensor.cuda() for tensor in given), size, size)
-    # gsplat widens each by 0.3 pixels squared, and turns a ray's angle into a sheared ellipse
-    assert (made.cpu() - wanted).abs().mean() < 0.03 and (alpha.cpu() - wanted_alpha).abs().mean() < 0.03

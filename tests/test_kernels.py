@@ -19,8 +19,6 @@ from sv4d_ns.field.hash_grid import HashGrid
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.utils.errors import InputError
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 FIT = """
 import sys, torch
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
@@ -176,48 +174,6 @@ def test_without_tinycudann_its_back_end_says_what_to_do() -> None:
         pytest.skip("tiny-cuda-nn is installed")
     with pytest.raises(InputError, match="needs tiny-cuda-nn"):
         HashGrid(3, levels=2, log2_table_size=8, backend="tinycudann")._tcnn_encoding()
-
-
-@cuda
-def test_tinycudann_equals_torch_in_values_and_gradients() -> None:
-    if not hash_grid.tinycudann_works():
-        pytest.skip("tiny-cuda-nn is not installed")
-    grids = [HashGrid(3, levels=6, log2_table_size=12, backend=b).cuda() for b in ("tinycudann", "torch")]
-    torch.nn.init.normal_(grids[0].table)
-    grids[1].load_state_dict(grids[0].state_dict())
-    values, slopes = [], []
-    for grid in grids:
-        x = torch.rand(1000, 3, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).requires_grad_()
-        out = grid(x)
-        (out.float() * torch.linspace(-1, 1, out.shape[1], device="cuda")).sum().backward()
-        values.append(out.float())
-        slopes += [x.grad, grid.table.grad]
-    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(slopes[1], slopes[3], atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(slopes[0], slopes[2], atol=1e-2, rtol=1e-2)
-
-
-@cuda
-def test_nerfacc_finds_the_samples_of_the_torch_march() -> None:
-    if not rendering.nerfacc_works():
-        pytest.skip("nerfacc's CUDA extension is not there")
-    torch.manual_seed(2)
-    occupancy = OccupancyGrid(4, resolution=16).cuda()
-    occupancy.occupied.copy_(torch.rand(occupancy.occupied.shape) < 0.4)
-    occupancy.density.uniform_(0, 60)
-    origins = 2 * torch.nn.functional.normalize(torch.randn(200, 3, device="cuda"), dim=-1)
-    directions = torch.nn.functional.normalize(torch.rand(200, 3, device="cuda") * 0.6 - 0.3 - origins, dim=-1)
-    near, far = rendering.intersect_box(origins, directions, occupancy.half_extent)
-    low, high = occupancy.bins_around(torch.rand(200, device="cuda"))
-    arguments = (occupancy, origins, directions, near, far, low, high, 0.015, torch.rand(200, device="cuda"), 6)
-    made, twin = rendering._march_nerfacc(*arguments), rendering._march_torch(*arguments)
-    # a sample on a cell's face may fall to either side
-    assert abs(len(made.distances) - len(twin.distances)) <= 0.01 * len(twin.distances)
-    counts = [torch.bincount(s.ray_indices, minlength=200) for s in (made, twin)]
-    equal = counts[0] == counts[1]
-    assert equal.float().mean() > 0.9
-    kept = [equal[s.ray_indices] for s in (made, twin)]
-    torch.testing.assert_close(made.distances[kept[0]], twin.distances[kept[1]], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("more", [(), (torch.zeros(1),)], ids=["0.5.2 returns two values", "0.5.3 three"])

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from sv4d_ns.cli.batch import end_with_the_parent, train
+from sv4d_ns.cli.batch import train
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
+from sv4d_ns.utils.processes import end_with_the_parent
 
 if TYPE_CHECKING:
     from sv4d_ns.video import ObjectVideo

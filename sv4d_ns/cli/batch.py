@@ -1,9 +1,6 @@
 """`sv4d batch`: a 4D asset from each of many videos, on one machine or many."""
 
-import ctypes
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +16,7 @@ from sv4d_ns.runs.cluster import open_cluster, run_all
 from sv4d_ns.runs.layout import SUMMARY_FILE
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash, sole_use
+from sv4d_ns.utils.processes import end_with_the_parent
 
 SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif", ".apng", ".webp", ".avif"})
 STATE_FILE, LOCK_FILE, TABLE_FILE, SHEET_FILE = "batch.json", ".batch.lock", "batch.md", "batch.png"
@@ -128,15 +126,6 @@ def error_in(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("Error: ")), "")
     return said.removeprefix("Error: ")
-
-
-def end_with_the_parent() -> None:
-    """Let the system end this process when the one that started it is gone (Linux)."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            raise SystemExit(1)
 
 
 def train(arguments: Sequence[str]) -> None:

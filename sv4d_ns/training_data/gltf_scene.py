@@ -706,6 +706,7 @@ class Placement:
     """x -> scale * (rotation x - centre), from the asset's z-up space into the world of the cameras."""
 
     rotation: Float[np.ndarray, "3 3"]
+    """May stretch as well; normals are then turned with it like points, and are off by some degrees."""
     centre: Float[np.ndarray, "3"]
     scale: float
 

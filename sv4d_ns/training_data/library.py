@@ -219,8 +219,9 @@ class AssetLibrary:
         yaw_deg: float | None = None,
         lighting: Lighting | None = None,
         longest_window_s: float = LONGEST_WINDOW_S,
+        largest_stretch: float = 1.0,
     ) -> AssetSample:
-        """A random asset, clip, window of it, turn and light.
+        """A random asset, clip, window of it, turn, light and stretch.
 
         Args:
             frames: T, moments evenly spaced over the window.
@@ -230,6 +231,7 @@ class AssetLibrary:
             yaw_deg: turn about z after glTF's front +z was laid on +x (towards the input camera); default random.
             lighting: default random.
             longest_window_s: of the clip that the T moments cover.
+            largest_stretch: each axis of the asset is made longer or shorter by a random factor of at most this.
 
         Raises:
             InputError: none of the assets can be used.
@@ -238,7 +240,9 @@ class AssetLibrary:
         while pool := [name for name in pool if name not in self.skipped]:
             name = pool[int(rng.integers(len(pool)))]
             try:
-                return self._sample(name, rng, frames, elevation_deg, yaw_deg, lighting, longest_window_s)
+                return self._sample(
+                    name, rng, frames, elevation_deg, yaw_deg, lighting, longest_window_s, largest_stretch
+                )
             except AssetError as error:
                 self.skipped[name] = str(error)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
@@ -253,10 +257,13 @@ class AssetLibrary:
         yaw_deg: float | None,
         lighting: Lighting | None,
         longest_window_s: float,
+        largest_stretch: float,
     ) -> AssetSample:
         scene = self.scene(name)
         turn = rng.uniform(0.0, 360.0) if yaw_deg is None else yaw_deg
         rotation = yaw_rotation(90.0 + turn)
+        if largest_stretch > 1.0:
+            rotation = rotation * largest_stretch ** rng.uniform(-1.0, 1.0, 3)
         light = draw_lighting(rng) if lighting is None else lighting
         moving = np.flatnonzero(scene.clip_spans[:, 1] > scene.clip_spans[:, 0])
         input_c2w = look_at_cameras(np.zeros(1), np.array([elevation_deg]))[0]

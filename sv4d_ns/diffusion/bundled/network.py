@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from sv4d_ns.diffusion.bundled.frustum import Frustum, ball_mask, cell_points, project
 from sv4d_ns.diffusion.bundled.rendering import Volume
 from sv4d_ns.utils.devices import upload
+from sv4d_ns.utils.errors import InputError
 
 SIGMA_DATA = 0.5
 """Standard deviation of pictures in [-1, 1] (EDM, arXiv 2206.00364, table 1)."""
@@ -252,6 +253,24 @@ class VolumeDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
         nn.init.constant_(self.density.bias, -1.0)  # type: ignore[arg-type]
+
+    def deepened(self, depth: int) -> "VolumeDenoiser":
+        """A network with `depth` blocks that computes what this one does: those that are added begin as the identity.
+
+        Raises:
+            InputError: this one has more.
+        """
+        if depth < self.config.depth:
+            raise InputError(
+                f"--depth is {depth}: the network to start from has {self.config.depth} blocks; give at least that."
+            )
+        deeper = VolumeDenoiser(**{**self.config, "depth": depth})
+        deeper.load_state_dict({**deeper.state_dict(), **self.state_dict()})
+        for block in list(deeper.blocks)[self.config.depth :]:
+            for layer in (block.conv.conv2, block.space.out, block.time.out, block.mlp[-1]):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        return deeper
 
     def forward(
         self,

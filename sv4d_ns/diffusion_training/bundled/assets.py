@@ -8,6 +8,8 @@ from sv4d_ns.diffusion.bundled.frustum import Frustum
 from sv4d_ns.diffusion_training.bundled.data import Sample, draw_cameras, shell
 from sv4d_ns.training_data.library import AssetLibrary
 
+LARGEST_STRETCH = 1.25
+"""Of training assets along each of their axes: a few hundred shapes become many."""
 FRAME_SECONDS = 0.12
 """Longest time between two frames of a clip: a 21-frame video of two and a half seconds."""
 
@@ -27,12 +29,14 @@ class AssetSource:
     def __init__(self, folder: Path, cache: Path | None = None, held_out: bool = False):
         self.library = AssetLibrary(folder, cache=cache)
         self.names = self.library.held_out if held_out else self.library.train
+        self.largest_stretch = 1.0 if held_out else LARGEST_STRETCH
 
     def sample(self, rng: np.random.Generator, frames: int, views: int, size: int) -> Sample:
         elevation, c2w = draw_cameras(rng, views)
         asset = self.library.sample(
-            rng, frames, names=self.names, elevation_deg=elevation, longest_window_s=FRAME_SECONDS * max(frames, 4)
-        )
+            rng, frames, names=self.names, elevation_deg=elevation, longest_window_s=FRAME_SECONDS * max(frames, 4),
+            largest_stretch=self.largest_stretch,
+        )  # fmt: skip
         frustum = Frustum()
         occupancy = np.stack([asset.occupancy(frame, c2w[0], size) for frame in range(frames)])
         shells = np.stack([shell(moment) for moment in occupancy])

@@ -23,6 +23,8 @@ class BundledTrainConfig:
     """Checkpoints, losses, sample sheets and the exported model go here."""
     start: Literal["scratch", "bundled"] = "scratch"
     """Where the weights come from: a new network, or the shipped one."""
+    depth: int = 5
+    """Blocks at the network's coarsest resolution; those that the start lacks begin as the identity."""
     data: tuple[tuple[str, float], ...] = (("creatures", 1.0),)
     """What to train on and how often each is drawn: "creatures" (made on the fly) or folders of GLB files."""
     seed: int = 2026
@@ -37,6 +39,9 @@ class BundledTrainConfig:
     """Frames of a clip."""
     clip_share: float = 0.5
     """Share of batches with clips after `steps_3d`."""
+    uses: int = 1
+    """Steps that a batch is used for, with other noise, every second time mirrored: worth it where the network is
+    faster than the processes that make data, as on a GPU."""
     views: int = 4
     """Novel views of an object."""
     rays: int = 384
@@ -87,7 +92,7 @@ class BundledTrainConfig:
 def check(config: BundledTrainConfig) -> None:
     """Raise InputError for settings that cannot be used."""
     numbers = ("steps", "moments", "clip_frames", "views", "rays", "warmup_steps", "decay_steps", "checkpoint_every",
-               "workers")  # fmt: skip
+               "workers", "uses", "depth")  # fmt: skip
     for name in numbers:
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1.")

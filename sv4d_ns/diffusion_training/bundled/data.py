@@ -4,7 +4,7 @@ A sample is a function of (seed, step, its number in the batch) alone, whichever
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +75,19 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+def mirrored(batch: Batch) -> Batch:
+    """The batch as a mirror beside the input camera shows it: left is right in all pictures, volumes and cameras."""
+    across = torch.tensor([-1.0, 1.0, 1.0], device=batch.frames.device)
+    both_ways = torch.diag(torch.cat([across, across.new_ones(1)]))
+    flipped = {
+        name: getattr(batch, name).flip(-1) for name in ("frames", "image", "views", "occupancy", "colours", "shell")
+    }
+    return replace(
+        batch, to_camera=both_ways @ batch.to_camera @ both_ways, origins=batch.origins * across,
+        directions=batch.directions * across, **flipped,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sv4d_ns.diffusion.bundled.frustum import Frustum
-from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
+from sv4d_ns.diffusion.bundled.network import VolumeDenoiser, VolumeLogits
 from sv4d_ns.diffusion.bundled.rendering import render_rays
 from sv4d_ns.diffusion_training.bundled.data import Batch
+from sv4d_ns.utils.devices import upload
 
+CPU = torch.device("cpu")
 MOST_NOISE = 40.0
 """Noise under which views say nothing: where sampling begins."""
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = 0.8, 1.1
@@ -41,8 +43,12 @@ class Draws:
     """Unit normal."""
 
 
-def draw(seed: int, step: int, shape: tuple[int, ...], most_noise_share: float) -> Draws:
-    """The draws of a step for views of `shape` (b, t, v, 4, s, s); random numbers depend on (seed, step) alone."""
+def draw(seed: int, step: int, shape: tuple[int, ...], most_noise_share: float, device: torch.device = CPU) -> Draws:
+    """The draws of a step for views of `shape` (b, t, v, 4, s, s).
+
+    Random numbers depend on (seed, step) alone, noise on the kind of device too: a GPU makes its own, because a CPU
+    takes longer for it than the GPU for the rest of the step.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     b, _, v = shape[:3]
     chance = torch.rand(b, 5, generator=generator)
@@ -51,12 +57,16 @@ def draw(seed: int, step: int, shape: tuple[int, ...], most_noise_share: float) 
     picked = torch.rand(b, v, generator=generator) < 0.4
     reference = picked & (chance[:, 1:2] < REFERENCE_SHARE)
     masked = (torch.rand(b, v, generator=generator) < 0.4) & (chance[:, 2:3] < MASKED_SHARE)
-    noise = torch.randn(shape, generator=generator)
-    shared = (chance[:, 4] < SHARED_NOISE_SHARE)[:, None, None, None, None, None]
+    if device.type != "cpu":
+        generator = torch.Generator(device).manual_seed(generator.initial_seed())
+    noise = torch.randn(shape, generator=generator, device=device)
+    shared = upload(chance[:, 4] < SHARED_NOISE_SHARE, device)[:, None, None, None, None, None]
     return Draws(
-        torch.where(reference, 0.0, sigma), ~masked, (chance[:, 3] >= UNKNOWN_ELEVATION_SHARE).float(),
+        upload(torch.where(reference, 0.0, sigma), device),
+        upload(~masked, device),
+        upload((chance[:, 3] >= UNKNOWN_ELEVATION_SHARE).float(), device),
         torch.where(shared, noise[:, :1].expand(shape), noise),
-    )  # fmt: skip
+    )
 
 
 def losses(model: VolumeDenoiser, batch: Batch, draws: Draws, frustum: Frustum) -> dict[str, Float[Tensor, ""]]:
@@ -66,6 +76,13 @@ def losses(model: VolumeDenoiser, batch: Batch, draws: Draws, frustum: Frustum) 
     logits = model(
         batch.frames, elevation, draws.known, noised, draws.sigma, draws.present, batch.to_camera, frustum
     )  # fmt: skip
+    with torch.autocast(batch.frames.device.type, enabled=False):  # CUDA's refuses the cross-entropy of probabilities
+        return _compare(model, logits, batch, frustum)
+
+
+def _compare(
+    model: VolumeDenoiser, logits: VolumeLogits, batch: Batch, frustum: Frustum
+) -> dict[str, Float[Tensor, ""]]:
     volume = model.volume(logits, batch.image)
     rendered = render_rays(volume, batch.origins, batch.directions, frustum)
     possible = logits.possible

@@ -25,12 +25,12 @@ from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
 from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
 from sv4d_ns.diffusion_training.bundled import objective
 from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig, check
-from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Source, make_batch
+from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Source, make_batch, mirrored
 from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
 from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.train import MAX_SKIPPED, read_step, truncate_log
-from sv4d_ns.utils.devices import choose_device, upload
+from sv4d_ns.utils.devices import choose_device
 from sv4d_ns.utils.errors import InputError
 
 CREATURES = "creatures"
@@ -57,7 +57,7 @@ def open_sources(config: BundledTrainConfig) -> tuple[list[Source], list[float]]
 
 
 class StepDataset(Dataset[Batch]):
-    """The batch of every step; a process opens the sources when it makes its first one.
+    """The batch of every `uses`th step and the ones after it; a process opens the sources when it makes its first one.
 
     Args:
         config: the run's settings.
@@ -72,25 +72,26 @@ class StepDataset(Dataset[Batch]):
         torch.set_num_threads(1)
         return open_sources(self.config)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch:
         seed = self.config.seed
-        shape = self.config.shape(step, float(np.random.default_rng([seed, step]).random()))
-        return make_batch(seed, step, shape, self.size, *self._sources)
+        draw = float(np.random.default_rng([seed, number]).random())
+        shape = self.config.shape(number * self.config.uses, draw)
+        return make_batch(seed, number, shape, self.size, *self._sources)
 
 
 def fresh_state(config: BundledTrainConfig) -> TrainState:
     """The start's network: an untrained one depends on the seed alone."""
-    if config.start == "bundled":
-        model = load_bundled_pipeline().denoiser.train()
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = VolumeDenoiser()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.start == "bundled":
+            model = load_bundled_pipeline().denoiser.deepened(config.depth).train()
+        else:
+            model = VolumeDenoiser(depth=config.depth)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=config.weight_decay
     )
-    return TrainState(model, EMAModel(parameters, decay=config.ema_decay), optimizer)  # type: ignore[arg-type]
+    return TrainState(model, EMAModel(parameters, decay=config.ema_decay, foreach=True), optimizer)  # type: ignore[arg-type]
 
 
 class Trainer:
@@ -108,6 +109,7 @@ class Trainer:
         self.config = config
         torch.set_num_threads(config.threads)
         self.device = torch.device(choose_device(config.device)[0])
+        torch.backends.cudnn.benchmark = True  # batches come in two shapes
         open_sources(config)  # bad data is named before anything is written
         self.state = fresh_state(config)
         self.model: VolumeDenoiser = self.state.parts  # type: ignore[assignment]
@@ -120,16 +122,20 @@ class Trainer:
         self.skipped = 0
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the present step on, made in processes of their own while earlier ones are used.
+        """What each step from the present one on is given, made in processes of their own while earlier ones are used.
 
         They come in the order of their steps, however many processes make them.
         """
-        coming = range(self.state.step, self.config.steps)
-        steps = StepDataset(self.config, self.model.config.image_size)
-        workers = self.config.workers
-        return iter(
-            DataLoader(steps, batch_size=None, sampler=coming, num_workers=workers, multiprocessing_context="spawn")
-        )
+        uses, steps = self.config.uses, self.config.steps
+        first = self.state.step // uses
+        loader = DataLoader(
+            StepDataset(self.config, self.model.config.image_size), batch_size=None,
+            sampler=range(first, -(-steps // uses)), num_workers=self.config.workers, multiprocessing_context="spawn",
+        )  # fmt: skip
+        for number, made in enumerate(loader, first):
+            batch = made.to(self.device)
+            for step in range(max(number * uses, self.state.step), min((number + 1) * uses, steps)):
+                yield mirrored(batch) if (step - number * uses) % 2 else batch
 
     def step(self, batch: Batch) -> dict[str, Any]:
         """One step; returns what is logged. A step whose loss or gradient is not finite leaves the weights unchanged.
@@ -142,12 +148,12 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.zero_grad(set_to_none=True)
-        draws = objective.draw(config.seed, state.step, tuple(batch.views.shape), config.most_noise_share)
-        draws = objective.Draws(**{name: upload(value, self.device) for name, value in vars(draws).items()})
+        shape = tuple(batch.views.shape)
+        draws = objective.draw(config.seed, state.step, shape, config.most_noise_share, self.device)
         use_bf16 = config.precision == "bf16"
         context = torch.autocast(self.device.type, torch.bfloat16) if use_bf16 else contextlib.nullcontext()
         with context:
-            parts = objective.losses(self.model, batch.to(self.device), draws, self.frustum)
+            parts = objective.losses(self.model, batch, draws, self.frustum)
         parts["loss"].backward()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
