@@ -239,8 +239,7 @@ def _kernels(setting: Setting, note: Note, unet: Any, given: tuple[Tensor, ...],
             step(backend)
         except (RuntimeError, ValueError) as error:
             note(f"step, {backend}", {"not here": str(error).splitlines()[0][:60]})
-        finally:
-            unet.reset_attention_backend()
+    unet.set_attention_backend(BACKENDS[0])  # a reset leaves the last one chosen for the process
     clear(setting)
 
 

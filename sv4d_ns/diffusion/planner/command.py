@@ -106,13 +106,13 @@ def _advice(plan: Plan, kinds: Sequence[Offload], name: str, card: Card) -> str:
         return f"Nothing fits on {name}: try --fp8-storage, a smaller --chunk-size, fewer --frames or a smaller --size."
     if best not in kinds:
         return f"Recommended instead of offload '{kinds[0].value}' on {name}: '{best.value}'."
-    return f"Recommended on {name}: offload '{best.value}'. Times assume 40 % of the matrix rate and are rough."
+    return f"Recommended on {name}: offload '{best.value}'. Times assume 30 % of the matrix rate and are rough."
 
 
 def tried() -> str:
     """On which cards these models have run."""
-    where = f"has run on {', '.join(RAN_ON)}" if RAN_ON else "has run on no GPU yet: all of this is computed"
-    return f"The released size {where} (docs/performance.md)."
+    cards = ", ".join(RAN_ON)
+    return f"The released size has run with random weights on {cards}, nowhere else yet (docs/performance.md)."
 
 
 def _duration(seconds: float) -> str:

@@ -26,13 +26,14 @@ META = torch.device("meta")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 USABLE = 0.92
 """Share of a card's memory a plan may fill; the rest is CUDA's context and the allocator's gaps."""
-EFFICIENCY = 0.4
-"""Share of a device's matrix rate that the network reaches; an assumption, not a measurement."""
+EFFICIENCY = 0.3
+"""Share of a device's matrix rate that the network reaches: a step of 12 frames x 4 views on an H100."""
 BUS_BYTES_PER_SECOND = 12e9
 """From main memory to a card (PCIe 4, 16 lanes, in practice about half); an assumption."""
 
-RAN_ON: tuple[str, ...] = ()
-"""Cards on which `benchmarks/gpu.py` has run both models at full size; its tables are in docs/performance.md."""
+RAN_ON: tuple[str, ...] = ("NVIDIA H100 80GB HBM3",)
+"""Cards on which `benchmarks/gpu.py` has run a released model at full size with random weights; its tables are in
+docs/performance.md."""
 
 ModelName = Literal["official4", "official8"]
 
