@@ -264,7 +264,8 @@ class VolumeDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise InputError(
                 f"--depth is {depth}: the network to start from has {self.config.depth} blocks; give at least that."
             )
-        deeper = VolumeDenoiser(**{**self.config, "depth": depth})
+        shape = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        deeper = VolumeDenoiser(**{**shape, "depth": depth})
         deeper.load_state_dict({**deeper.state_dict(), **self.state_dict()})
         for block in list(deeper.blocks)[self.config.depth :]:
             for layer in (block.conv.conv2, block.space.out, block.time.out, block.mlp[-1]):
