@@ -3,7 +3,7 @@
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -355,7 +355,7 @@ class SV4DTrainer(Trainer):
     def begin_step(self, step: int) -> None:
         """The first thing done in a step: an interrupt waits for the step's end, for half a step cannot be repeated."""
         self._in_step = True
-        self._threads.enter_context(self._threads_of_step())
+        self._threads.enter_context(torch_threads(self.threads_of(step)))
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
@@ -381,9 +381,9 @@ class SV4DTrainer(Trainer):
             yield
         self._in_step = True
 
-    def _threads_of_step(self) -> AbstractContextManager[None]:
+    def threads_of(self, step: int) -> int:
         """A step is a thousand small operations: threads that meet after each of them cost more than they bring."""
-        return torch_threads(1)
+        return 1
 
     def _interrupt(self) -> None:
         again, self._interrupted = self._interrupted, True
