@@ -125,7 +125,7 @@ def test_the_speed_of_a_busy_machine_is_its_mean_not_its_moment(monkeypatch: pyt
     monkeypatch.setattr(estimate.time, "process_time", lambda: 0.009 * calls)
     speed, share = machine_speed()
     assert speed == pytest.approx(half, rel=0.2) and share == pytest.approx(0.5, abs=0.1)
-    assert "of a core is left" in estimate.time_sentence(Work(start=60.0, steps=np.zeros(1)))
+    assert "of a core is left" in estimate.time_sentence(60.0)
 
 
 def test_the_phase_ends_where_stage_2_begins() -> None:
@@ -137,6 +137,12 @@ def test_the_phase_ends_where_stage_2_begins() -> None:
     assert remaining.after(4) == pytest.approx((2.0, (12.0 + 7.0 + 3.0) / 2))
     assert remaining.after(6) == pytest.approx((0.0, (8.0 + 7.0 + 3.0) / 3))
     assert work.total == 5 + 20 + 7 + 3
+
+
+def test_a_run_that_goes_on_takes_what_is_left() -> None:
+    work = Work(start=5.0, steps=np.full(10, 2.0), rounds={6: 7.0}, end=3.0, views=11.0)
+    assert work.total == 5 + 11 + 20 + 7 + 3
+    assert [work.after(step) for step in (0, 6, 7, 10)] == [30, 18, 9, 3]
 
 
 def test_distilling_uses_the_threads_there_are_and_the_warm_up_does_not() -> None:
