@@ -377,6 +377,33 @@ def test_terminals_that_are_not_utf8_do_not_end_a_command(tmp_path):
         assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
+def test_a_file_whose_name_begins_with_a_dash_is_no_flag(tmp_path, monkeypatch, capsys):
+    """The parsers said that the value of --data was missing."""
+    from sv4d_ns.cli.main import main
+    from sv4d_ns.utils.terminal import files_are_no_flags
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-film.mp4").write_bytes(b"%PDF")
+    (tmp_path / "--").touch()
+    words = ["--data", "-film.mp4", "-h", "--", "-none.mp4"]
+    assert files_are_no_flags(words) == ["--data", "./-film.mp4", "-h", "--", "-none.mp4"]
+    with pytest.raises(SystemExit, match=r"-film\.mp4 is not a video but a PDF"):
+        main(["doctor", "-film.mp4"])
+    code = "import sv4d_ns.method_configs.sv4d, sys; print(sys.argv[1:])"
+    code = "import sys; sys.argv[0] = '/bin/ns-train'; " + code
+    done = subprocess.run([sys.executable, "-c", code, "--data", "-film.mp4"], capture_output=True, text=True)
+    assert done.stdout.strip() == "['--data', './-film.mp4']"
+
+
+def test_a_folder_with_films_names_them(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(InputError, match=r"no pictures but a film: give the film itself, .*a\.mp4\."):
+        read_clip(tmp_path)
+    (tmp_path / "b.MOV").touch()
+    with pytest.raises(InputError, match="2 films: give one of them, .*a.mp4 for one, .*'sv4d batch'"):
+        read_clip(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["pictures", "masks"])
 def test_frames_that_are_not_cut_out_among_others_that_are_end_the_run(tmp_path, kind):
     """They were taken as the object, with everything around it."""
