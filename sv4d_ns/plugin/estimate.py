@@ -55,11 +55,14 @@ ROUND_SECONDS = 0.183
 """Of a picture of stage 2, rendered, refined and kept."""
 WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
-DISTILLING_GAIN = 1.7
-"""How much faster a distilling step is with two or more threads: convolutions use them, and no other step does."""
+DISTILLING_GAIN = 1.44
+"""How much more than the other steps a distilling one gains from two or more threads, which its convolutions use: 1.7
+in all, of which all have `THREAD_GAIN`."""
 START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
 """From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
 movie."""
+SPACE_SHEET_SECONDS, SPACE_MOVIE_SECONDS = 10.0, 9.8
+"""Of 4diffusion's contact sheet and movies, whose field costs more to look at."""
 
 
 def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movies: int = 5) -> Work:
@@ -86,7 +89,7 @@ def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies:
     `threads` that of the distilling ones."""
     distilling = DISTILLING_STEP / (DISTILLING_GAIN if threads > 1 else 1.0)
     costs = np.where(np.arange(steps) < warm_up, WARM_STEP, distilling)
-    end = SHEET_SECONDS + MOVIE_SECONDS * movies
+    end = SPACE_SHEET_SECONDS + SPACE_MOVIE_SECONDS * movies
     return Work(START_SECONDS, costs, end=end, views=VIEW_SECONDS * frames * views)
 
 
