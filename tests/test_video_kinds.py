@@ -532,6 +532,30 @@ def test_a_shadow_on_the_floor_is_reported():
     assert examine(without, segment(without)) == []
 
 
+@pytest.mark.parametrize(("darker", "floor"), [(0.7, 255), (0.55, 235), (0.25, 235)])
+def test_a_shadow_with_a_hard_edge_is_reported(darker, floor):
+    """Of the sun or a lamp: it was taken for an object by the doctor."""
+    exact = np.roll(ball(6, 200, 160, colour=(180, 60, 40), radius=34.0), -10, axis=1)
+    y, x = np.mgrid[0:160, 0:200]
+    pictures = over(exact, (floor,) * 3).astype(float)
+    for index, frame in enumerate(pictures):
+        centre = 200 * (0.3 + 0.4 * index / 5)
+        inside = (((x - centre) / 46) ** 2 + ((y - 108) / 12) ** 2 < 1)[..., None]
+        frame -= inside * (1 - darker) * floor * (1 - exact[index, ..., 3:] / 255)
+    pictures += np.random.default_rng(0).normal(0, 1, pictures.shape)
+    clip = clip_of(pictures.clip(0, 255).astype(np.uint8))
+    assert "shadow" in [finding.name for finding in examine(clip, segment(clip))]
+
+
+def test_grey_legs_are_no_shadow():
+    pictures = np.full((4, 160, 200, 3), 255, np.uint8)
+    for index, frame in enumerate(pictures):
+        frame[30:90, 60 + index : 120 + index] = (180, 60, 40)
+        frame[90:140, 62 + index : 80 + index] = frame[90:140, 100 + index : 118 + index] = 120
+    clip = clip_of(pictures)
+    assert "shadow" not in [finding.name for finding in examine(clip, segment(clip))]
+
+
 # --- the model of this package ---------------------------------------------------------------------------------------
 
 
