@@ -55,9 +55,9 @@ ROUND_SECONDS = 0.183
 """Of a picture of stage 2, rendered, refined and kept."""
 WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
-DISTILLING_GAIN = 1.44
-"""How much more than the other steps a distilling one gains from two or more threads, which its convolutions use: 1.7
-in all, of which all have `THREAD_GAIN`."""
+DISTILLATION_GAIN = 1.2
+"""How much more a step of 4diffusion gains from two or more threads than `THREAD_GAIN` says: a distilling one in its
+convolutions and one of the warm-up in the field's kernels, both by 1.4 in all."""
 START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
 """From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
 movie."""
@@ -85,10 +85,9 @@ def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movi
 
 
 def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies: int = 5, threads: int = 1) -> Work:
-    """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps, and
-    `threads` that of the distilling ones."""
-    distilling = DISTILLING_STEP / (DISTILLING_GAIN if threads > 1 else 1.0)
-    costs = np.where(np.arange(steps) < warm_up, WARM_STEP, distilling)
+    """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps."""
+    costs = np.where(np.arange(steps) < warm_up, WARM_STEP, DISTILLING_STEP)
+    costs /= DISTILLATION_GAIN if threads > 1 else 1.0
     end = SPACE_SHEET_SECONDS + SPACE_MOVIE_SECONDS * movies
     return Work(START_SECONDS, costs, end=end, views=VIEW_SECONDS * frames * views)
 
