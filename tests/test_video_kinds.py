@@ -597,6 +597,27 @@ def test_a_thing_that_never_moves_is_not_believed_while_another_moves():
     assert examine(clip_of(pictures), doubted)[0].name == "cut-out"
 
 
+def test_a_part_the_model_half_sees_is_reported():
+    """It lost the lower leg of a knight before bricks, sure of the rest (confidence 0.81)."""
+    noise = np.random.default_rng(0).integers(60, 200, (160, 160, 3))
+    pictures = np.repeat(noise[None], 4, axis=0)
+    for index, frame in enumerate(pictures):
+        frame[30:90, 50 + index : 110 + index] = (220, 20, 20)
+        frame[90:140, 60 + index : 75 + index] = frame[90:140, 85 + index : 100 + index] = (220, 20, 20)
+
+    def model(picture, leg=60):
+        found = (255 * ((picture[..., 0] == 220) & (picture[..., 1] == 20))).astype(np.uint8)
+        found[110:, 80:] = np.minimum(found[110:, 80:], leg)
+        return found
+
+    clip = clip_of(pictures.astype(np.uint8))
+    (found,) = (finding for finding in examine(clip, segment(clip, matting=model)) if finding.name == "undecided")
+    assert "1 patch (frames 0 to 3 at (9" in found.sentence and "may lack a part" in found.sentence
+    assert found.where[0, 125, 92] and not found.where[:, :105].any()
+    whole = segment(clip, matting=lambda picture: model(picture, leg=255))
+    assert "undecided" not in [finding.name for finding in examine(clip, whole)]
+
+
 def test_the_network_has_the_published_shape():
     """Its parameters are as many as the paper's table of layers has without batch normalisation."""
     from sv4d_ns.video.u2netp import load_u2netp
