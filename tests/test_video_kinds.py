@@ -391,7 +391,9 @@ def test_a_file_whose_name_begins_with_a_dash_is_no_flag(tmp_path, monkeypatch, 
         main(["doctor", "-film.mp4"])
     code = "import sv4d_ns.method_configs.sv4d, sys; print(sys.argv[1:])"
     code = "import sys; sys.argv[0] = '/bin/ns-train'; " + code
-    done = subprocess.run([sys.executable, "-c", code, "--data", "-film.mp4"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--data", "-film.mp4"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "['--data', './-film.mp4']"
 
 
@@ -400,7 +402,7 @@ def test_a_folder_with_films_names_them(tmp_path):
     with pytest.raises(InputError, match=r"no pictures but a film: give the film itself, .*a\.mp4\."):
         read_clip(tmp_path)
     (tmp_path / "b.MOV").touch()
-    with pytest.raises(InputError, match="2 films: give one of them, .*a.mp4 for one, .*'sv4d batch'"):
+    with pytest.raises(InputError, match=r"2 films: give one of them, .*a\.mp4 for one, .*'sv4d batch'"):
         read_clip(tmp_path)
 
 
