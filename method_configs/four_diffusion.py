@@ -8,9 +8,9 @@ from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.plugin.distillation_trainer import FourDiffusionTrainerConfig
 from sv4d_ns.plugin.help import described
 from sv4d_ns.plugin.optimizers import FusedAdamWConfig
-from sv4d_ns.utils.terminal import accept_any_encoding
+from sv4d_ns.utils.terminal import prepare_nerfstudios_command
 
-accept_any_encoding()  # nerfstudio's commands give a plugin no other place to do so
+prepare_nerfstudios_command()
 
 method = MethodSpecification(
     config=FourDiffusionTrainerConfig(

@@ -9,9 +9,9 @@ from sv4d_ns.plugin.help import described
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig, FusedAdamConfig
 from sv4d_ns.plugin.pipeline import SV4DPipelineConfig
 from sv4d_ns.plugin.trainer import SV4DTrainerConfig
-from sv4d_ns.utils.terminal import accept_any_encoding
+from sv4d_ns.utils.terminal import prepare_nerfstudios_command
 
-accept_any_encoding()  # nerfstudio's commands give a plugin no other place to do so
+prepare_nerfstudios_command()
 
 method = MethodSpecification(
     config=SV4DTrainerConfig(

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +60,37 @@ def test_a_killed_worker_loses_nothing_and_another_does_its_work(tmp_path: Path)
     with open_cluster("local:2") as client:
         run_all(client, once_fatal, [(0,), (1,), (2,)], results.__setitem__)
     assert (tmp_path / "1.tried").exists() and results == {0: 0, 1: 10, 2: 20}
+
+
+INTERRUPTED = """
+import time
+from pathlib import Path
+from sv4d_ns.runs.cluster import open_cluster, run_all
+from sv4d_ns.utils.errors import one_sentence_errors
+
+def long(folder):
+    Path(folder, "begun").touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    with one_sentence_errors(), open_cluster("local:1") as client:
+        run_all(client, long, [(".",), (".",)], print)
+"""
+
+
+def test_ctrl_c_ends_workers_with_one_sentence(tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of a terminal; Dask's told of it with two warnings and two tracebacks."""
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, script], cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True, text=True
+    ) as process:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "Stopped. The same command goes on from what is finished.\n"
+    assert process.returncode == 130
 
 
 def test_a_task_that_fails_is_handed_over_and_the_others_go_on() -> None:

@@ -14,7 +14,12 @@ from sv4d_ns.method_configs.four_diffusion import method
 from test_run import object_frames, write_video
 
 from sv4d_ns.distillation import text_to_video as generation
-from sv4d_ns.plugin.distillation_trainer import CPU_STEPS, FOURDM_STEPS, FourDiffusionTrainerConfig
+from sv4d_ns.plugin.distillation_trainer import (
+    CPU_STEPS,
+    FOURDM_STEPS,
+    FourDiffusionTrainer,
+    FourDiffusionTrainerConfig,
+)
 from sv4d_ns.runs.layout import checkpoint_steps
 from sv4d_ns.synthesis.fourdm import load_fourdm_synthesizer
 from sv4d_ns.utils.errors import InputError
@@ -122,6 +127,14 @@ def test_length_and_model_follow_from_what_is_given(tmp_path, video):
     config.set_timestamp()
     assert config.pipeline.datamanager.synthesis == "fourdm" and config.max_num_iterations == FOURDM_STEPS
     assert config.optimizers["encoding"]["scheduler"] is None
+
+
+def test_only_distilling_takes_all_threads(tmp_path, monkeypatch):
+    """A step of the warm-up took ten times as long with two of them beside another program."""
+    trainer = object.__new__(FourDiffusionTrainer)
+    trainer.config, trainer.total_steps = short_config(tmp_path), STEPS
+    monkeypatch.setattr("sv4d_ns.plugin.distillation_trainer.useful_threads", lambda: 4)
+    assert [trainer.threads_of(step) for step in range(STEPS)] == [1, 1, 1, 4, 4, 4]
 
 
 def test_a_sentence_becomes_a_picture_and_a_video_once(tmp_path, monkeypatch):

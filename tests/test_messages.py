@@ -136,6 +136,20 @@ def test_the_first_lines_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not any("SV4DTrainerConfig" in line for line in lines)
 
 
+def test_a_run_that_goes_on_is_told_what_is_left(tmp_path: Path) -> None:
+    from tiny_run import tiny_config
+
+    config = tiny_config("sv4d", tmp_path, max_num_iterations=3600)
+    whole = config._seconds_left(21)
+    (config.get_base_dir() / "views").mkdir(parents=True)
+    config.get_checkpoint_dir().mkdir()
+    with_views = config._seconds_left(21)
+    (config.get_checkpoint_dir() / "step-000003599.ckpt").touch()
+    assert whole > with_views + 5 and config._seconds_left(21) < 0.2 * whole
+    config.load_dir, config.load_step = config.get_checkpoint_dir(), 1799
+    assert 0.2 * whole < config._seconds_left(21) < with_views
+
+
 def test_data_on_the_command_line_is_the_datamanagers() -> None:
     """nerfstudio would say of `--data` that it is an alias, in a line of its own."""
     from sv4d_ns.plugin.pipeline import SV4DPipelineConfig

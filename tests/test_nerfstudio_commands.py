@@ -188,7 +188,8 @@ def test_exporters_that_do_not_fit_name_the_one_that_does(
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match=f"^Error: .*{sentence}"):
-        export([command, "--load-config", str(run / "config.yml"), "--output-dir", str(tmp_path / "out")])
+        export([command, "--load-config", str(run / "config.yml"), "--output-dir", str(tmp_path / "new" / "out")])
+    assert not (tmp_path / "new").exists(), "nerfstudio makes the folder first"
 
 
 def test_files_at_fault_are_named_in_a_sentence(

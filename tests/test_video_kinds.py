@@ -377,6 +377,35 @@ def test_terminals_that_are_not_utf8_do_not_end_a_command(tmp_path):
         assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
+def test_a_file_whose_name_begins_with_a_dash_is_no_flag(tmp_path, monkeypatch, capsys):
+    """The parsers said that the value of --data was missing."""
+    from sv4d_ns.cli.main import main
+    from sv4d_ns.utils.terminal import files_are_no_flags
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-film.mp4").write_bytes(b"%PDF")
+    (tmp_path / "--").touch()
+    words = ["--data", "-film.mp4", "-h", "--", "-none.mp4"]
+    assert files_are_no_flags(words) == ["--data", "./-film.mp4", "-h", "--", "-none.mp4"]
+    with pytest.raises(SystemExit, match=r"-film\.mp4 is not a video but a PDF"):
+        main(["doctor", "-film.mp4"])
+    code = "import sv4d_ns.method_configs.sv4d, sys; print(sys.argv[1:])"
+    code = "import sys; sys.argv[0] = '/bin/ns-train'; " + code
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--data", "-film.mp4"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "['--data', './-film.mp4']"
+
+
+def test_a_folder_with_films_names_them(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(InputError, match=r"no pictures but a film: give the film itself, .*a\.mp4\."):
+        read_clip(tmp_path)
+    (tmp_path / "b.MOV").touch()
+    with pytest.raises(InputError, match=r"2 films: give one of them, .*a\.mp4 for one, .*'sv4d batch'"):
+        read_clip(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["pictures", "masks"])
 def test_frames_that_are_not_cut_out_among_others_that_are_end_the_run(tmp_path, kind):
     """They were taken as the object, with everything around it."""
@@ -505,6 +534,30 @@ def test_a_shadow_on_the_floor_is_reported():
     assert examine(without, segment(without)) == []
 
 
+@pytest.mark.parametrize(("darker", "floor"), [(0.7, 255), (0.55, 235), (0.25, 235)])
+def test_a_shadow_with_a_hard_edge_is_reported(darker, floor):
+    """Of the sun or a lamp: it was taken for an object by the doctor."""
+    exact = np.roll(ball(6, 200, 160, colour=(180, 60, 40), radius=34.0), -10, axis=1)
+    y, x = np.mgrid[0:160, 0:200]
+    pictures = over(exact, (floor,) * 3).astype(float)
+    for index, frame in enumerate(pictures):
+        centre = 200 * (0.3 + 0.4 * index / 5)
+        inside = (((x - centre) / 46) ** 2 + ((y - 108) / 12) ** 2 < 1)[..., None]
+        frame -= inside * (1 - darker) * floor * (1 - exact[index, ..., 3:] / 255)
+    pictures += np.random.default_rng(0).normal(0, 1, pictures.shape)
+    clip = clip_of(pictures.clip(0, 255).astype(np.uint8))
+    assert "shadow" in [finding.name for finding in examine(clip, segment(clip))]
+
+
+def test_grey_legs_are_no_shadow():
+    pictures = np.full((4, 160, 200, 3), 255, np.uint8)
+    for index, frame in enumerate(pictures):
+        frame[30:90, 60 + index : 120 + index] = (180, 60, 40)
+        frame[90:140, 62 + index : 80 + index] = frame[90:140, 100 + index : 118 + index] = 120
+    clip = clip_of(pictures)
+    assert "shadow" not in [finding.name for finding in examine(clip, segment(clip))]
+
+
 # --- the model of this package ---------------------------------------------------------------------------------------
 
 
@@ -544,6 +597,27 @@ def test_a_thing_that_never_moves_is_not_believed_while_another_moves():
     )
     assert doubted.confidence < 0.2
     assert examine(clip_of(pictures), doubted)[0].name == "cut-out"
+
+
+def test_a_part_the_model_half_sees_is_reported():
+    """It lost the lower leg of a knight before bricks, sure of the rest (confidence 0.81)."""
+    noise = np.random.default_rng(0).integers(60, 200, (160, 160, 3))
+    pictures = np.repeat(noise[None], 4, axis=0)
+    for index, frame in enumerate(pictures):
+        frame[30:90, 50 + index : 110 + index] = (220, 20, 20)
+        frame[90:140, 60 + index : 75 + index] = frame[90:140, 85 + index : 100 + index] = (220, 20, 20)
+
+    def model(picture, leg=60):
+        found = (255 * ((picture[..., 0] == 220) & (picture[..., 1] == 20))).astype(np.uint8)
+        found[110:, 80:] = np.minimum(found[110:, 80:], leg)
+        return found
+
+    clip = clip_of(pictures.astype(np.uint8))
+    (found,) = (finding for finding in examine(clip, segment(clip, matting=model)) if finding.name == "undecided")
+    assert "1 patch (frames 0 to 3 at (9" in found.sentence and "may lack a part" in found.sentence
+    assert found.where[0, 125, 92] and not found.where[:, :105].any()
+    whole = segment(clip, matting=lambda picture: model(picture, leg=255))
+    assert "undecided" not in [finding.name for finding in examine(clip, whole)]
 
 
 def test_the_network_has_the_published_shape():

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from sv4d_ns.cli.batch import SUFFIXES
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import TEMPORARY, atomic_path, is_temporary
+from sv4d_ns.video.sources import FILM_SUFFIXES
 
 State = Literal["looking", "refused", "ready", "waiting", "running", "stopped", "failed", "finished"]
 """looking: the doctor's turn is coming or on; refused: it cannot use the video; ready: to be started; waiting: for its
@@ -188,8 +188,9 @@ def suffix_of(title: str) -> str:
         InputError: it is not one of a video.
     """
     suffix = Path(title).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"'{title}' does not end like a video ({', '.join(sorted(SUFFIXES))}): choose one of these.")
+    if suffix not in FILM_SUFFIXES:
+        known = ", ".join(sorted(FILM_SUFFIXES))
+        raise InputError(f"'{title}' does not end like a video ({known}): choose one of these.")
     return suffix
 
 

@@ -23,10 +23,10 @@ from sv4d_ns.app.jobs import Store, title_of
 from sv4d_ns.app.runner import Runner, Settings
 from sv4d_ns.app.seen import brief, described, download_name, files
 from sv4d_ns.app.work import PAGE_FILE
-from sv4d_ns.cli.batch import SUFFIXES
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import sole_use
 from sv4d_ns.video.matting import BUNDLED
+from sv4d_ns.video.sources import FILM_SUFFIXES
 
 try:
     from tornado import httputil, iostream
@@ -153,7 +153,7 @@ class _Jobs(_Guarded):
 
         known = [BUNDLED, *(["isnet-general-use"] if importlib.util.find_spec("rembg") else [])]
         jobs = [brief(job) for job in self.place.store.all()]
-        limits = {"max_bytes": self.place.max_bytes, "suffixes": sorted(SUFFIXES), "mattings": known}
+        limits = {"max_bytes": self.place.max_bytes, "suffixes": sorted(FILM_SUFFIXES), "mattings": known}
         self.finish({"jobs": jobs, **limits})
 
     def post(self) -> None:

@@ -17,8 +17,8 @@ from sv4d_ns.runs.layout import SUMMARY_FILE
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash, sole_use
 from sv4d_ns.utils.processes import end_with_the_parent
+from sv4d_ns.video.sources import FILM_SUFFIXES
 
-SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif", ".apng", ".webp", ".avif"})
 STATE_FILE, LOCK_FILE, TABLE_FILE, SHEET_FILE = "batch.json", ".batch.lock", "batch.md", "batch.png"
 SHEET_ROW = 256
 """Height in pixels of a run on the contact sheet."""
@@ -71,9 +71,9 @@ def find_videos(names: Sequence[str]) -> list[Path]:
 
 def _videos_of(path: Path) -> list[Path]:
     if path.is_dir():
-        videos = sorted(child for child in path.iterdir() if child.suffix.lower() in SUFFIXES and child.is_file())
+        videos = sorted(child for child in path.iterdir() if child.suffix.lower() in FILM_SUFFIXES and child.is_file())
         if not videos:
-            raise InputError(f"{path} holds no video ({', '.join(sorted(SUFFIXES))}).")
+            raise InputError(f"{path} holds no video ({', '.join(sorted(FILM_SUFFIXES))}).")
         return videos
     if path.is_file() and path.suffix.lower() == ".txt":
         lines = [Path(line.strip()) for line in path.read_text().splitlines() if line.strip()]

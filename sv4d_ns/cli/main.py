@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from sv4d_ns import __version__
 from sv4d_ns.utils.errors import one_sentence_errors
-from sv4d_ns.utils.terminal import accept_any_encoding
+from sv4d_ns.utils.terminal import accept_any_encoding, files_are_no_flags
 
 # command: (what it does, "module:function" that takes the arguments after the command's name)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -73,7 +73,7 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `sv4d` console script; returns the exit code."""
     accept_any_encoding()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = files_are_no_flags(sys.argv[1:] if arguments is None else arguments)
     word, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if word in ("-h", "--help"):
         print(usage())

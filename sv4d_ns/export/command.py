@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args
 
 import tyro
 
-from sv4d_ns.export.folder import output_folder
+from sv4d_ns.export.folder import no_folder_left, output_folder
 from sv4d_ns.runs.open import FinishedRun, check_config_path, load_run
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 
@@ -272,11 +272,13 @@ def run(arguments: Sequence[str], program: str = "sv4d export") -> None:
     if arguments and arguments[0] in COMMANDS:
         name = arguments[0]
         command: Any = tyro.cli(COMMANDS[name], prog=f"{program} {name}", args=list(arguments[1:]))
+        command.main()
     else:
         # nerfstudio marks its union the same way: booleans take a value
         command = tyro.cli(commands(), prog=program, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
         check_config_path(command.load_config)  # nerfstudio's do not look
-    command.main()
+        with no_folder_left(command.output_dir):
+            command.main()
 
 
 def installed_command() -> str:

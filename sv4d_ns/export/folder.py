@@ -1,7 +1,7 @@
 """The folder an export writes to."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sv4d_ns.utils.errors import InputError
@@ -40,9 +40,19 @@ def output_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def no_folder_left(folder: Path) -> Iterator[None]:
+    """For what makes its output folder before it looks whether it can work: where it fails, folders that were not
+    there before and are empty go again."""
+    missing = [part for part in [*reversed(folder.absolute().parents), folder.absolute()] if not part.exists()]
+    try:
+        yield
+    except BaseException:
+        _remove_empty(missing)
+        raise
+
+
 def _remove_empty(folders: list[Path]) -> None:
     for folder in reversed(folders):
-        try:
+        with suppress(OSError):  # someone has put a file there meanwhile, or it was not made at all
             folder.rmdir()
-        except OSError:  # someone has put a file there meanwhile
-            return

@@ -19,23 +19,25 @@ class Work:
     """What a run consists of, in CPU seconds of the reference machine (one thread of a busy AMD EPYC)."""
 
     start: float
-    """Start-up and the making of views, before the first step."""
+    """Start-up, before the first step, without the views."""
     steps: Float[np.ndarray, " n"]
     """Each training step."""
     rounds: Mapping[int, float] = field(default_factory=dict)
     """Step before which stage 2 makes new views: how long that takes."""
     end: float = 0.0
     """Contact sheet, movies and figures, after the last step."""
+    views: float = 0.0
+    """The making of views, before the first step of a run that has none."""
 
     @property
     def total(self) -> float:
-        """Of the whole run."""
-        return self.start + float(self.steps.sum()) + sum(self.rounds.values()) + self.end
+        """Of a whole run."""
+        return self.start + self.views + self.after(0)
 
-    def until(self, step: int) -> float:
-        """From the first step until `step` steps are done, stage 2 before the next one not counted."""
-        made = sum(seconds for before, seconds in self.rounds.items() if before < step)
-        return float(self.steps[:step].sum()) + made
+    def after(self, step: int) -> float:
+        """From when `step` steps are done to the end, stage 2 before the next one included."""
+        made = sum(seconds for before, seconds in self.rounds.items() if before >= step)
+        return float(self.steps[step:].sum()) + made + self.end
 
     def next_stop(self, step: int) -> int:
         """The end of the phase that a step belongs to: the next round of stage 2, or the last step."""
@@ -53,11 +55,14 @@ ROUND_SECONDS = 0.183
 """Of a picture of stage 2, rendered, refined and kept."""
 WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
-DISTILLING_GAIN = 1.7
-"""How much faster a distilling step is with two or more threads: convolutions use them, and no other step does."""
+DISTILLATION_GAIN = 1.2
+"""How much more a step of 4diffusion gains from two or more threads than `THREAD_GAIN` says: a distilling one in its
+convolutions and one of the warm-up in the field's kernels, both by 1.4 in all."""
 START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
 """From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
 movie."""
+SPACE_SHEET_SECONDS, SPACE_MOVIE_SECONDS = 10.0, 9.8
+"""Of 4diffusion's contact sheet and movies, whose field costs more to look at."""
 
 
 def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movies: int = 5) -> Work:
@@ -71,19 +76,20 @@ def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movi
     costs = np.where(share < STATIC_UNTIL, STATIC_STEP, MOVING_STEP)
     pictures = frames * views
     return Work(
-        START_SECONDS + VIEW_SECONDS * pictures,
+        START_SECONDS,
         costs,
         {step: ROUND_SECONDS * pictures for step in rounds if step < steps},
         SHEET_SECONDS + MOVIE_SECONDS * movies,
+        VIEW_SECONDS * pictures,
     )
 
 
 def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies: int = 5, threads: int = 1) -> Work:
-    """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps, and
-    `threads` that of the distilling ones."""
-    distilling = DISTILLING_STEP / (DISTILLING_GAIN if threads > 1 else 1.0)
-    costs = np.where(np.arange(steps) < warm_up, WARM_STEP, distilling)
-    return Work(START_SECONDS + VIEW_SECONDS * frames * views, costs, end=SHEET_SECONDS + MOVIE_SECONDS * movies)
+    """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps."""
+    costs = np.where(np.arange(steps) < warm_up, WARM_STEP, DISTILLING_STEP)
+    costs /= DISTILLATION_GAIN if threads > 1 else 1.0
+    end = SPACE_SHEET_SECONDS + SPACE_MOVIE_SECONDS * movies
+    return Work(START_SECONDS, costs, end=end, views=VIEW_SECONDS * frames * views)
 
 
 RECENT = 200
@@ -121,7 +127,7 @@ class Remaining:
             return None
         pace = self._pace()
         phase = float(self.work.steps[step : self.work.next_stop(step - 1)].sum())
-        return pace * phase, pace * (self.work.total - self.work.start - self.work.until(step))
+        return pace * phase, pace * self.work.after(step)
 
     def _pace(self) -> float:
         """Seconds for each planned one."""
@@ -134,16 +140,16 @@ class Remaining:
         return float(np.minimum(measured, HICCUP * usual * planned).sum() / planned.sum())
 
 
-def time_sentence(work: Work | None) -> str:
-    """What to say of a run's time before it begins.
+def time_sentence(seconds: float | None) -> str:
+    """What to say of a run's time before it begins, or goes on.
 
     Args:
-        work: None where nothing is known of the machine, as on a GPU.
+        seconds: of the reference machine; None where nothing is known of this one, as on a GPU.
     """
-    if work is None:
+    if seconds is None:
         return "learned from the first steps and shown behind the bar."
     speed, share = machine_speed()
-    minutes = max(round(work.total / speed / 60), 1)
+    minutes = max(round(seconds / speed / 60), 1)
     busy = f", as busy as this machine is now ({share:.0%} of a core is left)" if share < BUSY_SHARE else ""
     return f"about {minutes} min{busy}; what the steps themselves teach is shown behind the bar."
 

@@ -1,9 +1,10 @@
 """nerfstudio's trainer with the manners of a long job: checks first, whole checkpoints, resume, next commands."""
 
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -255,10 +256,24 @@ class SV4DTrainerConfig(TrainerConfig):
             say(f"Object: {len(video.frames)} frames at {video.fps:g} per second. {' '.join(video.messages)}")
         frames = DEFAULT_FRAMES if video is None else len(video.frames)
         known = self.machine.device_type == "cpu" and datamanager.synthesis != "fourdm"
-        say(f"Time: {time_sentence(self.work(frames, DEFAULT_VIEWS) if known else None)}")
+        say(f"Time: {time_sentence(self._seconds_left(frames) if known else None)}")
         say(f"Run: {self.get_base_dir()} (every setting is in its config.yml)")
         for finding in () if video is None else video.findings:
             say(f"Note: {finding.sentence}")
+
+    def _seconds_left(self, frames: int) -> float:
+        """What the run takes from now on, on the reference machine: of one that goes on, what is not done yet."""
+        work = self.work(frames, DEFAULT_VIEWS)
+        return work.start + (0 if self._has_views() else work.views) + work.after(self._steps_done())
+
+    def _steps_done(self) -> int:
+        """By the checkpoint that is gone on from, of this run or another one."""
+        if self.load_dir is not None and self.load_step is not None:
+            return self.load_step + 1
+        if self.load_checkpoint is not None:
+            named = re.search(r"step-(\d+)", self.load_checkpoint.name)
+            return int(named[1]) + 1 if named else 0
+        return max(checkpoint_steps(self.load_dir or self.get_checkpoint_dir()), default=-1) + 1
 
     def work(self, frames: int, views: int) -> Work:
         """What the run consists of, for the estimate of its time."""
@@ -355,7 +370,7 @@ class SV4DTrainer(Trainer):
     def begin_step(self, step: int) -> None:
         """The first thing done in a step: an interrupt waits for the step's end, for half a step cannot be repeated."""
         self._in_step = True
-        self._threads.enter_context(self._threads_of_step())
+        self._threads.enter_context(torch_threads(self.threads_of(step)))
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
@@ -381,9 +396,9 @@ class SV4DTrainer(Trainer):
             yield
         self._in_step = True
 
-    def _threads_of_step(self) -> AbstractContextManager[None]:
+    def threads_of(self, step: int) -> int:
         """A step is a thousand small operations: threads that meet after each of them cost more than they bring."""
-        return torch_threads(1)
+        return 1
 
     def _interrupt(self) -> None:
         again, self._interrupted = self._interrupted, True

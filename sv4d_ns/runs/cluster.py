@@ -4,6 +4,8 @@ A task is a function of plain values. A worker that dies in the middle of one lo
 another, and the task itself goes on from what the first one had finished.
 """
 
+import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 """How long a scheduler may take to answer."""
+ENDING = {
+    "distributed.nanny": "Worker process still alive after",
+    "distributed.worker.state_machine": "Async instruction for",
+}
+"""What Dask logs, and how it begins, where workers are ended in the middle of a task, as by Ctrl-C."""
 TRIES = 4
 """Workers that may die at one task before it counts as failed, so that no task ends them all."""
 
@@ -68,7 +75,10 @@ def _own_workers(cluster: str | None) -> Any:
 
     kind, _, number = (cluster or "local:1").partition(":")
     if kind == "local" and number.isdigit() and int(number) > 0:
-        return LocalCluster(n_workers=int(number), threads_per_worker=1, processes=True, dashboard_address=None)
+        _leave_out_endings()
+        return LocalCluster(
+            n_workers=int(number), threads_per_worker=1, processes=True, dashboard_address=None, preload=[__name__]
+        )
     path = Path(cluster or "")
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return _queue(path)
@@ -76,6 +86,26 @@ def _own_workers(cluster: str | None) -> Any:
         f"--cluster {cluster} is none of local:N (N processes of this machine), tcp://HOST:PORT (a Dask scheduler), "
         "and no YAML file of dask-jobqueue settings."
     )
+
+
+def dask_setup(worker: object) -> None:
+    """Dask calls this in each of this machine's workers: Ctrl-C in their terminal is the business of the process that
+    started them, which ends them.
+
+    A worker that ends by itself leaves tracebacks of Dask's. A handler instead of `SIG_IGN`, because a program that the
+    task starts would inherit the latter, and it is to hear of the interrupt and keep what it has done.
+    """
+    signal.signal(signal.SIGINT, lambda *_: None)
+    _leave_out_endings()
+
+
+def _leave_out_endings() -> None:
+    for name in ENDING:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(ENDING[record.name])
 
 
 def _queue(path: Path) -> Any:

@@ -31,6 +31,7 @@ from sv4d_ns.video.pictures import (
     rgba_of_deep,
 )
 from sv4d_ns.video.sources import (
+    FILM_SUFFIXES,
     HEAD_BYTES,
     check_no_run,
     check_one_series,
@@ -286,6 +287,14 @@ def _head(path: Path) -> bytes:
 
 
 def _no_pictures(folder: Path) -> str:
+    films = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in FILM_SUFFIXES and entry.is_file())
+    if len(films) == 1:
+        return f"The folder {folder} has no pictures but a film: give the film itself, {films[0]}."
+    if films:
+        return (
+            f"The folder {folder} has no pictures but {len(films)} films: give one of them, {films[0]} for one, or the "
+            "folder to 'sv4d batch', which makes an asset of each."
+        )
     others = sorted({entry.suffix.lower() for entry in folder.iterdir() if entry.is_file() and entry.suffix})
     found = f" (it has {', '.join(others[:5])})" if others else ""
     return f"The folder {folder} has no pictures{found}: put numbered png, jpg, tif or webp files in it."

@@ -14,6 +14,7 @@ from sv4d_ns.utils.errors import InputError
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}) | (
     {".avif"} if features.check("avif") else set()
 )
+FILM_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".gif", ".apng", ".webp", ".avif"})
 
 HEAD_BYTES = 512
 """So much of the beginning of a file tells what it is."""
