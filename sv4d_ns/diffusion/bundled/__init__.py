@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 REACH = (
     "Expect outline, main colours and motion of the sides the camera does not see, blurred, and wrong in detail: it is "
-    "a small model, trained for hours on a few cores."
+    "a small model that a CPU can run."
 )
 """How far the shipped model reaches, in the words its users read; the figures are in its model card."""
 
