@@ -102,8 +102,10 @@ class FieldPipeline(VanillaPipeline):
         """The sampler's visibility of views as it was when the checkpoint was saved that the run goes on from."""
         self.psnr = math.nan
         """Of the last training step's rays, dB."""
+        self.steps_done = 0
+        """Training steps behind the field as it is now."""
         self.start_camera = StartCamera()
-        self.playback = Playback(self.field_model, lambda: self.datamanager.grid)
+        self.playback = Playback(self.field_model, lambda: self.datamanager.grid, lambda: self.steps_done)
         self.field_model.views = GridVisibility(lambda: self.datamanager.grid)
         self.datamanager.frame_window = self.field_model.frame_window
         self.datamanager.canonical_frame = self.field_model.canonical_frame
@@ -133,6 +135,15 @@ class FieldPipeline(VanillaPipeline):
         assert isinstance(self.model, FieldModel)
         return self.model
 
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """nerfstudio's; remembers which step it was."""
+        super().load_pipeline(loaded_state, step)
+        self.steps_done = step + 1
+
+    def _step_done(self, step: int) -> None:
+        self.steps_done = step + 1
+        self.playback.say_step()
+
     def step_callbacks(self, trainer: Any) -> list[TrainingCallback]:
         """What the method does before and after its steps."""
         return []
@@ -150,8 +161,9 @@ class FieldPipeline(VanillaPipeline):
         callbacks = super().get_training_callbacks(training_callback_attributes)
         begin = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], func=trainer.begin_step)
         end = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.end_step)
+        shown = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=self._step_done)
         finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
-        return [begin, *callbacks, *self.step_callbacks(trainer), end, finish]
+        return [begin, *callbacks, *self.step_callbacks(trainer), shown, end, finish]
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """nerfstudio's; raises `NotFiniteError` before the loss can spoil the field."""
@@ -204,6 +216,7 @@ class FieldPipeline(VanillaPipeline):
         from sv4d_ns.utils.threads import torch_threads, useful_threads
 
         self.eval()
+        self.playback.finished()
         trainer.bar.close()
         with torch_threads(useful_threads()):
             summary = self._results(trainer.total_steps)
