@@ -36,6 +36,10 @@ def tiled(rows: Iterable[Iterable[UInt8[np.ndarray, "h w c"]]]) -> UInt8[np.ndar
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 
+OBSERVED_COLOR, GENERATED_COLOR, UNSEEN_COLOR = (0.0, 0.45, 0.70), (0.90, 0.62, 0.0), (0.35, 0.35, 0.35)
+"""Of surface that the input video saw, that generated views only saw, and that none saw: blue and orange of Okabe and
+Ito's palette, which colour-blind readers tell apart. sRGB."""
+
 LABEL_HEIGHT = 12
 """Pixels of a label's type."""
 LABEL_COLOR = (70, 70, 70)
