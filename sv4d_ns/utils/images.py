@@ -64,6 +64,15 @@ def labelled(
     return np.asarray(sheet)
 
 
+def captioned(names: Sequence[str], width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
+    """A strip to be put above pictures of equal width that stand side by side: a name over each, in grey on white."""
+    strip = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(max(0.6 * height, 6))
+    for number, name in enumerate(names):
+        pen.text(((number + 0.5) * width / len(names), height / 2), name, LABEL_COLOR, font, anchor="mm")
+    return np.asarray(strip)
+
+
 def smoothstep(x: Float[Tensor, "*n"], low: float, high: float) -> Float[Tensor, "*n"]:
     """u^2 (3 - 2u), u = clip((x - low) / (high - low), 0, 1)."""
     u = ((x - low) / (high - low)).clamp(0, 1)
