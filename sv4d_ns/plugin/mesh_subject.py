@@ -1,6 +1,6 @@
 """What a run's own movies show: the mesh that an export makes of it.
 
-Drawing it takes a small part of the time in which the field is rendered at the same size, and it is what leaves the run.
+Drawing it takes a small part of the time in which the field is rendered at that size, and it is what leaves the run.
 """
 
 from collections.abc import Callable, Iterator
