@@ -243,6 +243,9 @@ def test_a_loops_second_round_is_not_rendered_again(viewer, monkeypatch: pytest.
             panel.time = moment
             renderer._render_img(camera_state(1.0))
     assert rendered == [0.0, 0.5, 1.0]
+    renderer.interrupt_render_flag = True  # as nerfstudio does when something changes at rest
+    renderer._render_img(camera_state(1.0))
+    assert not renderer.interrupt_render_flag, "the next picture at rest is not to be given up"
     renderer._render_img(camera_state(2.0))
     assert len(rendered) == 4, "another camera"
     renderer.state = "high"

@@ -81,6 +81,8 @@ class FluidRenderer(RenderStateMachine):
     def _render_img(self, camera_state: CameraState) -> Any:
         if self.state == "high":
             return super()._render_img(camera_state)
+        # meant for the picture at rest, which is over: left standing, it would end the next one and no other would come
+        self.interrupt_render_flag = False
         seen_from, moment = self._seen_from(camera_state), self.viewer.control_panel.time
         still = seen_from is not None and seen_from == self.played.seen_from
         self._side = max(self.control.side, SMALLEST_PLAYED_SIDE) if still else self.control.side
