@@ -28,7 +28,11 @@ page.on("console", (message) => { if (["error", "warning"].includes(message.type
 page.on("pageerror", (error) => complaints.push(String(error)));
 page.on("request", (request) => { if (!/^(file|data|blob):/.test(request.url())) asked.push(request.url()); });
 await page.goto(pathToFileURL(page_file).href);
-await page.waitForFunction(() => document.getElementById("clock").textContent.startsWith("frame 1"));
+const number = () => page.evaluate(() => Number(/frame (\d+)/.exec(document.getElementById("clock").textContent)?.[1]));
+await page.waitForFunction(() => Number(/frame (\d+)/.exec(document.getElementById("clock").textContent)?.[1]) >= 3);
+check(true, "it plays by itself");
+await page.click("#play");
+await page.evaluate(() => { const s = document.getElementById("scrub"); s.value = 0; s.dispatchEvent(new Event("input")); });
 await page.waitForTimeout(1500);
 
 const canvas = async (id, name) => {
@@ -45,7 +49,7 @@ const colours = (id) => page.evaluate((i) => {
   const data = pane.getImageData(0, 0, 64, 64).data;
   let covered = 0; const mean = [0, 0, 0];
   for (let k = 0; k < data.length; k += 4) {
-    if (data[k] > 245 && data[k + 1] > 245 && data[k + 2] > 245) continue;
+    if (data[k + 3] < 10 || (data[k] > 245 && data[k + 1] > 245 && data[k + 2] > 245)) continue;
     covered++; for (let j = 0; j < 3; j++) mean[j] += data[k + j];
   }
   return { share: covered / 4096, mean: mean.map((x) => x / Math.max(covered, 1)) };
@@ -61,7 +65,7 @@ check(apart < 40 && Math.abs(asset.share - video.share) < 0.1, `both look alike 
 
 const before = await clock();
 await page.click("#play");
-await page.waitForFunction(() => Number(/frame (\d+)/.exec(document.getElementById("clock").textContent)[1]) >= 4);
+for (let k = 0; k < 600 && (await number()) < 4; k++) await page.waitForTimeout(100);
 const after = await clock(), moved = await canvas("scene", "scene_played");
 await page.click("#play");
 check(after !== before, `pressing play moves the clock (${before} to ${after})`);
@@ -78,10 +82,19 @@ await page.hover("#scene");
 await page.mouse.down(); await page.mouse.move(420, 260, { steps: 4 }); await page.mouse.up();
 await page.waitForTimeout(500);
 check((await canvas("scene", "scene_turned")) !== last, "dragging turns it");
-await page.selectOption("#show", "2");
+await page.click('#show button[value="2"]');
 await page.waitForTimeout(500);
 await canvas("scene", "scene_confidence");
+check(await page.isVisible("#legend"), "confidence has a legend");
 await page.screenshot({ path: `${out}/page.png` });
+const waiting = await canvas("scene", "scene_waiting");
+await page.click("#turn");
+await page.waitForTimeout(1000);
+check((await canvas("scene", "scene_turning")) !== waiting, "Turn turns it by itself");
+await page.setViewportSize({ width: 390, height: 844 });
+await page.waitForTimeout(500);
+check(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth && document.querySelector(".bar").getBoundingClientRect().bottom <= innerHeight), "all of it fits a phone");
+await page.screenshot({ path: `${out}/phone.png` });
 check(complaints.length === 0, `nothing on the console${complaints.map((text) => `\n        ${text}`).join("")}`);
 check(asked.length === 0, `nothing asked of the network${asked.map((url) => `\n        ${url}`).join("")}`);
 await browser.close();

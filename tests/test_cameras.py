@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sv4d_ns.geometry.cameras import CAMERA_RADIUS, OBJECT_BOX, ViewPlan, look_at_cameras
+from sv4d_ns.geometry.cameras import CAMERA_RADIUS, OBJECT_BOX, ViewPlan, framing_camera, look_at_cameras
 from sv4d_ns.utils.errors import InputError
 
 azimuths = st.floats(-720, 720)
@@ -60,6 +60,34 @@ def test_plan_survives_json(views, input_elevation):
     plan = ViewPlan(tuple(a for a, _ in views), tuple(e for _, e in views), input_elevation)
     assert ViewPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan.c2w().shape == (plan.num_views + 1, 4, 4)
+
+
+@given(azimuths, st.floats(-60, 60), st.floats(20, 90), st.floats(0.4, 3), st.integers(0, 1000))
+def test_a_framing_camera_shows_everything_as_large_as_it_can(azimuth, elevation, fov, aspect, seed):
+    points = np.random.default_rng(seed).uniform((-1, -0.2, 0.1), (1, 0.4, 1.5), (40, 3))
+    right, up, back = look_at_cameras(np.array([azimuth]), np.array([elevation]))[0, :3, :3].T
+
+    def seen(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the picture, whose edges are at -1 and 1."""
+        ahead = (position - some) @ back
+        assert ahead.min() > 0
+        slope = np.tan(np.deg2rad(fov) / 2)
+        return (some - position) @ right / ahead / (slope * aspect), (some - position) @ up / ahead / slope
+
+    position, target = framing_camera(points, points, azimuth, elevation, fov, aspect)
+    np.testing.assert_allclose((position - target) / np.linalg.norm(position - target), back, atol=1e-9)
+    x, y = seen(points)
+    tighter = x if np.ptp(x) > np.ptp(y) else y
+    np.testing.assert_allclose([tighter.min(), tighter.max()], [-1, 1], atol=1e-6)
+    assert max(abs(x).max(), abs(y).max()) < 1 + 1e-6
+
+
+def test_a_framing_camera_centres_some_points_where_the_others_leave_room():
+    tall = np.array([[0.0, y, z] for y in (-0.4, 0.4) for z in (-0.5, 0.5)])
+    wide = [framing_camera(tall, tall[:2], 0.0, 0.0, 40.0, aspect)[0] for aspect in (5.0, 1.0, 0.1)]
+    assert wide[0][1] == pytest.approx(-0.4), "y is to the right of a camera on the x axis"
+    assert -0.4 < wide[1][1] < 0, "as far as it goes"
+    assert wide[2][1] == pytest.approx(0), "not at all"
 
 
 def test_official_plans():

@@ -13,7 +13,16 @@ from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.movies import movies
-from sv4d_ns.movies.movies import MovieOptions, Subject, movie, paste_in_source, shots, write_run_movies
+from sv4d_ns.movies.movies import (
+    MovieOptions,
+    Subject,
+    caption_height,
+    movie,
+    paste_in_source,
+    planned_movies,
+    shots,
+    write_movies,
+)
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import Framing, StabilisedFraming
 from sv4d_ns.views.grid import ViewGrid
@@ -44,6 +53,13 @@ def write_source(path: Path, count: int = FRAMES, width: int = 40, height: int =
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def write_run_movies(folder, subject, presets, options, progress):
+    """As a run does it."""
+    plan = planned_movies(folder, subject, presets, options)
+    write_movies(plan, options.size, progress)
+    return plan.files, plan.sentences
 
 
 def frames_of(path: Path) -> list[np.ndarray]:
@@ -96,6 +112,39 @@ def test_the_overlay_lies_where_the_framing_says(scale: float) -> None:
     assert not made[..., 1:].any() and made[0, 0].sum() == 0
 
 
+def test_a_runs_movies_show_its_mesh_and_the_field_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sv4d_ns.export import make
+    from sv4d_ns.export.formats.asset import AnimatedMesh
+    from sv4d_ns.plugin import mesh_subject
+
+    monkeypatch.setattr(mesh_subject, "FIELD_SIZE", SIZE // 2)
+    of_field = subject()
+    one = mesh_subject.MeshSubject(of_field.field, of_field.occupancy, of_field.grid, of_field.canonical_time)
+    assert one.identity() != of_field.identity(), "movies of the field are made again"
+    (shot,) = shots("time", one, OPTIONS)[0][:1]
+    assert one.render(shot, SIZE).shape == (SIZE, SIZE, 4)
+
+    plate = np.array([[0, -0.2, -0.2], [0.1, 0.2, -0.2], [0, 0.2, 0.2], [0.1, -0.2, 0.2]], np.float32)
+    moving = np.stack([plate + np.array([0, 0, rise], np.float32) for rise in (0, 0.1, 0.2)])
+    faces, colors = np.array([[0, 1, 2], [0, 2, 3]]), np.full((4, 3), (200, 0, 0), np.uint8)
+    mesh = AnimatedMesh(moving, faces, colors, np.zeros_like(moving), 10.0, np.ones(4))
+    done: list[tuple[int, int]] = []
+
+    def make_asset(run: Any, options: Any, terminal: Any) -> AnimatedMesh:
+        with terminal.bar("sampling the field", 7) as advance:
+            advance()
+        terminal.say("a finding")
+        return mesh
+
+    monkeypatch.setattr(make, "make_asset", make_asset)
+    one.prepare(lambda *counts: done.append(counts))
+    assert done == [(1, mesh_subject.STAGES), (mesh_subject.STAGES, mesh_subject.STAGES)]
+    first, later = (one.render(replace(shot, time=time), 64) for time in (0.0, 0.25))
+    assert (first[first[..., 3] > 0][:, :3] == (200, 0, 0)).all()
+    rows = [np.nonzero(picture[..., 3])[0].mean() for picture in (first, later)]
+    assert 0.2 < rows[0] - rows[1] < 3, "half a frame's way up"
+
+
 def test_the_bar_counts_what_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not pictures: the overlay shows again what the side-by-side movie has rendered, and went by in no time."""
     source = write_source(tmp_path / "source.mp4")
@@ -128,7 +177,7 @@ def test_a_run_leaves_movies_that_play_and_are_not_made_again(tmp_path: Path) ->
     assert [file.stem for file in files] == list(movies.PRESETS) and not sentences
     assert calls[-1][0] == calls[-1][1] and calls == sorted(calls)
     assert len(frames_of(folder / "orbit.mp4")) == 6
-    assert frames_of(folder / "side-by-side.mp4")[0].shape == (SIZE, 2 * SIZE, 3)
+    assert frames_of(folder / "side-by-side.mp4")[0].shape == (SIZE + caption_height(SIZE), 2 * SIZE, 3)
     overlay = frames_of(folder / "overlay.mp4")
     assert overlay[0].shape == (30, 40, 3)
     assert [round(float(frame[0, 0].mean()) / 60) for frame in overlay] == [0, 1, 2], "each over its own frame"

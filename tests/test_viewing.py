@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,10 @@ from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import pixel_rays
-from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, SizeControl
+from sv4d_ns.plugin import adaptive_resolution
+from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, FluidRenderer, PlayedPictures, SizeControl
 from sv4d_ns.plugin.render_outputs import LEGENDS, GridVisibility, camera_channels
-from sv4d_ns.plugin.viewer import Clock, Playback, local_unless_asked, thumbnails
+from sv4d_ns.plugin.viewer import Clock, Playback, StartCamera, local_unless_asked, object_points, thumbnails
 from sv4d_ns.views.grid import ViewGrid
 
 FOUR_VIEWS = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
@@ -37,17 +39,17 @@ def view_grid() -> ViewGrid:
 
 def test_the_clock_keeps_the_clips_speed_and_loops() -> None:
     clock = Clock(frames=5, position=3.0, since=100.0, fps=10.0, loop=True)
-    assert [clock.position_at(100 + seconds)[0] for seconds in (0, 0.1, 0.2, 0.55, 10.0)] == [3, 4, 0, 3, 3]
+    assert [clock.position_at(100 + seconds)[0] for seconds in (0, 0.1, 0.2, 0.55, 10.0)] == [3, 4, 0, 3.5, 3]
     assert all(clock.position_at(100 + seconds)[1] for seconds in (0, 0.2, 50))
     once = replace(clock, loop=False)
-    assert once.position_at(100.05) == (3, True) and once.position_at(100.1) == (4, False)
+    assert once.position_at(100.05) == (3.5, True) and once.position_at(100.1) == (4, False)
     assert once.position_at(120) == (4, False)
 
 
 def test_slow_clips_play_moments_between_frames() -> None:
     clock = Clock(frames=5, position=0.0, since=0.0, fps=2.0, loop=True)
-    assert clock.tick == pytest.approx(0.1)
-    assert [clock.position_at(seconds)[0] for seconds in (0.1, 0.5, 2.4)] == pytest.approx([0.2, 1.0, 4.0])
+    assert 1 / clock.tick >= 15, "pictures a second"
+    assert [clock.position_at(seconds)[0] for seconds in (0.07, 0.5, 2.4)] == pytest.approx([0.125, 1.0, 4.0])
     assert Clock(1, 0.0, 0.0, 10.0, True).position_at(3.0)[0] == 0, "one frame stays"
 
 
@@ -58,10 +60,6 @@ def test_thumbnails_are_those_of_the_frame() -> None:
 
 
 def test_cameras_that_arrive_while_pictures_are_put_on_the_others_get_theirs() -> None:
-    from contextlib import nullcontext
-
-    from sv4d_ns.plugin.viewer import Playback
-
     def handle() -> Any:
         return SimpleNamespace(wxyz=None, position=None, visible=True, on_click=lambda call: None)
 
@@ -73,7 +71,7 @@ def test_cameras_that_arrive_while_pictures_are_put_on_the_others_get_theirs() -
         return handle()
 
     grid = view_grid()
-    playback = Playback(SimpleNamespace(), lambda: grid)  # type: ignore[arg-type]
+    playback = Playback(SimpleNamespace(), lambda: grid, lambda: 0)  # type: ignore[arg-type]
     playback.viewer = SimpleNamespace(
         camera_handles=handles,
         viser_server=SimpleNamespace(atomic=nullcontext, scene=SimpleNamespace(add_camera_frustum=add_camera_frustum)),
@@ -94,7 +92,8 @@ def viewer():
     panel = ControlPanel(server, True, 10.0, lambda: rendered.append(panel.time), lambda _: None, lambda _: None)
     panel.update_output_options(["rgb", "confidence", "model_view"])
     header = server.gui.add_markdown("Step: 0")
-    buttons = [server.gui.add_button("Pause Training"), server.gui.add_button("Resume Training")]
+    names = ("Pause Training", "Resume Training", "Hide Train Cams", "Show Train Cams")
+    buttons = [server.gui.add_button(name) for name in names]
     cameras = {
         view: server.scene.add_camera_frustum(f"/cameras/camera_{view:05d}", fov=0.6, aspect=1.0) for view in range(5)
     }
@@ -104,6 +103,9 @@ def viewer():
         stats_markdown=header,
         pause_train=buttons[0],
         resume_train=buttons[1],
+        hide_images=buttons[2],
+        show_images=buttons[3],
+        update_step=lambda step: setattr(header, "content", f"Step: {step}"),
         trainer=None,
         config=ViewerConfig(),
         camera_handles=cameras,
@@ -124,7 +126,7 @@ def until(holds, seconds: float = 20.0) -> bool:
 def test_playing_stepping_and_the_pictures_on_the_cameras(viewer) -> None:
     grid = view_grid()
     model = SimpleNamespace(shown_channels=None)
-    playback = Playback(model, lambda: grid)
+    playback = Playback(model, lambda: grid, lambda: 1200)
     cameras = dict(viewer.camera_handles)
     playback._setup(viewer)
     panel = viewer.control_panel
@@ -162,7 +164,114 @@ def test_playing_stepping_and_the_pictures_on_the_cameras(viewer) -> None:
     panel._output_render.value = "confidence"
     assert until(lambda: playback._legend.content == LEGENDS["confidence"])
     assert model.shown_channels() == {"confidence"}
-    assert not viewer.pause_train.visible, "nothing trains"
+
+    assert not viewer.pause_train.visible and not panel._train_util.gui_handle.visible, "nothing trains"
+    assert not panel._train_speed.gui_handle.visible
+    assert viewer.stats_markdown.content == "Step: 1200"
+    assert not playback._cameras.visible and viewer.show_images.visible and not viewer.hide_images.visible
+    assert not panel.layer_depth
+    viewer.show_images.value = True  # what a click does
+    assert until(lambda: playback._cameras.visible and panel.layer_depth), "cameras stand where they are"
+
+
+def test_a_finished_training_shows_its_last_step_and_no_controls_of_its_own(viewer, monkeypatch) -> None:
+    panel, steps = viewer.control_panel, [7]
+    for element in (panel._train_speed, panel._train_util):
+        element.set_hidden(False)
+    trained = SimpleNamespace(**vars(viewer) | {"trainer": SimpleNamespace(training_state="training")})
+    playback = Playback(SimpleNamespace(), view_grid, lambda: steps[0])  # type: ignore[arg-type]
+    playback.say_step()  # of a training without a viewer
+    playback.finished()
+    playback._setup(trained)  # type: ignore[arg-type]
+    assert panel._train_util.gui_handle.visible
+    playback.say_step()
+    assert viewer.stats_markdown.content == "Step: 7"
+    steps[0] = 8
+    playback.say_step()
+    assert viewer.stats_markdown.content == "Step: 7", "not with every step"
+    playback.finished()
+    assert viewer.stats_markdown.content == "Step: 8" and not panel._train_util.gui_handle.visible
+
+
+def test_a_new_client_sees_the_whole_object_as_large_as_the_window_allows(viewer) -> None:
+    occupancy = OccupancyGrid(FRAMES, resolution=16)
+    occupancy.occupied[:] = False
+    occupancy.occupied[:, 6:9, 2:5, 1:15] = True  # a pole
+    assert len(object_points(occupancy, 0.5)) == 3 * 3 * 14
+    model = SimpleNamespace(occupancy=occupancy, device=SimpleNamespace(type="cuda"))
+    start = StartCamera()
+    start.viewer = SimpleNamespace(get_model=lambda: model, control_panel=viewer.control_panel)  # type: ignore[assignment]
+    client = SimpleNamespace(camera=SimpleNamespace(aspect=1.6), atomic=nullcontext)
+    start._place(client)
+    camera = client.camera
+    position, target = np.array(camera.position) / 10, np.array(camera.look_at) / 10
+    back = (position - target) / np.linalg.norm(position - target)
+    right = np.cross((0, 0, 1), back) / np.linalg.norm(np.cross((0, 0, 1), back))
+    seen = object_points(occupancy) - position
+    depth = seen @ -back
+    height = seen @ np.cross(back, right) / depth / np.tan(camera.fov / 2)
+    assert (height.min(), height.max()) == pytest.approx((-1, 1))
+    assert abs((seen @ right / depth).mean()) < 0.01, "and in the middle"
+    occupancy.occupied[:] = False
+    start._place(client)  # nothing there yet
+
+
+def still_renderer(viewer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[float]]:
+    """A client's renderer whose pictures are sizes of a moment, and the moments it has rendered."""
+    rendered: list[float] = []
+
+    def render(self: Any, camera_state: Any) -> dict[str, Any]:
+        rendered.append(viewer.control_panel.time)
+        return {"rgb": torch.zeros(*self._calculate_image_res(camera_state.aspect), 3)}
+
+    monkeypatch.setattr(adaptive_resolution.RenderStateMachine, "_render_img", render)
+    monkeypatch.setattr(SizeControl, "learn", lambda *_: None)
+    preview = SimpleNamespace(preview_render=False)
+    renderer = FluidRenderer(SimpleNamespace(**vars(viewer), render_tab_state=preview), 10.0, None, 15.0)
+    return renderer, rendered
+
+
+def camera_state(place: float) -> Any:
+    return SimpleNamespace(c2w=torch.full((3, 4), place), fov=0.6, aspect=1.0)
+
+
+def test_a_loops_second_round_is_not_rendered_again(viewer, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer, rendered = still_renderer(viewer, monkeypatch)
+    panel = viewer.control_panel
+    for _ in range(3):
+        for moment in (0.0, 0.5, 1.0):
+            panel.time = moment
+            renderer._render_img(camera_state(1.0))
+    assert rendered == [0.0, 0.5, 1.0]
+    renderer.interrupt_render_flag = True  # as nerfstudio does when something changes at rest
+    renderer._render_img(camera_state(1.0))
+    assert not renderer.interrupt_render_flag, "the next picture at rest is not to be given up"
+    renderer._render_img(camera_state(2.0))
+    assert len(rendered) == 4, "another camera"
+    renderer.state = "high"
+    renderer._render_img(camera_state(2.0))
+    assert len(rendered) == 5, "at rest the picture is a larger one"
+    renderer.state = "low_move"
+    renderer.viewer.trainer = SimpleNamespace(training_state="training")
+    renderer._render_img(camera_state(2.0))
+    assert len(rendered) == 6, "the field has changed"
+
+
+def test_played_pictures_are_replaced_by_larger_ones_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive_resolution, "KEPT_PIXELS", 250)
+    played = PlayedPictures()
+
+    def picture(side: int) -> dict[str, Any]:
+        return {"rgb": torch.zeros(side, side, 3)}
+
+    played.keep("here", 0.0, picture(5))
+    assert played.find(0.0, 5) is not None and played.find(0.0, 10) is None and played.find(0.5, 5) is None
+    for moment in (0.0, 0.5, 1.0):
+        played.keep("here", moment, picture(10))
+    assert played.find(0.0, 10) is not None and played.find(0.5, 10) is not None
+    assert played.find(1.0, 10) is None, "enough"
+    played.keep("there", 1.0, picture(10))
+    assert played.find(1.0, 10) is not None and played.find(0.0, 5) is None
 
 
 def model_with_a_ball() -> SimpleNamespace:

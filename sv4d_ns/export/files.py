@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sv4d_ns.export.terminal import Terminal
 
 GLB_NAME = "mesh.glb"
+POSTER_AZIMUTH_DEG = 30.0
+"""From the input view: the poster shows a side that the video does not."""
 SKIN_BOUND = 5e-3
 """Root mean square error of the skinned vertices, as a share of the box's diagonal, at which no bones are added."""
 
@@ -182,11 +184,16 @@ def web_files(run: FinishedRun, mesh: AnimatedMesh, folder: Path) -> Written:
     """`write_web` of an asset that is made already."""
     import tempfile
 
-    from sv4d_ns.export.formats.web import write_page
+    from sv4d_ns.export.colour.picture import draw
+    from sv4d_ns.export.formats.web import POSTER_NAME, POSTER_SIZE, write_page, write_poster
+    from sv4d_ns.geometry.cameras import look_at_cameras
 
-    page = folder / "index.html"
+    page, poster, views = folder / "index.html", folder / POSTER_NAME, run.views
     with tempfile.TemporaryDirectory() as scratch:
         glb = Path(scratch) / GLB_NAME
         write_animated_glb(mesh, glb, run.name, run.extras)
-        write_page(glb, run.views.input_frames, run.views.plan, mesh.fps, run.name, page)
-    return [page], f"Open {page.absolute().as_uri()} in any browser; it needs no network."
+        write_page(glb, views.input_frames, views.plan, mesh.fps, run.name, page)
+    elevation, size = np.array([views.plan.input_elevation_deg]), POSTER_SIZE[0] // 2
+    camera = look_at_cameras(np.array([POSTER_AZIMUTH_DEG]), elevation, views.plan.radius)[0]
+    write_poster(views.input_frames[0], draw(mesh, 0, camera, views.plan.focal_px(size), size), poster)
+    return [page, poster], f"Open {page.absolute().as_uri()} in any browser; it needs no network."

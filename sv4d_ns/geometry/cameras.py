@@ -51,6 +51,45 @@ def look_at_cameras(
     return matrices
 
 
+def framing_camera(
+    points: Float[np.ndarray, "n 3"],
+    centred: Float[np.ndarray, "m 3"],
+    azimuth_deg: float,
+    elevation_deg: float,
+    fov_deg: float,
+    aspect: float,
+) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+    """Where a camera of a given direction stands closest with all points in its picture.
+
+    Args:
+        centred: those of the points that are in the middle of the picture, as far as the others leave room.
+        azimuth_deg: and `elevation_deg`: of the camera seen from the points.
+        fov_deg: over the height of the picture.
+        aspect: width of the picture over its height.
+
+    Returns:
+        Its position and a point amid the points that it looks at straight.
+    """
+    right, up, back = look_at_cameras(np.array([azimuth_deg]), np.array([elevation_deg]))[0, :3, :3].T
+    slope = math.tan(math.radians(fov_deg) / 2)
+    axes = ((right, slope * aspect), (up, slope))
+
+    # the planes through the camera that bound the picture, moved until they touch the outermost points
+    def touching(some: Float[np.ndarray, "k 3"]) -> list[tuple[float, float]]:
+        return [
+            (float((some @ axis - rise * (some @ back)).min()), float((some @ axis + rise * (some @ back)).max()))
+            for axis, rise in axes
+        ]
+
+    around, middles = touching(points), touching(centred)
+    distance = max((high - low) / (2 * rise) for (low, high), (_, rise) in zip(around, axes, strict=True))
+    across = np.zeros(3)
+    for (axis, rise), (low, high), ends in zip(axes, around, middles, strict=True):
+        across += np.clip(sum(ends) / 2, high - rise * distance, low + rise * distance) * axis
+    depth = points @ back
+    return across + distance * back, across + (depth.max() + depth.min()) / 2 * back
+
+
 @dataclass(frozen=True)
 class ViewPlan:
     """The novel views asked for, relative to the input view, and the camera they share.

@@ -1,7 +1,7 @@
-"""Short movies of a fitted field: around it, through its time, beside and over the input video.
+"""Short movies of a fitted field or its mesh: around it, through its time, beside and over the input video.
 
 Each is a list of shots (a camera and a moment), rendered one after the other and written as H.264. A run makes all of
-them when it is finished; `sv4d render` makes one of any size.
+them when it is finished; `sv4d render` makes one of any size. A strip above the pictures says what they show.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,7 +19,7 @@ from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import content_hash
-from sv4d_ns.utils.images import over_white
+from sv4d_ns.utils.images import captioned, over_white
 from sv4d_ns.video.writer import write_h264
 from sv4d_ns.views.grid import ViewGrid
 
@@ -46,7 +46,7 @@ LONGEST_SIDE = 640
 class MovieOptions:
     """What the shots of a movie are taken with; None takes what suits the run."""
 
-    size: int = 192
+    size: int = 512
     """Pixels along the side of a rendered picture (a multiple of 2)."""
     fps: float | None = None
     """Pictures per second; None takes `ORBIT_FPS` where time stands still, else the clip's own."""
@@ -79,6 +79,9 @@ class Subject:
     occupancy: Any
     grid: ViewGrid
     canonical_time: float
+
+    name: ClassVar[str] = "4D field"
+    """Of what the pictures show."""
 
     def identity(self) -> str:
         """Hash of the field's numbers and of the grid: movies of the same subject are the same."""
@@ -166,7 +169,18 @@ def movie(preset: Preset, subject: Subject, options: MovieOptions) -> Movie:
     if preset == "overlay":
         return _overlay(subject, options)
     chosen, fps = shots(preset, subject, options)
-    return Movie(lambda: (over_white(subject.render(shot, options.size)) for shot in chosen), len(chosen), fps)
+
+    def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        strip = captioned([subject.name], options.size, caption_height(options.size))
+        for shot in chosen:
+            yield np.concatenate([strip, over_white(subject.render(shot, options.size))])
+
+    return Movie(pictures, len(chosen), fps)
+
+
+def caption_height(size: int) -> int:
+    """Pixels of the strip above pictures of a size, even as H.264 needs it."""
+    return 2 * max(round(size / 32), 1)
 
 
 def _side_by_side(subject: Subject, options: MovieOptions) -> Movie:
@@ -176,10 +190,12 @@ def _side_by_side(subject: Subject, options: MovieOptions) -> Movie:
     grid = subject.grid
 
     def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        names = ["input video", f"{subject.name}, same camera"]
+        strip = captioned(names, 2 * options.size, caption_height(options.size))
         for frame in range(grid.num_frames):
             given = over_white(resize_rgba(grid.input_frames[frame][None], options.size)[0])
             made = over_white(subject.render_input_view(frame, options.size))
-            yield np.concatenate([given, made], axis=1)
+            yield np.concatenate([strip, np.concatenate([given, made], axis=1)])
 
     views = tuple((frame, options.size) for frame in range(grid.num_frames))
     return Movie(pictures, grid.num_frames, options.fps or grid.fps, views)
@@ -302,42 +318,55 @@ def movie_key(path: Path) -> str | None:
         return None
 
 
-def write_run_movies(
-    folder: Path, subject: Subject, presets: Iterable[Preset], options: MovieOptions, progress: Progress
-) -> tuple[list[Path], list[str]]:
-    """All movies of a run; those of this field that are there are not made again.
+@dataclass(frozen=True, eq=False)
+class PlannedMovies:
+    """What is to be made for a run."""
 
-    Returns:
-        Their files, and a sentence about each that could not be made.
+    files: list[Path]
+    """All that there will be, those that are there included."""
+    wanted: list[tuple[Path, Movie, str]]
+    """To be made: where, what, and its key."""
+    sentences: list[str]
+    """About each that cannot be made."""
 
-    Raises:
-        InputError: a file cannot be written.
-    """
+
+def planned_movies(folder: Path, subject: Subject, presets: Iterable[Preset], options: MovieOptions) -> PlannedMovies:
+    """All movies of a run; those of this subject that are there are not made again."""
     identity = subject.identity()
-    wanted: list[tuple[Path, Movie, str]] = []
-    files, sentences = [], []
+    plan = PlannedMovies([], [], [])
     for preset in presets:
         path, key = folder / f"{preset}.mp4", content_hash(identity, preset, options.__dict__)
         if movie_key(path) != key:
             try:
-                wanted.append((path, movie(preset, subject, options), key))
+                plan.wanted.append((path, movie(preset, subject, options), key))
             except InputError as error:
-                sentences.append(str(error))
+                plan.sentences.append(str(error))
                 continue
-        files.append(path)
+        plan.files.append(path)
+    return plan
+
+
+def write_movies(plan: PlannedMovies, size: int, progress: Progress) -> None:
+    """Make what is wanted.
+
+    Args:
+        size: of the pictures that the subject is rendered at.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
     kept: set[tuple[int, int]] = set()
     costs = []
-    for _, one, _ in wanted:
-        costs.append(np.cumsum([0.0, *one.cost(options.size, kept)]))
+    for _, one, _ in plan.wanted:
+        costs.append(np.cumsum([0.0, *one.cost(size, kept)]))
         kept.update(one.input_views or ())
     total, done = math.ceil(sum(cost[-1] for cost in costs)), 0.0
-    for (path, one, key), cost in zip(wanted, costs, strict=True):
+    for (path, one, key), cost in zip(plan.wanted, costs, strict=True):
 
         def show(number: int, before: float = done, cost: Float[np.ndarray, " n"] = cost) -> None:
             progress(int(before + cost[number]), total)
 
         write_movie(path, one, key, show)
         done += cost[-1]
-    if wanted:
+    if plan.wanted:
         progress(total, total)
-    return files, sentences

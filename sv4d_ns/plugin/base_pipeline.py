@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch.cuda.amp.grad_scaler import GradScaler
 
     from sv4d_ns.field.images import ResultSheet
-    from sv4d_ns.movies.movies import Subject
     from sv4d_ns.plugin.honesty import Unseen
+    from sv4d_ns.plugin.mesh_subject import MeshSubject
 
 
 @dataclass
@@ -51,9 +51,10 @@ class FieldPipelineConfig(VanillaPipelineConfig):
         "side-by-side",
         "overlay",
     )
-    """Movies made at the end of the run, in its folder `movies`; () for none. `sv4d render` makes larger ones."""
-    movie_size: int = 192
-    """Pixels along the side of their rendered pictures, even."""
+    """Movies made at the end of the run, in its folder `movies`, of its mesh; () for none. `sv4d render` makes
+    them of the field."""
+    movie_size: int = 512
+    """Pixels along the side of their pictures, even."""
 
 
 def read_step(losses: "Mapping[str, Tensor]", psnr: "Tensor", step: int) -> float:
@@ -102,8 +103,10 @@ class FieldPipeline(VanillaPipeline):
         """The sampler's visibility of views as it was when the checkpoint was saved that the run goes on from."""
         self.psnr = math.nan
         """Of the last training step's rays, dB."""
+        self.steps_done = 0
+        """Training steps behind the field as it is now."""
         self.start_camera = StartCamera()
-        self.playback = Playback(self.field_model, lambda: self.datamanager.grid)
+        self.playback = Playback(self.field_model, lambda: self.datamanager.grid, lambda: self.steps_done)
         self.field_model.views = GridVisibility(lambda: self.datamanager.grid)
         self.datamanager.frame_window = self.field_model.frame_window
         self.datamanager.canonical_frame = self.field_model.canonical_frame
@@ -133,6 +136,15 @@ class FieldPipeline(VanillaPipeline):
         assert isinstance(self.model, FieldModel)
         return self.model
 
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """nerfstudio's; remembers which step it was."""
+        super().load_pipeline(loaded_state, step)
+        self.steps_done = step + 1
+
+    def _step_done(self, step: int) -> None:
+        self.steps_done = step + 1
+        self.playback.say_step()
+
     def step_callbacks(self, trainer: Any) -> list[TrainingCallback]:
         """What the method does before and after its steps."""
         return []
@@ -150,8 +162,9 @@ class FieldPipeline(VanillaPipeline):
         callbacks = super().get_training_callbacks(training_callback_attributes)
         begin = TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], func=trainer.begin_step)
         end = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=trainer.end_step)
+        shown = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], func=self._step_done)
         finish = TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], func=lambda step: self.finish(trainer))
-        return [begin, *callbacks, *self.step_callbacks(trainer), end, finish]
+        return [begin, *callbacks, *self.step_callbacks(trainer), shown, end, finish]
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """nerfstudio's; raises `NotFiniteError` before the loss can spoil the field."""
@@ -204,6 +217,7 @@ class FieldPipeline(VanillaPipeline):
         from sv4d_ns.utils.threads import torch_threads, useful_threads
 
         self.eval()
+        self.playback.finished()
         trainer.bar.close()
         with torch_threads(useful_threads()):
             summary = self._results(trainer.total_steps)
@@ -266,27 +280,40 @@ class FieldPipeline(VanillaPipeline):
         model = self.field_model
         return unseen(model.field, model.occupancy, first, sheet.novel_alpha, generated)
 
-    def _subject(self) -> "Subject":
-        from sv4d_ns.movies.movies import Subject
+    def _subject(self) -> "MeshSubject":
+        from sv4d_ns.plugin.mesh_subject import MeshSubject
 
         model = self.field_model
         time = model.canonical_frame / max(model.num_frames - 1, 1)
-        return Subject(model.field, model.occupancy, self.datamanager.grid, time)
+        return MeshSubject(model.field, model.occupancy, self.datamanager.grid, time)
 
     def _make_movies(self) -> None:
         """Write the movies of the run that are not there yet, and say where they are."""
         if not self.config.movies:
             return
-        from sv4d_ns.movies.movies import MovieOptions, write_run_movies
+        from sv4d_ns.movies.movies import MovieOptions, planned_movies, write_movies
         from sv4d_ns.utils.progress import bar
 
         folder, subject = self.run_dir / MOVIE_FOLDER, self._subject()
         options = MovieOptions(size=self.config.movie_size)
-        with one_sentence_errors(), bar("Rendering the movies") as progress:
-            files, sentences = write_run_movies(folder, subject, self.config.movies, options, progress)
-        for sentence in sentences:
+        with one_sentence_errors():
+            plan = planned_movies(folder, subject, self.config.movies, options)
+            if plan.wanted:
+                self._prepare(subject)
+                with bar("Rendering the movies") as progress:
+                    write_movies(plan, options.size, progress)
+        for sentence in plan.sentences:
             say(sentence)
-        say(f"Movies: {folder} ({', '.join(file.name for file in files)})")
+        say(f"Movies: {folder} ({', '.join(file.name for file in plan.files)})")
+
+    def _prepare(self, subject: "MeshSubject") -> None:
+        from sv4d_ns.utils.progress import bar
+
+        try:
+            with bar("Making the mesh that the movies show") as progress:
+                subject.prepare(progress)
+        except InputError as error:
+            say(f"The movies show the field: {error}")
 
 
 def next_commands(run: Path, name: str | None, export: str) -> list[str]:

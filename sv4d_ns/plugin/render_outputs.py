@@ -19,7 +19,7 @@ from sv4d_ns.field.images import render_rgba, surface_normals
 from sv4d_ns.field.visibility import VisibilityConfig, soft_visibility, unoccluded
 from sv4d_ns.field.volume_rendering import Bounds, render_rays_chunked
 from sv4d_ns.geometry.rays import picture_rays, project, sample_picture
-from sv4d_ns.utils.images import over_white
+from sv4d_ns.utils.images import GENERATED_COLOR, OBSERVED_COLOR, UNSEEN_COLOR, over_white
 from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ DEFORMATION_RANGE = 0.2
 DEPTH_MAP_SIZE = 64
 """Pixels along the side of the depth maps that say what a camera of the grid sees of the surface."""
 
-OBSERVED_COLOR, GENERATED_COLOR, UNSEEN_COLOR = (0.0, 0.45, 0.70), (0.90, 0.62, 0.0), (0.35, 0.35, 0.35)
-"""Of the channel `confidence` (blue and orange of Okabe and Ito's palette, which colour-blind readers tell apart)."""
 BLANK = 0.85
 """Grey of surface that the view in question does not see."""
 

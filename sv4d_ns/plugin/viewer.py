@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from nerfstudio.configs.base_config import ViewerConfig
 from nerfstudio.viewer.viewer_elements import (
     ViewerButton,
@@ -22,24 +23,28 @@ from nerfstudio.viewer.viewer_elements import (
     ViewerNumber,
 )
 
-from sv4d_ns.geometry.cameras import CAMERA_RADIUS, look_at_cameras
+from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, framing_camera
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
     from nerfstudio.viewer.viewer import Viewer
 
+    from sv4d_ns.field.occupancy import OccupancyGrid
     from sv4d_ns.plugin.base_model import FieldModel
     from sv4d_ns.views.grid import ViewGrid
 
 AZIMUTH_DEG, ELEVATION_DEG = 30.0, 15.0
 """A little beside and above the input camera, so that the first look shows that the object is not flat."""
 
-FLUID_FPS = 10.0
+FLUID_FPS = 15.0
 """Pictures per second on a CPU while something moves; they are as large as the machine can make them in that time.
 nerfstudio's own 30 leave a CPU too few pixels to see the object by."""
 
-SMOOTH_FPS = 10.0
+SMOOTH_FPS = 15.0
 """A clip slower than this plays moments between its frames."""
+
+STEP_SECONDS = 0.5
+"""Between two changes of the step that is shown in training."""
 
 THUMBNAIL_SIZE = 100
 """Pixels along the side of the pictures on the cameras (as nerfstudio's own)."""
@@ -50,8 +55,18 @@ FRUSTUM_SCALE = 1.5
 hundreds of cameras; these are few, and their pictures are to be seen."""
 
 
+def object_points(occupancy: "OccupancyGrid", moment: float | None = None) -> Float[np.ndarray, "n 3"]:
+    """Where there may be something, world units: at a moment in [0, 1], or at any of the clip.
+
+    Known from the first training step on, when it is the hull of the silhouettes.
+    """
+    bins = occupancy.occupied
+    cells = bins.any(0) if moment is None else bins[round(moment * (len(bins) - 1))]
+    return occupancy.cell_centers()[cells.reshape(-1)].double().cpu().numpy()
+
+
 class StartCamera(ViewerControl):
-    """Puts a new client's camera where the whole object is in view; found by nerfstudio on the pipeline."""
+    """Puts a new client's camera where the object fills the window; found by nerfstudio on the pipeline."""
 
     def _setup(self, viewer: "Viewer") -> None:
         super()._setup(viewer)
@@ -60,10 +75,19 @@ class StartCamera(ViewerControl):
     def _place(self, client: Any) -> None:
         from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO
 
-        camera = look_at_cameras(np.array([AZIMUTH_DEG]), np.array([ELEVATION_DEG]), CAMERA_RADIUS)[0]
+        model: Any = self.viewer.get_model()
+        occupancy: OccupancyGrid = model.occupancy
+        clip, now = object_points(occupancy), object_points(occupancy, self.viewer.control_panel.time)
+        if not len(clip):  # nothing has grown yet, or all of it has gone
+            clip = occupancy.cell_centers().double().cpu().numpy()
+        # the lens of the run's own cameras: the browser's wide one bends what is near
+        lens = FIELD_OF_VIEW_DEG, client.camera.aspect
+        place = framing_camera(clip, now if len(now) else clip, AZIMUTH_DEG, ELEVATION_DEG, *lens)
+        position, target = (tuple(VISER_NERFSTUDIO_SCALE_RATIO * point) for point in place)
         with client.atomic():
-            client.camera.position = tuple(VISER_NERFSTUDIO_SCALE_RATIO * camera[:3, 3])
-            client.camera.look_at = (0.0, 0.0, 0.0)
+            client.camera.fov = math.radians(FIELD_OF_VIEW_DEG)
+            client.camera.position = position
+            client.camera.look_at = target
         if self.viewer.get_model().device.type == "cpu":
             self._make_fluid(client)
 
@@ -123,10 +147,13 @@ class Playback(ViewerControl):
     Pictures the machine is too slow for are left out; the clip keeps its speed.
     """
 
-    def __init__(self, model: "FieldModel", grid: "Callable[[], ViewGrid]"):
-        """`grid` gives the view grid in use (stage 2 replaces it)."""
+    def __init__(self, model: "FieldModel", grid: "Callable[[], ViewGrid]", steps_done: Callable[[], int]):
+        """`grid` gives the view grid in use (stage 2 replaces it), `steps_done` the training steps behind the field."""
         self.model = model
         self.grid = grid
+        self.steps_done = steps_done
+        self.viewer: Any = None  # until nerfstudio has made one
+        self._step_said = -math.inf
         self._clock: Clock | None = None
         self._lock = threading.Lock()
         self._drawing = threading.Lock()
@@ -160,8 +187,41 @@ class Playback(ViewerControl):
         self._say_status(0)
         # nerfstudio's own cameras are there by then
         viewer.viser_server.on_client_connect(lambda _: self._draw())
-        if viewer.trainer is None:  # there is nothing to pause
-            viewer.pause_train.visible = viewer.resume_train.visible = False
+        self._hide_cameras()
+        if viewer.trainer is None:
+            self.finished()
+
+    def _hide_cameras(self) -> None:
+        """Until they are asked for: they stand in front of the object."""
+        viewer = self.viewer
+        # above nerfstudio's cameras, which come later and are visible themselves
+        self._cameras = viewer.viser_server.scene.add_frame("/cameras", show_axes=False, visible=False)
+        viewer.hide_images.visible, viewer.show_images.visible = False, True
+        viewer.show_images.on_click(lambda _: self._show_cameras(True))
+        viewer.hide_images.on_click(lambda _: self._show_cameras(False))
+        self._show_cameras(False)
+
+    def _show_cameras(self, visible: bool) -> None:
+        self._cameras.visible = visible
+        # depth is for what stands in front of the object or behind it; it costs as much to send as the picture
+        self.viewer.control_panel._layer_depth.value = visible
+
+    def finished(self) -> None:
+        """Nothing trains (any more): its controls go, and the step is the last one."""
+        viewer = self.viewer
+        if viewer is None:
+            return
+        viewer.pause_train.visible = viewer.resume_train.visible = False
+        for element in (viewer.control_panel._train_speed, viewer.control_panel._train_util):
+            element.set_hidden(True)
+        viewer.update_step(self.steps_done())
+
+    def say_step(self) -> None:
+        """Show how many training steps are behind the field; nerfstudio does so only with some of its pictures."""
+        now = time.monotonic()
+        if self.viewer is not None and now - self._step_said > STEP_SECONDS:
+            self._step_said = now
+            self.viewer.update_step(self.steps_done())
 
     def start(self) -> None:
         """Play from where the Time slider stands; from the beginning if it stands at the end of a clip that is over."""

@@ -36,6 +36,10 @@ def tiled(rows: Iterable[Iterable[UInt8[np.ndarray, "h w c"]]]) -> UInt8[np.ndar
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
 
 
+OBSERVED_COLOR, GENERATED_COLOR, UNSEEN_COLOR = (0.0, 0.45, 0.70), (0.90, 0.62, 0.0), (0.35, 0.35, 0.35)
+"""Of surface that the input video saw, that generated views only saw, and that none saw: blue and orange of Okabe and
+Ito's palette, which colour-blind readers tell apart. sRGB."""
+
 LABEL_HEIGHT = 12
 """Pixels of a label's type."""
 LABEL_COLOR = (70, 70, 70)
@@ -58,6 +62,15 @@ def labelled(
     for number, name in enumerate(column_names):
         pen.text((left + (number + 0.5) * width, top / 2), name, LABEL_COLOR, font, anchor="mm")
     return np.asarray(sheet)
+
+
+def captioned(names: Sequence[str], width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
+    """A strip to be put above pictures of equal width that stand side by side: a name over each, in grey on white."""
+    strip = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(max(0.6 * height, 6))
+    for number, name in enumerate(names):
+        pen.text(((number + 0.5) * width / len(names), height / 2), name, LABEL_COLOR, font, anchor="mm")
+    return np.asarray(strip)
 
 
 def smoothstep(x: Float[Tensor, "*n"], low: float, high: float) -> Float[Tensor, "*n"]:

@@ -210,10 +210,10 @@ function showResult(job, file) {
     element("video", { src: file(key), controls: true, loop: true, muted: true, playsInline: true, preload: "metadata" }),
     element("figcaption", {}, key.slice("movie-".length)))));
 }
-// the viewer lays its two square panes side by side from 600 pixels on; it may not be asked, being in a sandbox
+// from 641 pixels on the viewer has two square panes side by side, else one; it may not be asked, being in a sandbox
 function sizeViewer() {
   const width = $("viewer").clientWidth;
-  if (width) $("viewer").style.height = `${width < 596 ? 2 * width + 300 : width / 2 + 190}px`;
+  if (width) $("viewer").style.height = `${width < 641 ? width + 320 : width / 2 + 260}px`;
 }
 addEventListener("resize", sizeViewer);
 
