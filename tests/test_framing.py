@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.images import over_white
-from sv4d_ns.video.crop import Framing, fixed_framing, released_framing, released_preprocess
+from sv4d_ns.video.crop import Framing, fixed_framing, is_framed, released_framing, released_preprocess, whole_framing
 
 pixels = st.floats(-2000, 2000)
 
@@ -84,6 +84,23 @@ def test_the_object_is_centred_and_fills_its_share_wherever_it_was(width, height
     assert rows[-1] + rows[0] + 1 == pytest.approx(100, abs=2)
 
 
+@pytest.mark.parametrize(
+    ("picture", "framed"),
+    [
+        (disc(100, 100, 47, 52, 40), True),
+        (disc(100, 100, 50, 50, 20), False),  # small
+        (disc(100, 100, 38, 50, 35), False),  # beside the middle
+        (disc(100, 100, 50, 50, 49), False),  # cut off, perhaps
+        (disc(120, 100, 60, 50, 40), False),  # not square
+    ],
+)
+def test_a_square_film_that_frames_its_object_is_shown_whole(picture, framed):
+    assert is_framed(picture[..., 3]) == framed
+    if framed:
+        framing = whole_framing(picture[..., 3], 50)
+        assert (framing.center_x, framing.center_y, framing.side, framing.size) == (50, 50, 100, 50)
+
+
 def test_an_untouched_picture_when_the_square_is_the_picture():
     pictures = np.random.default_rng(0).integers(1, 256, (2, 16, 16, 4), dtype=np.uint8)
     crops = Framing(8, 8, 16, 16, 16, 16).apply(pictures)
@@ -104,6 +121,8 @@ def test_nonsense_is_refused():
     alpha = disc(20, 20, 10, 10, 5)[..., 3]
     with pytest.raises(InputError, match="No frame shows a visible object"):
         fixed_framing(np.zeros_like(alpha), 32)
+    with pytest.raises(InputError, match="No frame shows a visible object"):
+        whole_framing(np.zeros_like(alpha), 32)
     for ratio in (0, -1, 1.5, float("nan")):
         with pytest.raises(InputError, match="cannot fill"):
             fixed_framing(alpha, 32, ratio)

@@ -38,7 +38,7 @@ def test_the_config_offers_every_value_of_the_enum(name: str) -> None:
 
 def test_defaults_are_fixed_input_and_the_models_own_network() -> None:
     config = SV4DDataManagerConfig()
-    assert (config.crop, config.window_stride, config.guidance) == ("fixed", "fixed", "released")
+    assert (config.crop, config.window_stride, config.guidance) == ("auto", "fixed", "released")
     assert config.camera_attention is config.view_references is config.guidance_scale is None
     assert GridOptions.from_values({"stride": config.window_stride, "guidance": config.guidance}) == GridOptions()
 

@@ -57,6 +57,34 @@ def test_a_sample_is_in_sight_and_repeatable(assets):
     assert (seen & alpha).sum() / (seen | alpha).sum() > 0.85
 
 
+def test_a_cropped_sample_has_its_box_in_the_middle_of_the_input_picture(assets):
+    library = AssetLibrary(assets, held_out_share=0.0)
+    for elevation in (0.0, 25.0):
+        camera = look_at_cameras(np.zeros(1), np.array([elevation]))
+        boxes = []
+        for share in (0.0, 1.0):
+            given = {"kind": "animated", "elevation_deg": elevation, "yaw_deg": 60.0, "longest_window_s": 0.5}
+            sample = library.sample(np.random.default_rng(5), 8, cropped_share=share, **given)
+            visible = sample.draw(camera, 128)[..., 3].max(axis=(0, 1)) >= 128
+            rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+            boxes.append((rows[0], rows[-1], columns[0], columns[-1]))
+        top, bottom, left, right = boxes[1]
+        assert abs(top + bottom - 127) <= 2 and abs(left + right - 127) <= 2
+        assert max(abs(boxes[0][0] + boxes[0][1] - 127), abs(boxes[0][2] + boxes[0][3] - 127)) > 2, "not so before"
+        assert max(bottom - top, right - left) >= max(boxes[0][1] - boxes[0][0], boxes[0][3] - boxes[0][2])
+
+
+def test_a_stretched_sample_has_other_proportions_and_stays_in_sight(assets):
+    library = AssetLibrary(assets, held_out_share=0.0)
+    shapes = []
+    for seed in range(6):
+        sample = library.sample(np.random.default_rng(seed), kind="static", yaw_deg=0.0, largest_stretch=1.25)
+        extent = np.ptp(sample.mesh(0).positions, axis=0)
+        shapes.append(extent / extent.max())
+        assert np.linalg.norm(sample.mesh(0).positions, axis=1).max() <= LARGEST_RADIUS + 1e-9
+    assert np.ptp(shapes, axis=0).max() > 0.1 and np.min(shapes) > 1 / 1.25**2 - 1e-6
+
+
 def test_a_still_sample_has_equal_frames(assets):
     library = AssetLibrary(assets, held_out_share=0.0)
     sample = library.sample(np.random.default_rng(0), frames=3, kind="static", yaw_deg=0.0)

@@ -699,3 +699,15 @@ def test_the_doctor_reports(tmp_path, rolling, capsys):
     assert Image.open(tmp_path / "sheet.png").size == (4 * 256, 256)
     with pytest.raises(SystemExit, match=r"Error: .*nothing.mp4 does not exist"):
         main(["doctor", str(tmp_path / "nothing.mp4")])
+
+
+def test_a_large_square_film_that_frames_its_object_is_read_at_the_wanted_size(tmp_path):
+    y, x = np.mgrid[:400, :400]
+    disc = ((x - 215) ** 2 + (y - 200) ** 2 < 150**2)[..., None]
+    picture = np.where(disc, np.uint8([200, 30, 40]), np.uint8([255, 255, 255]))
+    for name, count in (("a.mp4", 2), ("b.mp4", 3)):
+        write_video(tmp_path / name, np.repeat(picture[None], count, 0))
+        video = load_object_video(tmp_path / name, size=80)
+        assert (video.framing.side, video.framing.center_x) == (400, 200)
+        columns = np.flatnonzero((video.frames[..., 3] >= 128).any(axis=(0, 1)))
+        assert columns[0] == pytest.approx(13, abs=1) and columns[-1] == pytest.approx(72, abs=1)

@@ -74,8 +74,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     birefnet-general and others of rembg's are better and need the extra `matting`."""
     frame_ratio: float = 0.9
     """Share of the square crop that the object's larger side fills, over all frames (SV4D's image_frame_ratio)."""
-    crop: Literal["fixed", "stabilised", "released"] = "fixed"
-    """The square shown to the model: fixed is centred on the object over all frames; stabilised follows an object that
+    crop: Literal["auto", "fixed", "stabilised", "released"] = "auto"
+    """The square shown to the model: auto is the whole picture where it is square and frames the object already, as
+    renders do, and else fixed; fixed is centred on the object over all frames; stabilised follows an object that
     travels (ns-export's --root-motion gives the travel back); released is the released script's, around the middle of
     the picture."""
     input_size: int = INPUT_SIZE

@@ -24,6 +24,9 @@ from sv4d_ns.utils.files import atomic_path, content_hash
 
 LARGEST_RADIUS = 0.566
 """Of the sphere around the origin that holds the object in all frames: inside 0.97 of the frustum's cone."""
+MOST_CLOSER = 1.25
+"""Largest factor by which a crop around the object may enlarge it: beyond, most of what is long and seen from in front
+lies outside of the cameras' sight."""
 LARGEST_SHARE = 0.9
 """Of the input picture's side that the object's box may take (both as in the 4D benchmark)."""
 MOST_DRIFT = 0.6
@@ -126,6 +129,27 @@ def fit(
     return Placement(rotation, centre, scale)
 
 
+def as_cropped(
+    placement: Placement, points: Float[np.ndarray, "n 3"], input_c2w: Float[np.ndarray, "4 4"]
+) -> Placement:
+    """The placement in which a film cropped around its object shows it: the box in the picture is in the middle.
+
+    Where a camera looks at the object's middle in space, the place of its box in the picture tells which way it faces.
+    A model that saw nothing else is misled by a crop, which most films are.
+    """
+    turned = points @ placement.rotation.T
+    tangent = np.tan(np.deg2rad(FIELD_OF_VIEW_DEG) / 2)
+    centre, scale = placement.centre, placement.scale
+    for _ in range(3):
+        seen = scale * (turned - centre) @ input_c2w[:3, :3]
+        places = seen[:, :2] / (CAMERA_RADIUS - seen[:, 2:])
+        middle = (places.min(axis=0) + places.max(axis=0)) / 2
+        centre = centre + input_c2w[:3, :2] @ middle * CAMERA_RADIUS / scale
+        wanted = scale * LARGEST_SHARE * 2 * tangent / np.ptp(places, axis=0).max()
+        scale = min(wanted, MOST_CLOSER * placement.scale)
+    return Placement(placement.rotation, centre, scale)
+
+
 def asset_names(folder: Path) -> list[str]:
     """Paths of the GLBs below a folder, without suffix, in order."""
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.glb"))
@@ -220,6 +244,7 @@ class AssetLibrary:
         lighting: Lighting | None = None,
         longest_window_s: float = LONGEST_WINDOW_S,
         largest_stretch: float = 1.0,
+        cropped_share: float = 0.0,
     ) -> AssetSample:
         """A random asset, clip, window of it, turn, light and stretch.
 
@@ -232,6 +257,7 @@ class AssetLibrary:
             lighting: default random.
             longest_window_s: of the clip that the T moments cover.
             largest_stretch: each axis of the asset is made longer or shorter by a random factor of at most this.
+            cropped_share: of the samples that are placed as a film cropped around its object shows it (`as_cropped`).
 
         Raises:
             InputError: none of the assets can be used.
@@ -241,7 +267,15 @@ class AssetLibrary:
             name = pool[int(rng.integers(len(pool)))]
             try:
                 return self._sample(
-                    name, rng, frames, elevation_deg, yaw_deg, lighting, longest_window_s, largest_stretch
+                    name,
+                    rng,
+                    frames,
+                    elevation_deg,
+                    yaw_deg,
+                    lighting,
+                    longest_window_s,
+                    largest_stretch,
+                    cropped_share,
                 )
             except AssetError as error:
                 self.skipped[name] = str(error)
@@ -258,6 +292,7 @@ class AssetLibrary:
         lighting: Lighting | None,
         longest_window_s: float,
         largest_stretch: float,
+        cropped_share: float,
     ) -> AssetSample:
         scene = self.scene(name)
         turn = rng.uniform(0.0, 360.0) if yaw_deg is None else yaw_deg
@@ -265,15 +300,20 @@ class AssetLibrary:
         if largest_stretch > 1.0:
             rotation = rotation * largest_stretch ** rng.uniform(-1.0, 1.0, 3)
         light = draw_lighting(rng) if lighting is None else lighting
+        cropped = cropped_share > 0.0 and rng.random() < cropped_share
         moving = np.flatnonzero(scene.clip_spans[:, 1] > scene.clip_spans[:, 0])
         input_c2w = look_at_cameras(np.zeros(1), np.array([elevation_deg]))[0]
+
+        def place_for(points: Float[np.ndarray, "n 3"]) -> Placement:
+            placement = fit(points, rotation, input_c2w)
+            return as_cropped(placement, points, input_c2w) if cropped else placement
+
         if not len(moving):
-            mesh = pose(scene, None, 0.0)
-            placement = fit(_drawn(mesh), rotation, input_c2w)
+            placement = place_for(_drawn(pose(scene, None, 0.0)))
             return AssetSample(name, scene, None, np.zeros(frames), placement, light)
         clip = int(rng.choice(moving))
         times, meshes = _window(scene, clip, frames, rng, longest_window_s)
-        placement = fit(np.concatenate([_drawn(mesh) for mesh in meshes]), rotation, input_c2w)
+        placement = place_for(np.concatenate([_drawn(mesh) for mesh in meshes]))
         sample = AssetSample(name, scene, clip, times, placement, light)
         if len(meshes) == frames:
             sample._meshes.update({t: placed(mesh, placement) for t, mesh in enumerate(meshes)})

@@ -1,6 +1,8 @@
 """From a file of any kind to square, cut-out pictures of one object, and the way back to the source."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from sv4d_ns.video.crop import (
     CropRule,
     Framing,
     fixed_framing,
+    is_framed,
     released_framing,
     released_preprocess,
     union_box,
+    whole_framing,
 )
 from sv4d_ns.video.foreground import Foreground, segment
 from sv4d_ns.video.matting import BUNDLED, load_matting, read_masks
@@ -65,7 +69,7 @@ def load_object_video(
     fps: float | None = None,
     masks: Path | None = None,
     matting: str | None = BUNDLED,
-    crop: CropRule = CropRule.FIXED,
+    crop: CropRule = CropRule.AUTO,
 ) -> ObjectVideo:
     """Read a video, cut the object out and frame it.
 
@@ -105,14 +109,14 @@ def load_object_video(
         framing, pictures = released_framing(foreground.frames, size, frame_ratio)
         findings = [_framed(finding, framing) for finding in findings]
     else:
-        frame = stabilised_framing if crop is CropRule.STABILISED else fixed_framing
-        framing = frame(foreground.alpha, size, frame_ratio)
+        frame = _framing_rule(crop, foreground, frame_ratio)
+        framing = frame(foreground.alpha, size)
         findings = [_framed(finding, framing) for finding in findings]
         closer = _closer_look(clip, foreground, framing)
         if closer is not None:
             clip = replace(take(film, chosen, closer), messages=clip.messages)
             foreground = cut_out(clip, foreground)
-        framing, pictures = frame(foreground.alpha, size, frame_ratio), foreground.frames
+        framing, pictures = frame(foreground.alpha, size), foreground.frames
     return ObjectVideo(
         framing.apply(pictures),
         clip.fps,
@@ -124,6 +128,15 @@ def load_object_video(
     )
 
 
+def _framing_rule(
+    crop: CropRule, foreground: Foreground, frame_ratio: float
+) -> Callable[[UInt8[np.ndarray, "t h w"], int], Framing | StabilisedFraming]:
+    """What makes the framing from the object's coverage and a size in pixels."""
+    if crop is CropRule.AUTO and is_framed(foreground.alpha):
+        return whole_framing
+    return partial(stabilised_framing if crop is CropRule.STABILISED else fixed_framing, frame_ratio=frame_ratio)
+
+
 def _closer_look(clip: Clip, foreground: Foreground, framing: Framing | StabilisedFraming) -> Region | None:
     """The part of a scaled-down clip to read again, because the crop would show it smaller than it was filmed."""
     region, scale = clip.region, clip.region.scale
@@ -131,6 +144,8 @@ def _closer_look(clip: Clip, foreground: Foreground, framing: Framing | Stabilis
     wanted = min(1.0, framing.size / side)
     if scale >= wanted:
         return None
+    if isinstance(framing, Framing) and framing.side == clip.frames.shape[2]:
+        return replace(region, scale=wanted)
     margin = 0.1 * side  # the background's pixels around the object, which the cut-out needs
     x0, y0, x1, y1 = (edge / scale for edge in union_box(foreground.alpha >= VISIBLE_ALPHA))
     left, top = max(int(x0 - margin), 0), max(int(y0 - margin), 0)

@@ -15,6 +15,11 @@ from sv4d_ns.video.reader import Region
 FRAME_RATIO = 0.9
 """Share of the crop that the longer side of the object fills: the default of the released SV4D 2.0 script."""
 
+FRAMED_OFF_CENTRE = 0.08
+"""Largest way of the object's box over all frames from the middle of a film that frames it, as a share of the side."""
+FRAMED_LEAST, FRAMED_MOST = 0.65, 0.96
+"""Least and largest share of such a film's side that the furthest edge of the box reaches, counted from the middle."""
+
 VISIBLE_ALPHA = 26
 """Alpha (of 255) from which a pixel counts for the bounding box; a tenth, so that matting noise does not."""
 
@@ -22,12 +27,14 @@ VISIBLE_ALPHA = 26
 class CropRule(str, Enum):
     """Which square of the video the model is shown.
 
+    AUTO: the whole picture where it is square and frames the object already (`is_framed`), else FIXED.
     FIXED: centred on the object's box over all frames, whose longer side fills the frame ratio (`fixed_framing`).
     RELEASED: the square of the released script, around the middle of the picture (`released_framing`): an object off
         centre stays off centre and becomes smaller, and in video that is not square it may be cut.
     STABILISED: one square a frame, which follows an object that travels through the picture (`stabilised_framing`).
     """
 
+    AUTO = "auto"
     FIXED = "fixed"
     STABILISED = "stabilised"
     RELEASED = "released"
@@ -124,6 +131,32 @@ class Framing:
             canvas = np.zeros((span, span, 4), np.float32)
             canvas[rows.start - y0 : rows.stop - y0, columns.start - x0 : columns.stop - x0] = part
             yield _straight(_resize(canvas, self.size, box))
+
+
+def is_framed(alpha: UInt8[np.ndarray, "t h w"]) -> bool:
+    """Whether a square film shows its object large and in the middle, as renders of objects do.
+
+    Such a camera was pointed at the object's middle in space, and where its box lies in the picture (the nearer half of
+    a turned body is larger) tells which way it faces. A crop around the box would wipe that out.
+    """
+    height, width = alpha.shape[1:]
+    if height != width:
+        return False
+    left, top, right, bottom = union_box(alpha >= VISIBLE_ALPHA)
+    off = max(abs(left + right - width), abs(top + bottom - height)) / 2
+    furthest = max(width - 2 * left, 2 * right - width, height - 2 * top, 2 * bottom - height)
+    return off <= FRAMED_OFF_CENTRE * width and FRAMED_LEAST * width <= furthest <= FRAMED_MOST * width
+
+
+def whole_framing(alpha: UInt8[np.ndarray, "t h w"], size: int) -> Framing:
+    """The whole of a square film.
+
+    Raises:
+        InputError: nothing is visible.
+    """
+    union_box(alpha >= VISIBLE_ALPHA)
+    height, width = alpha.shape[1:]
+    return Framing(width / 2, height / 2, float(width), width, height, size)
 
 
 def fixed_framing(alpha: UInt8[np.ndarray, "t h w"], size: int, frame_ratio: float = FRAME_RATIO) -> Framing:

@@ -10,6 +10,9 @@ from sv4d_ns.training_data.library import AssetLibrary
 
 LARGEST_STRETCH = 1.25
 """Of training assets along each of their axes: a few hundred shapes become many."""
+CROPPED_SHARE = 0.5
+"""Of training samples that are framed by their box in the picture, as most users' films; the others by their middle in
+space, as renders are (`sv4d_ns.video.crop.is_framed`)."""
 FRAME_SECONDS = 0.12
 """Longest time between two frames of a clip: a 21-frame video of two and a half seconds."""
 
@@ -29,13 +32,13 @@ class AssetSource:
     def __init__(self, folder: Path, cache: Path | None = None, held_out: bool = False):
         self.library = AssetLibrary(folder, cache=cache)
         self.names = self.library.held_out if held_out else self.library.train
-        self.largest_stretch = 1.0 if held_out else LARGEST_STRETCH
+        self.largest_stretch, self.cropped_share = (1.0, 0.0) if held_out else (LARGEST_STRETCH, CROPPED_SHARE)
 
     def sample(self, rng: np.random.Generator, frames: int, views: int, size: int) -> Sample:
         elevation, c2w = draw_cameras(rng, views)
         asset = self.library.sample(
             rng, frames, names=self.names, elevation_deg=elevation, longest_window_s=FRAME_SECONDS * max(frames, 4),
-            largest_stretch=self.largest_stretch,
+            largest_stretch=self.largest_stretch, cropped_share=self.cropped_share,
         )  # fmt: skip
         frustum = Frustum()
         occupancy = np.stack([asset.occupancy(frame, c2w[0], size) for frame in range(frames)])
