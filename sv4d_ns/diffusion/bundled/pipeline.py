@@ -66,7 +66,7 @@ class BundledVideoPipeline(DiffusionPipeline):
         denoiser: VolumeDenoiser,
         num_inference_steps: int = 3,
         sigma_max: float = 40.0,
-        sigma_min: float = 4.0,
+        sigma_min: float = 1.5,
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser)
