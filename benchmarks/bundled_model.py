@@ -45,6 +45,8 @@ class Config:
     """Held-out creatures; 0 leaves them out."""
     most_assets: int = 24
     """Held-out assets at most."""
+    cropped: bool = False
+    """Show them as films that are cropped around their object do; by default as renders do, looking at its middle."""
     steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps."""
     threads: int = 1
@@ -75,7 +77,7 @@ def creatures(count: int) -> Iterator[Clip]:
         yield Clip(f"creature {index}", np.concatenate([clip.inputs[:, None], clip.views], 1), clip.plan)
 
 
-def assets(folder: Path, most: int) -> Iterator[Clip]:
+def assets(folder: Path, most: int, cropped: bool) -> Iterator[Clip]:
     """Held-out assets, 21 frames of their first clips, in the benchmark's light."""
     from sv4d_ns.training_data.library import AssetLibrary
     from sv4d_ns.training_data.lighting import benchmark_lighting
@@ -85,8 +87,9 @@ def assets(folder: Path, most: int) -> Iterator[Clip]:
         rng = np.random.default_rng([77, index])
         elevation = 0.0 if index % 2 == 0 else float(rng.uniform(-10.0, 30.0))
         found = library.sample(
-            rng, 21, names=(name,), elevation_deg=elevation, lighting=benchmark_lighting(), longest_window_s=2.1
-        )
+            rng, 21, names=(name,), elevation_deg=elevation, lighting=benchmark_lighting(), longest_window_s=2.1,
+            cropped_share=float(cropped),
+        )  # fmt: skip
         plan = ViewPlan.ring(RING, elevation)
         yield Clip(name, found.draw(plan.c2w(), SIZE), plan)
 
@@ -158,7 +161,7 @@ def main(config: Config) -> None:
     if config.creatures:
         sets[f"{config.creatures} held-out creatures"] = list(creatures(config.creatures))
     if config.assets is not None:
-        sets["held-out assets"] = list(assets(config.assets, config.most_assets))
+        sets["held-out assets"] = list(assets(config.assets, config.most_assets, config.cropped))
     if config.cases is not None:
         found = list(cases(config.cases))
         sets |= {clip.name: [clip] for clip in found} | {"all cases": found}

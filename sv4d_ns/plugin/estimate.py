@@ -49,7 +49,7 @@ STATIC_STEP, MOVING_STEP = 0.07, 0.13
 """Of a step of sv4d while one frame is fitted, and from then on."""
 STATIC_UNTIL = 0.12
 """Share of the schedule (`sampling.ScheduleConfig`)."""
-VIEW_SECONDS = 0.07
+VIEW_SECONDS = 0.11
 """Of a generated picture of the bundled model."""
 ROUND_SECONDS = 0.183
 """Of a picture of stage 2, rendered, refined and kept."""
@@ -58,10 +58,10 @@ WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 DISTILLATION_GAIN = 1.2
 """How much more a step of 4diffusion gains from two or more threads than `THREAD_GAIN` says: a distilling one in its
 convolutions and one of the warm-up in the field's kernels, both by 1.4 in all."""
-START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
+START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 3.5
 """From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
 movie."""
-SPACE_SHEET_SECONDS, SPACE_MOVIE_SECONDS = 10.0, 9.8
+SPACE_SHEET_SECONDS, SPACE_MOVIE_SECONDS = 10.0, 5.0
 """Of 4diffusion's contact sheet and movies, whose field costs more to look at."""
 
 
