@@ -119,7 +119,7 @@ def test_the_pipeline_takes_and_gives_pil_and_calls_back(small: VolumeDenoiser) 
     made = pipeline(
         frames, (40.0, 80.0), (0.0, 20.0), size=48, num_inference_steps=3, output_type="pil", callback_on_step_end=note
     ).frames
-    assert [step for step, _ in seen] == [0, 1, 2] and seen[0][1] == 40.0 and seen[2][1] == pytest.approx(4.0)
+    assert [step for step, _ in seen] == [0, 1, 2] and seen[0][1] == 40.0 and seen[2][1] == pytest.approx(1.5)
     assert len(made) == 2 and len(made[0]) == 2 and made[0][0].size == (48, 48) and made[0][0].mode == "RGBA"
 
 

@@ -92,8 +92,8 @@ def test_a_machine_that_becomes_busy_is_noticed() -> None:
 def test_4diffusion_is_told_by_its_first_steps_of_a_kind(network: float) -> None:
     """How costly the network is beside the field is another matter on every machine."""
     run = recorded("4diffusion")
-    steps = run["steps"].repeat(10)
-    steps[len(steps) // 2 :] *= network
+    distilling = np.repeat(run["distilling_tens"], 10) * network
+    steps = np.concatenate([np.full(len(distilling), np.median(run["steps"][1:10])), distilling])
     work, clock = distillation_work(len(steps), 21, 8, len(steps) // 2, movies=0), Clock()
     remaining = Remaining(work, clock)
     for step in range(len(steps) // 2 + 12):

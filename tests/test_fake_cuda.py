@@ -252,11 +252,13 @@ def test_a_training_step_is_the_same_on_the_card(
     which: str, tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sv4d_ns.diffusion_training import train as sv4d
+    from sv4d_ns.diffusion_training.bundled import objective
     from sv4d_ns.diffusion_training.bundled import train as bundled
 
     if which == "bundled":
         small = VolumeDenoiser(**SMALL_VOLUMES)
-        monkeypatch.setattr(bundled, "VolumeDenoiser", lambda: copy.deepcopy(small))
+        monkeypatch.setattr(bundled, "VolumeDenoiser", lambda depth: copy.deepcopy(small))
+        monkeypatch.setattr(objective, "noise_generator", lambda generator, device: generator)
         kind, config = bundled.Trainer, small_config(tmp_path, clip_share=1.0, steps_3d=0)
         batch = bundled.StepDataset(config, 16)[0]
     else:
@@ -269,6 +271,7 @@ def test_a_training_step_is_the_same_on_the_card(
     here = trainer_on("cpu", kind, config, monkeypatch).step(batch)
     with card:
         trainer = trainer_on("cuda", kind, config, monkeypatch)
+        batch = batch.to(trainer.device) if which == "bundled" else batch  # `batches` does
         there = trainer.step(batch)  # the first one sets things up
         card.counts.clear(), card.places.clear()
         trainer.step(batch)

@@ -55,14 +55,16 @@ ROUND_SECONDS = 0.183
 """Of a picture of stage 2, rendered, refined and kept."""
 WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
+FIRST_DISTILLING, GROWN_AT = 0.7, 0.3
+"""A distilling step costs this share at first, and the whole from this share of them on: the field fills up."""
 DISTILLATION_GAIN = 1.2
 """How much more a step of 4diffusion gains from two or more threads than `THREAD_GAIN` says: a distilling one in its
 convolutions and one of the warm-up in the field's kernels, both by 1.4 in all."""
-START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 3.5
+START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
 """From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
 movie."""
-SPACE_SHEET_SECONDS, SPACE_MOVIE_SECONDS = 10.0, 5.0
-"""Of 4diffusion's contact sheet and movies, whose field costs more to look at."""
+SPACE_SHEET_SECONDS, SPACE_MOVIE_SECONDS = 10.0, 4.6
+"""Of 4diffusion's contact sheet, whose field costs more to look at, and of each movie, which shows its mesh."""
 
 
 def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movies: int = 5) -> Work:
@@ -86,7 +88,9 @@ def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movi
 
 def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies: int = 5, threads: int = 1) -> Work:
     """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps."""
-    costs = np.where(np.arange(steps) < warm_up, WARM_STEP, DISTILLING_STEP)
+    distilled = np.arange(steps) - warm_up
+    grown = np.clip(distilled / max(GROWN_AT * (steps - warm_up), 1.0), 0.0, 1.0)
+    costs = np.where(distilled < 0, WARM_STEP, DISTILLING_STEP * (FIRST_DISTILLING + (1.0 - FIRST_DISTILLING) * grown))
     costs /= DISTILLATION_GAIN if threads > 1 else 1.0
     end = SPACE_SHEET_SECONDS + SPACE_MOVIE_SECONDS * movies
     return Work(START_SECONDS, costs, end=end, views=VIEW_SECONDS * frames * views)

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from sv4d_ns.diffusion.bundled.frustum import Frustum, ball_mask, cell_points, project
 from sv4d_ns.diffusion.bundled.rendering import Volume
 from sv4d_ns.utils.devices import upload
-from sv4d_ns.utils.errors import InputError
 
 SIGMA_DATA = 0.5
 """Standard deviation of pictures in [-1, 1] (EDM, arXiv 2206.00364, table 1)."""
@@ -258,12 +257,10 @@ class VolumeDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """A network with `depth` blocks that computes what this one does: those that are added begin as the identity.
 
         Raises:
-            InputError: this one has more.
+            ValueError: this one has more.
         """
         if depth < self.config.depth:
-            raise InputError(
-                f"--depth is {depth}: the network to start from has {self.config.depth} blocks; give at least that."
-            )
+            raise ValueError(f"this network has {self.config.depth} blocks, not {depth} or fewer")
         shape = {name: value for name, value in self.config.items() if not name.startswith("_")}
         deeper = VolumeDenoiser(**{**shape, "depth": depth})
         deeper.load_state_dict({**deeper.state_dict(), **self.state_dict()})

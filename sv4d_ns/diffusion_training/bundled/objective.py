@@ -57,9 +57,8 @@ def draw(seed: int, step: int, shape: tuple[int, ...], most_noise_share: float, 
     picked = torch.rand(b, v, generator=generator) < 0.4
     reference = picked & (chance[:, 1:2] < REFERENCE_SHARE)
     masked = (torch.rand(b, v, generator=generator) < 0.4) & (chance[:, 2:3] < MASKED_SHARE)
-    if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(generator.initial_seed())
-    noise = torch.randn(shape, generator=generator, device=device)
+    of_noise = noise_generator(generator, device)
+    noise = upload(torch.randn(shape, generator=of_noise, device=of_noise.device), device)
     shared = upload(chance[:, 4] < SHARED_NOISE_SHARE, device)[:, None, None, None, None, None]
     return Draws(
         upload(torch.where(reference, 0.0, sigma), device),
@@ -67,6 +66,11 @@ def draw(seed: int, step: int, shape: tuple[int, ...], most_noise_share: float, 
         upload((chance[:, 3] >= UNKNOWN_ELEVATION_SHARE).float(), device),
         torch.where(shared, noise[:, :1].expand(shape), noise),
     )
+
+
+def noise_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """What draws noise that is used on a device: on a CPU the given one goes on, elsewhere one of the same seed."""
+    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
 
 
 def losses(model: VolumeDenoiser, batch: Batch, draws: Draws, frustum: Frustum) -> dict[str, Float[Tensor, ""]]:

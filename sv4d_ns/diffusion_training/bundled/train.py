@@ -80,11 +80,20 @@ class StepDataset(Dataset[Batch]):
 
 
 def fresh_state(config: BundledTrainConfig) -> TrainState:
-    """The start's network: an untrained one depends on the seed alone."""
+    """The start's network: an untrained one depends on the seed alone.
+
+    Raises:
+        InputError: the start has more blocks than are asked for.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.start == "bundled":
-            model = load_bundled_pipeline().denoiser.deepened(config.depth).train()
+            shipped = load_bundled_pipeline().denoiser
+            if config.depth < shipped.config.depth:
+                raise InputError(
+                    f"--depth is {config.depth}: the shipped network has {shipped.config.depth}; give that or more."
+                )
+            model = shipped.deepened(config.depth).train()
         else:
             model = VolumeDenoiser(depth=config.depth)
     parameters = list(model.parameters())
