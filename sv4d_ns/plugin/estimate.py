@@ -102,6 +102,8 @@ HICCUP = 8.0
 """A step that took more times what is usual than this counts as so much: the machine was asleep."""
 
 
+ALIKE = 1.5
+"""Steps whose planned costs differ by less than this factor are of a kind."""
 ENOUGH = 10
 """Steps of a kind after which others, whose cost relative to theirs is another machine's, are not asked any more."""
 
@@ -137,7 +139,7 @@ class Remaining:
         """Seconds for each planned one."""
         planned, measured = np.array(self._took).T
         planned = np.maximum(planned, 1e-9)
-        alike = np.isclose(planned, planned[-1])
+        alike = np.abs(np.log(planned / planned[-1])) < np.log(ALIKE)
         if alike.sum() >= ENOUGH:
             planned, measured = planned[alike], measured[alike]
         usual = float(np.median(measured / planned))
