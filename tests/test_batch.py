@@ -89,7 +89,7 @@ def test_ctrl_c_ends_workers_with_one_sentence(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=60)[1] == "Stopped. The same command goes on from what is finished.\n"
+        assert process.communicate(timeout=240)[1] == "Stopped. The same command goes on from what is finished.\n"
     assert process.returncode == 130
 
 
