@@ -254,13 +254,8 @@ class VolumeDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         nn.init.constant_(self.density.bias, -1.0)  # type: ignore[arg-type]
 
     def deepened(self, depth: int) -> "VolumeDenoiser":
-        """A network with `depth` blocks that computes what this one does: those that are added begin as the identity.
-
-        Raises:
-            ValueError: this one has more.
-        """
-        if depth < self.config.depth:
-            raise ValueError(f"this network has {self.config.depth} blocks, not {depth} or fewer")
+        """A network with `depth` blocks, at least as many as this one's, that computes what this one does: those that
+        are added begin as the identity."""
         shape = {name: value for name, value in self.config.items() if not name.startswith("_")}
         deeper = VolumeDenoiser(**{**shape, "depth": depth})
         deeper.load_state_dict({**deeper.state_dict(), **self.state_dict()})
