@@ -1,5 +1,6 @@
 """Many videos on many workers: what is found, named, skipped and said, and what a killed worker costs."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,7 +64,7 @@ def test_a_killed_worker_loses_nothing_and_another_does_its_work(tmp_path: Path)
 
 
 INTERRUPTED = """
-import time
+import signal, time
 from pathlib import Path
 from sv4d_ns.runs.cluster import open_cluster, run_all
 from sv4d_ns.utils.errors import one_sentence_errors
@@ -73,6 +74,7 @@ def long(folder):
     time.sleep(60)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background have it ignored
     with one_sentence_errors(), open_cluster("local:1") as client:
         run_all(client, long, [(".",), (".",)], print)
 """
@@ -85,11 +87,15 @@ def test_ctrl_c_ends_workers_with_one_sentence(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, script], cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True, text=True
     ) as process:
-        while not (tmp_path / "begun").exists():
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=240)[1] == "Stopped. The same command goes on from what is finished.\n"
+        try:
+            while not (tmp_path / "begun").exists():
+                assert process.poll() is None
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.communicate(timeout=240)[1] == "Stopped. The same command goes on from what is finished.\n"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
 
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import struct
+import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -33,11 +34,13 @@ say_whole("ns-viewer --load-config outputs/clip/sv4d/2026-11-25_212631/config.ym
 
 def in_terminal(columns: int, rows: int, *command: str) -> bytes:
     """What a command writes to a pseudo-terminal of this size."""
-    child, terminal = pty.fork()
-    if child == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        os.execvpe(command[0], command, environment | {"TERM": "xterm-256color"})
+    terminal, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment | {"TERM": "xterm-256color"}
+    )
+    os.close(theirs)
     written = b""
     while True:
         try:
@@ -47,7 +50,8 @@ def in_terminal(columns: int, rows: int, *command: str) -> bytes:
         if not block:
             break
         written += block
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, written.decode()
+    os.close(terminal)
+    assert process.wait(60) == 0, written.decode()
     return written
 
 
@@ -77,8 +81,6 @@ def test_sentences_are_broken_between_words() -> None:
 
 
 def test_nothing_is_drawn_over_and_over_into_a_file(tmp_path: Path) -> None:
-    import subprocess
-
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert len([line for line in done.stdout.splitlines() if line.strip()]) == 5
 

@@ -21,7 +21,7 @@ from sv4d_ns.geometry.rays import pixel_rays
 from sv4d_ns.plugin import adaptive_resolution
 from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, FluidRenderer, PlayedPictures, SizeControl
 from sv4d_ns.plugin.render_outputs import LEGENDS, GridVisibility, camera_channels
-from sv4d_ns.plugin.viewer import Clock, Playback, StartCamera, local_unless_asked, object_points, thumbnails
+from sv4d_ns.plugin.viewer import Clock, Playback, StartCamera, local_unless_asked, object_points, thumbnails, together
 from sv4d_ns.views.grid import ViewGrid
 
 FOUR_VIEWS = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
@@ -121,6 +121,13 @@ def until(holds, seconds: float = 20.0) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def test_an_error_among_what_is_sent_together_lets_go_of_visers_lock(viewer) -> None:
+    with pytest.raises(RuntimeError, match="shutdown"), together(viewer.viser_server):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+    lock = viewer.viser_server._websock_server._atomic_lock
+    assert until(lambda: not lock.locked())
 
 
 def test_playing_stepping_and_the_pictures_on_the_cameras(viewer) -> None:

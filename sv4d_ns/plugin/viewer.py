@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class StartCamera(ViewerControl):
         lens = FIELD_OF_VIEW_DEG, client.camera.aspect
         place = framing_camera(clip, now if len(now) else clip, AZIMUTH_DEG, ELEVATION_DEG, *lens)
         position, target = (tuple(VISER_NERFSTUDIO_SCALE_RATIO * point) for point in place)
-        with client.atomic():
+        with together(client):
             client.camera.fov = math.radians(FIELD_OF_VIEW_DEG)
             client.camera.position = position
             client.camera.look_at = target
@@ -312,7 +313,7 @@ class Playback(ViewerControl):
         self._thumbnails[known] = pictures
         while len(self._thumbnails) > THUMBNAILS_KEPT:
             del self._thumbnails[next(iter(self._thumbnails))]
-        with self.viewer.viser_server.atomic():
+        with together(self.viewer.viser_server):
             for view, old in cameras.items():
                 new = self.viewer.viser_server.scene.add_camera_frustum(
                     name=f"/cameras/camera_{view:05d}",  # nerfstudio's name: the old one is replaced
@@ -332,7 +333,7 @@ class Playback(ViewerControl):
         return {panel.output_render, panel.split_output_render} if panel.split else {panel.output_render}
 
     def _say_playing(self, playing: bool) -> None:
-        with self.viewer.viser_server.atomic():
+        with together(self.viewer.viser_server):
             self.play.set_visible(not playing)
             self.pause.set_visible(playing)
 
@@ -344,6 +345,21 @@ class Playback(ViewerControl):
         from sv4d_ns.plugin.render_outputs import LEGENDS
 
         self._legend.content = LEGENDS.get(self.viewer.control_panel.output_render, "")
+
+
+@contextmanager
+def together(sender: Any) -> Iterator[None]:
+    """What is sent to clients inside is applied at once: `atomic` of viser's server or client, whose lock is let go
+    when something fails inside, too. Sending does once the server or Python ends, and threads of viser that wait for
+    the lock would then keep the process from ending."""
+    raised = None
+    with sender.atomic():
+        try:
+            yield
+        except BaseException as error:
+            raised = error
+    if raised is not None:
+        raise raised
 
 
 def _and_then(element: Any, action: Callable[[], None]) -> None:
@@ -359,7 +375,7 @@ def _and_then(element: Any, action: Callable[[], None]) -> None:
 
 def _look_through(event: Any) -> None:
     """Click on a camera: the client looks through it (nerfstudio's own behaviour, lost when a camera is replaced)."""
-    with event.client.atomic():
+    with together(event.client):
         event.client.camera.position = event.target.position
         event.client.camera.wxyz = event.target.wxyz
 
