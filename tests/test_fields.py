@@ -153,7 +153,7 @@ def test_density_is_canonical_density_at_the_deformed_point() -> None:
     assert (sample.density[~inside] == 0).all()
 
 
-def test_gradients_reach_every_parameter_but_the_canonical_moment_s_motion_and_light() -> None:
+def test_gradients_of_one_frame_reach_every_parameter_but_its_motion_and_light() -> None:
     field = moving_field(0.5)
     field.open_residual()
     density, color = field.density_and_color(torch.rand(4000, 3) - 0.5, torch.rand(4000, 1))
@@ -200,6 +200,10 @@ def test_an_admitted_keyframe_starts_from_its_neighbour_and_a_trained_one_stays(
     torch.testing.assert_close(
         x + field.deformation(x, at(3)), x - shift + field.deformation(x - shift, at(2)), atol=1e-5, rtol=0
     )
+    assert field.appearance.keyframes[0].requires_grad, "from the second frame on"
+    again = moving_field(0.0)
+    again.load_state_dict(field.state_dict())
+    assert again.appearance.keyframes[0].requires_grad and not again.motion.keyframes[0].requires_grad
     before = field.deformation(x, at(3))
     assert not field.init_frame_from_neighbour(3, 1, torch.zeros(3)) and not field.init_frame_from_neighbour(
         0, 1, shift

@@ -132,9 +132,10 @@ class DeformableField(nn.Module):
             if config.density_resolutions
             else None
         )
+        self._canonical_frame = round(position)
         for grid in (self.motion, self.appearance):
-            if grid is not None:  # what the others' place and light are measured from
-                grid.keyframes[round(position)].requires_grad_(False)
+            if grid is not None:  # what the others' place is measured from; for the light see `_share_light`
+                grid.keyframes[self._canonical_frame].requires_grad_(False)
         for layer in self.density_head:
             if isinstance(layer, nn.Linear):  # so that the untrained density is initial_logit's, whatever the seed
                 nn.init.zeros_(layer.bias)
@@ -142,8 +143,8 @@ class DeformableField(nn.Module):
         self.register_buffer("residual_open", torch.tensor(False))
         self._residual_is_open = False
         """The same where it is read in every step: looking at the buffer would wait for the device."""
-        self.register_load_state_dict_post_hook(lambda field, _: field._read_residual())
-        self.register_buffer("admitted", torch.arange(config.keyframes) == round(position))
+        self.register_load_state_dict_post_hook(lambda field, _: field._read_buffers())
+        self.register_buffer("admitted", torch.arange(config.keyframes) == self._canonical_frame)
         self.register_buffer("aabb", torch.tensor([[-e, -e, -e], [e, e, e]]))
         self.register_buffer("bounds", torch.ones((config.bounds_resolution,) * 3, dtype=torch.bool))
 
@@ -198,6 +199,7 @@ class DeformableField(nn.Module):
         if bool(self.admitted[new]):
             return False
         self.admitted[new] = True
+        self._share_light()
         cubes = shift / (2 * self.config.half_extent)
         self.motion.start_from(new, known, cubes)
         # what is seen at x came from x - shift, and from there as before
@@ -228,7 +230,7 @@ class DeformableField(nn.Module):
         logit, geometry = self._canonical(canonical)
         inside = seen.abs().amax(-1) <= self.config.half_extent
         if self.appearance is not None:
-            light = torch.zeros_like(seen) if still else self.appearance(self._unit(seen), t, moments)
+            light = self.appearance(self._unit(seen), t, moments) if len(seen) else seen
             geometry = torch.cat([geometry, light], -1)
         residual = self.residual(seen, t, moments)
         if residual is None:
@@ -253,6 +255,17 @@ class DeformableField(nn.Module):
 
     def _read_residual(self) -> None:
         self._residual_is_open = bool(self.residual_open)
+
+    def _share_light(self) -> None:
+        """From the second frame on the canonical moment has a light of its own, like the others: the canonical colour
+        becomes what all moments have in common, and a moment without one would show that, which is greyer."""
+        if self.appearance is not None:
+            self.appearance.keyframes[self._canonical_frame].requires_grad_(True)
+
+    def _read_buffers(self) -> None:
+        self._read_residual()
+        if int(self.admitted.sum()) > 1:
+            self._share_light()
 
     def color_from_geometry(self, geometry: Float[Tensor, "n g"]) -> Float[Tensor, "n 3"]:
         """sRGB colour in [0, 1] (diffuse: no view direction) from a sample's geometry."""
