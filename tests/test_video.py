@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -386,6 +387,10 @@ def short_webm(path, good):
 BAD = {
     "missing.mp4": (lambda path, good: None, "missing.mp4 does not exist: check the path"),
     "missing*.png": (lambda path, good: None, "No file matches"),
+    "film*.mp4": (
+        lambda path, good: shutil.copy(good, path.parent / "film1.mp4"),
+        "a film: give the film itself, .*1.mp4",
+    ),
     "empty.mp4": (lambda path, good: path.write_bytes(b""), "empty.mp4 is an empty file"),
     "text.mp4": (lambda path, good: path.write_text("a letter\n" * 100), "text.mp4 is not a video"),
     "noise.mp4": (lambda path, good: path.write_bytes(bytes(range(256)) * 40), "noise.mp4 is not a video"),

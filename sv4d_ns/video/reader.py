@@ -259,6 +259,9 @@ def _open(path: Path) -> Film:
         pictures = source_files(path)
         if not pictures:
             raise InputError(f"No file matches {path}: check the pattern.")
+        films = [found for found in pictures if found.suffix.lower() in FILM_SUFFIXES]
+        if films:
+            raise InputError(f"{path} stands for pictures and matches {_give_the_film(films, 'pattern')}")
         return _open_pictures(path, pictures)
     if not path.exists():
         link = f" (it is a link to {path.readlink()})" if path.is_symlink() else ""
@@ -288,16 +291,18 @@ def _head(path: Path) -> bytes:
 
 def _no_pictures(folder: Path) -> str:
     films = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in FILM_SUFFIXES and entry.is_file())
-    if len(films) == 1:
-        return f"The folder {folder} has no pictures but a film: give the film itself, {films[0]}."
     if films:
-        return (
-            f"The folder {folder} has no pictures but {len(films)} films: give one of them, {films[0]} for one, or the "
-            "folder to 'sv4d batch', which makes an asset of each."
-        )
+        return f"The folder {folder} has no pictures but {_give_the_film(films, 'folder')}"
     others = sorted({entry.suffix.lower() for entry in folder.iterdir() if entry.is_file() and entry.suffix})
     found = f" (it has {', '.join(others[:5])})" if others else ""
     return f"The folder {folder} has no pictures{found}: put numbered png, jpg, tif or webp files in it."
+
+
+def _give_the_film(films: list[Path], given: str) -> str:
+    if len(films) == 1:
+        return f"a film: give the film itself, {films[0]}."
+    which = f"give one of them, {films[0]} for one, or the {given} to 'sv4d batch', which makes an asset of each."
+    return f"{len(films)} films: {which}"
 
 
 # --- choosing frames -------------------------------------------------------------------------------------------------
