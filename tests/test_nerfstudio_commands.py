@@ -206,12 +206,33 @@ def test_files_at_fault_are_named_in_a_sentence(
         missing.read_text()
     except FileNotFoundError as error:
         say_missing_config(type(error), error, error.__traceback__)
-    assert capsys.readouterr().err.startswith(f"Error: {missing} does not exist: give the config.yml")
+    assert capsys.readouterr().err.startswith(f"Error: {missing} does not exist: give --load-config the config.yml")
+    monkeypatch.setattr(sys, "argv", ["ns-eval", "--load_config", str(tmp_path)])
+    try:
+        tmp_path.read_text()
+    except IsADirectoryError as error:
+        say_missing_config(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path} is a folder without a config.yml: give")
     try:
         raise ValueError("not of files")
     except ValueError as error:
         say_file_errors(type(error), error, error.__traceback__)
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["a: b: c\n  d", "just words", "!!python/object:nowhere.Nothing {}", "\xff"])
+def test_a_file_that_is_no_config_is_named(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nerfstudio.utils.eval_utils import eval_setup
+
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content.encode("latin-1"))
+    monkeypatch.setattr(sys, "argv", ["ns-eval", "--load-config", str(path)])
+    with pytest.raises(Exception) as caught:
+        eval_setup(path)
+    say_missing_config(caught.type, caught.value, caught.value.__traceback__)
+    assert capsys.readouterr().err == f"Error: {path} is no config.yml of a run: give the one in a run's folder.\n"
 
 
 @pytest.mark.parametrize("hook", [say_missing_config, say_file_errors])

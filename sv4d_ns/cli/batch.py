@@ -60,8 +60,10 @@ def find_videos(names: Sequence[str]) -> list[Path]:
     """The videos that names, folders, patterns and lists stand for, each once, in their order.
 
     Raises:
-        InputError: one of them stands for no video.
+        InputError: one of them stands for no video, or there is none.
     """
+    if not names:
+        raise InputError("no video is given: give videos, folders of videos, patterns in quotes, or lists.")
     found: dict[Path, None] = {}
     for name in names:
         for path in _videos_of(Path(name).expanduser()):

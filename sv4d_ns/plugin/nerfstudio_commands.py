@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType, TracebackType
 from typing import Any
 
 from sv4d_ns.runs.layout import checkpoint_steps, newest_views
+from sv4d_ns.runs.open import config_sentence
 from sv4d_ns.utils.errors import InputError, file_sentence
 
 RAW, TRUE = "raw-", "gt-"
@@ -106,19 +108,43 @@ def say_file_errors(kind: type[BaseException], error: BaseException, traceback: 
 
 
 def expect_missing_configs() -> None:
-    """In nerfstudio's commands: a sentence where --load-config names no file, which they read before ours can look."""
+    """In nerfstudio's commands: a sentence where --load-config names no config, which they read before we can look."""
     if Path(sys.argv[0]).name.startswith("ns-"):
         sys.excepthook = say_missing_config
 
 
+CONFIG_READERS = {("eval_utils.py", "eval_setup"), ("train.py", "main")}
+FILE_READERS = ("pathlib", "codecs", "<frozen codecs>")
+
+
 def say_missing_config(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """For `sys.excepthook`: a sentence for a file of the command line that does not exist, and for Ctrl-C."""
-    if isinstance(error, FileNotFoundError) and any(str(error.filename) in word for word in sys.argv[1:]):
-        print(f"Error: {error.filename} does not exist: give the config.yml in a run's folder.", file=sys.stderr)
+    """For `sys.excepthook`: a sentence for a file of the command line that cannot be read, and for Ctrl-C."""
+    if isinstance(error, OSError) and any(str(error.filename) in word for word in sys.argv[1:]):
+        sentence = config_sentence(Path(error.filename)) or f"{error.filename} cannot be read ({error.strerror})."
+        print(f"Error: {sentence}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         say_file_errors(kind, error, traceback)
+    elif _reads_a_config(traceback):
+        print(f"Error: {_asked_for()} is no config.yml of a run: give the one in a run's folder.", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+def _reads_a_config(traceback: TracebackType | None) -> bool:
+    """Whether an error is of the lines in which nerfstudio reads --load-config, or of the YAML reader they call."""
+    places = [frame.f_code for frame, _ in walk_tb(traceback)]
+    files = [Path(place.co_filename) for place in places]
+    at = [n for n, place in enumerate(places) if (files[n].name, place.co_name) in CONFIG_READERS]
+    return bool(at) and all(file.parent.name == "yaml" or file.stem in FILE_READERS for file in files[at[-1] + 1 :])
+
+
+def _asked_for() -> str:
+    """What --load-config says on the command line."""
+    for number, word in enumerate(sys.argv):
+        flag, _, value = word.replace("_", "-").partition("=")
+        if flag == "--load-config":
+            return word.partition("=")[2] if value else " ".join(sys.argv[number + 1 : number + 2])
+    return "--load-config"
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks

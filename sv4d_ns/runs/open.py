@@ -145,10 +145,21 @@ def _open_through_nerfstudio(load_config: Path) -> FinishedRun:
     )
 
 
+def config_sentence(load_config: Path) -> str | None:
+    """What is wrong with a path that should be a run's config.yml; None if it is a file."""
+    if load_config.is_file():
+        return None
+    if (load_config / "config.yml").is_file():
+        return f"{load_config} is a folder: give --load-config its file, {load_config / 'config.yml'}."
+    what = "is a folder without a config.yml" if load_config.is_dir() else "does not exist"
+    return f"{load_config} {what}: give --load-config the config.yml in a run's folder."
+
+
 def check_config_path(load_config: Path) -> None:
     """Raises `InputError` where there is no such file."""
-    if not load_config.is_file():
-        raise InputError(f"{load_config} does not exist: give --load-config the config.yml in the run's folder.")
+    sentence = config_sentence(load_config)
+    if sentence is not None:
+        raise InputError(sentence)
 
 
 def _checked(config: Any, load_config: Path) -> Any:
