@@ -2,6 +2,11 @@
 
     scripts/gallery assets/sample.mp4 more.mp4 --work /tmp/gallery
 
+Those of the README beside the sample are films of CC0 models, held out from training (docs/data.md says which):
+
+    python benchmarks/make_cases.py ASSETS CASES --names animated/quat_rpgchar_ranger:2 animated/quat_animals_wolf \\
+        animated/quat_space_mech_fernando_the_flamingo
+
 Each film goes through `ns-train sv4d` and `ns-export mesh` with default settings (finished ones are kept in --work).
 The first becomes the moving teaser: the film, and its GLB turning once while it plays twice. Every one becomes a
 poster: a frame of the film, and the GLB at that moment from four sides. Pictures show the file's own colours without
