@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,13 @@ def test_an_older_file_is_replaced_only_on_success(tmp_path):
         temporary.write_text("new")
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_place_where_nothing_can_be_made_is_named_by_the_users_name_for_it():
+    target = Path("/proc/picture.png")
+    with pytest.raises(OSError) as caught, atomic_path(target):
+        pass
+    assert caught.value.filename == str(target)
 
 
 def test_a_kill_inside_the_block_leaves_the_old_file(tmp_path):

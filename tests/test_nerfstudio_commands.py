@@ -156,6 +156,7 @@ def camera_path(folder: Path, text: str | None) -> Path:
         (lambda c, t: RenderInterpolated(c, t / "a.mp4", frame_rate=0), "--frame-rate 0"),
         (lambda c, t: RenderInterpolated(c, t / "a.mp4", downscale_factor=0), "--downscale-factor 0"),
         (lambda c, t: RenderInterpolated(c, t), "--output-path .* ending in .mp4"),
+        (lambda c, t: RenderInterpolated(c, c / "new" / "film.mp4"), "--output-path .* a place you may write to"),
         (lambda c, t: RenderInterpolated(c, t / "a.mp4", eval_num_rays_per_chunk=-1), "--eval-num-rays-per-chunk"),
         (lambda c, t: SpiralRender(c, t / "a.mp4", seconds=0.0), "--seconds 0.0"),
         (lambda c, t: DatasetRender(c, t, rendered_output_names=["raw-normal"]), "raw-normals"),

@@ -668,6 +668,8 @@ def test_masks_from_a_folder(tmp_path):
             Image.fromarray(exact[index, ..., 3]).save(tmp_path / name / f"{index}.png")
     found = load_object_video(video, size=48, max_frames=4, masks=tmp_path / "masks")
     assert "cut out with the masks" in " ".join(found.messages) and found.confidence == 1
+    with pytest.raises(InputError, match=r"No masks \(--pipeline.datamanager.masks\): .*none does not exist"):
+        load_object_video(video, size=48, masks=tmp_path / "none")
     with pytest.raises(InputError, match=r"few holds 3 masks but .*busy.mkv has 8 frames"):
         load_object_video(video, size=48, masks=tmp_path / "few")
 

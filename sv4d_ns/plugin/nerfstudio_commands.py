@@ -7,6 +7,7 @@ know no way to be told of a plugin's wishes. The trainer's configuration asks he
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,7 +179,14 @@ def _check_render(command: Any, config: Any) -> None:
         _require(path.suffix != "", "output-path", path, "the name of a video, ending in .mp4")
         _require(not path.is_dir(), "output-path", path, "the name of a video: this is a folder")
     _require(as_video or not path.is_file(), "output-path", path, "a folder: this is a file")
+    _require(_can_be_made_below(path.absolute().parent), "output-path", path, "a place you may write to")
     _check_names(command, config)
+
+
+def _can_be_made_below(folder: Path) -> bool:
+    """Whether files may be written there, once the folders on the way are made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _check_names(command: Any, config: Any) -> None:

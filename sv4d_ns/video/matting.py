@@ -110,7 +110,10 @@ def read_masks(path: Path, film: Film, chosen: list[int], region: Region) -> UIn
     Raises:
         InputError: they cannot be read, or their number or size is not that of the film.
     """
-    masks = open_film(path)
+    try:
+        masks = open_film(path)
+    except InputError as error:
+        raise InputError(f"No masks (--pipeline.datamanager.masks): {error}") from error
     if len(masks.times) == len(film.times):
         wanted = chosen
     elif len(masks.times) == len(chosen):
