@@ -27,8 +27,8 @@ class LossWeights:
     structure: float = 0.1
     """D-SSIM on patches: it forgives what a fit would otherwise bend the surface for. Judged by whole runs."""
     perceptual: float = 0.0
-    """LPIPS (VGG16) on patches (SV4D L_lpips); the run says whether its weights are on this machine. Off: what it is
-    worth is not measured, and results shall not depend on what happens to be installed. 0.05 is a start."""
+    """LPIPS (VGG16) on patches (SV4D L_lpips); the run says whether its weights are on this machine. Off: 0.05 made two
+    whole jobs worse in every figure. Kept for views of the released model, for which the paper has it."""
     normal: float = 0.02
     """Against estimated normals on patches (SV4D L_normal), with --pipeline.datamanager.normals. Not measured."""
     bilateral_normal: float = 0.02

@@ -8,7 +8,7 @@ along the camera's axis are left alone.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -28,8 +28,10 @@ ROUNDS = (
     (30.0, 0.12), (10.0, 0.1), (3.0, 0.1), (1.0, 0.08), (0.3, 0.06), (0.1, 0.05), (0.1, 0.03), (0.1, 0.015)
 )  # fmt: skip
 """(weight of the membrane, longest pull as a share of the picture's width), from stiff and far to soft and near. That
-soft rounds reach far gives thin legs their length: 0.2 to 1.3 dB at the input camera on four runs, 0.1 dB less at most
-where nothing was seen."""
+soft rounds reach far gives thin legs their length: 0.2 to 1.1 dB at the input camera on four runs."""
+SLACK = 0.5 / RASTER
+"""Pulls shorter than this share of the picture's width are the rasters' own noise. Before the last round they are left
+out: what moves outward becomes the outline, so in many soft rounds noise would widen the skin."""
 ALIKE = 0.5
 """Cosine between two outlines' normals from which their points may be the same place."""
 CANDIDATES = 8
@@ -116,6 +118,11 @@ def outline_pulls(coverage: Coverage, film: Outline, reach: float) -> Pulls:
     return Pulls(face[which], barycentric[which], along * normal, weight)
 
 
+def _with_slack(pulls: Pulls) -> Pulls:
+    length = np.linalg.norm(pulls.shift, axis=-1, keepdims=True)
+    return replace(pulls, shift=pulls.shift * np.maximum(1 - SLACK / np.maximum(length, SLACK), 0))
+
+
 def _pairs(ours: Outline, others: Outline, reach: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of points of `ours` and of their nearest agreeing points of `others`."""
     count = min(CANDIDATES, len(others.points))
@@ -195,9 +202,11 @@ def fitted_to_outlines(
     for picture in film:
         x = positions[picture.frame].astype(np.float64)
         outline = film_outline(picture)
-        for stiffness, reach in rounds:
+        for number, (stiffness, reach) in enumerate(rounds, start=1):
             coverage = rasterise(*project_array(x, picture.c2w, picture.fov_focal * RASTER, RASTER), faces, RASTER)
             pulls = outline_pulls(coverage, outline, reach)
+            if number < len(rounds):
+                pulls = _with_slack(pulls)
             if len(pulls.face):
                 x = membrane.moved(x, picture.c2w, picture.fov_focal, pulls, stiffness)
         result[picture.frame] = x
