@@ -39,6 +39,8 @@ def test_videos_are_found_in_folders_patterns_and_lists_once_each(tmp_path: Path
     for name, word in ((listed, "none.mp4"), (empty, "no video"), (tmp_path / "x.mp4", "does not exist")):
         with pytest.raises(InputError, match=word):
             find_videos([str(name)])
+    with pytest.raises(InputError, match="no video is given"):
+        find_videos([])
 
 
 def test_runs_of_videos_of_the_same_name_have_names_of_their_own() -> None:
