@@ -16,7 +16,7 @@ from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from tiny_run import tiny_config, write_tiny_run
 
-from sv4d_ns.plugin.nerfstudio_commands import camera_path_flaw, say_file_errors, say_missing_config
+from sv4d_ns.plugin.nerfstudio_commands import camera_path_flaw, say_config_errors, say_file_errors
 from sv4d_ns.plugin.validation import check_settings
 from sv4d_ns.runs.safe_config import check_config
 from sv4d_ns.utils.errors import InputError
@@ -206,13 +206,13 @@ def test_files_at_fault_are_named_in_a_sentence(
     try:
         missing.read_text()
     except FileNotFoundError as error:
-        say_missing_config(type(error), error, error.__traceback__)
+        say_config_errors(type(error), error, error.__traceback__)
     assert capsys.readouterr().err.startswith(f"Error: {missing} does not exist: give --load-config the config.yml")
     monkeypatch.setattr(sys, "argv", ["ns-eval", "--load_config", str(tmp_path)])
     try:
         tmp_path.read_text()
     except IsADirectoryError as error:
-        say_missing_config(type(error), error, error.__traceback__)
+        say_config_errors(type(error), error, error.__traceback__)
     assert capsys.readouterr().err.startswith(f"Error: {tmp_path} is a folder without a config.yml: give")
     try:
         raise ValueError("not of files")
@@ -232,11 +232,11 @@ def test_a_file_that_is_no_config_is_named(
     monkeypatch.setattr(sys, "argv", ["ns-eval", "--load-config", str(path)])
     with pytest.raises(Exception) as caught:
         eval_setup(path)
-    say_missing_config(caught.type, caught.value, caught.value.__traceback__)
+    say_config_errors(caught.type, caught.value, caught.value.__traceback__)
     assert capsys.readouterr().err == f"Error: {path} is no config.yml of a run: give the one in a run's folder.\n"
 
 
-@pytest.mark.parametrize("hook", [say_missing_config, say_file_errors])
+@pytest.mark.parametrize("hook", [say_config_errors, say_file_errors])
 def test_a_viewer_that_is_ended_with_ctrl_c_shows_no_traceback(hook: Any, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raise KeyboardInterrupt

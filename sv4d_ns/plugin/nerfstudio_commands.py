@@ -108,25 +108,27 @@ def say_file_errors(kind: type[BaseException], error: BaseException, traceback: 
         print(f"Error: {sentence}", file=sys.stderr)
 
 
-def expect_missing_configs() -> None:
+def expect_unreadable_configs() -> None:
     """In nerfstudio's commands: a sentence where --load-config names no config, which they read before we can look."""
     if Path(sys.argv[0]).name.startswith("ns-"):
-        sys.excepthook = say_missing_config
+        sys.excepthook = say_config_errors
 
 
 CONFIG_READERS = {("eval_utils.py", "eval_setup"), ("train.py", "main")}
+"""File and function of nerfstudio's that read --load-config."""
 FILE_READERS = ("pathlib", "codecs", "<frozen codecs>")
+"""What they read it with, beside yaml."""
 
 
-def say_missing_config(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def say_config_errors(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """For `sys.excepthook`: a sentence for a file of the command line that cannot be read, and for Ctrl-C."""
     if isinstance(error, OSError) and any(str(error.filename) in word for word in sys.argv[1:]):
         sentence = config_sentence(Path(error.filename)) or f"{error.filename} cannot be read ({error.strerror})."
         print(f"Error: {sentence}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         say_file_errors(kind, error, traceback)
-    elif _reads_a_config(traceback):
-        print(f"Error: {_asked_for()} is no config.yml of a run: give the one in a run's folder.", file=sys.stderr)
+    elif (asked := _load_config()) is not None and _reads_a_config(traceback):
+        print(f"Error: {asked} is no config.yml of a run: give the one in a run's folder.", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -139,13 +141,13 @@ def _reads_a_config(traceback: TracebackType | None) -> bool:
     return bool(at) and all(file.parent.name == "yaml" or file.stem in FILE_READERS for file in files[at[-1] + 1 :])
 
 
-def _asked_for() -> str:
-    """What --load-config says on the command line."""
+def _load_config() -> str | None:
+    """What --load-config says on the command line; None where it is not there."""
     for number, word in enumerate(sys.argv):
-        flag, _, value = word.replace("_", "-").partition("=")
-        if flag == "--load-config":
-            return word.partition("=")[2] if value else " ".join(sys.argv[number + 1 : number + 2])
-    return "--load-config"
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == "--load-config":
+            return value if equals else " ".join(sys.argv[number + 1 : number + 2])
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- the checks

@@ -20,7 +20,7 @@ from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.estimate import Remaining, Work, sv4d_work, time_sentence
 from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModelConfig
-from sv4d_ns.plugin.nerfstudio_commands import expect_missing_configs, opening, prepare
+from sv4d_ns.plugin.nerfstudio_commands import expect_unreadable_configs, opening, prepare
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
 from sv4d_ns.plugin.pipeline import SV4DPipelineConfig
 from sv4d_ns.plugin.quiet import silence_nerfstudio
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 # nerfstudio imports this file before it reads any config.yml
 open_paths_of_other_systems()
-expect_missing_configs()
+expect_unreadable_configs()
 
 DEFAULT_VIEWS = 8
 """Novel views of every model's own ring, for the estimate of a run's time."""
