@@ -130,7 +130,7 @@ def test_long_videos_go_through_in_windows_that_change_nothing_far_from_their_en
     torch.nn.init.normal_(small.blocks[0].time.out.weight, std=0.2)
     video, call = picture(frames=12), {"azimuths_deg": (90.0,), "elevations_deg": (0.0,), "output_type": "pt"}
     whole = pipeline(video, **call, generator=torch.Generator().manual_seed(0)).frames
-    monkeypatch.setattr("sv4d_ns.diffusion.bundled.pipeline.MOMENTS", 4)
+    monkeypatch.setattr("sv4d_ns.diffusion.bundled.pipeline.FRAMES_AT_ONCE", 10)
     parts = pipeline(video, **call, generator=torch.Generator().manual_seed(0)).frames
     torch.nn.init.zeros_(small.blocks[0].time.out.weight)
     assert whole.shape == (12, 1, 4, 32, 32)

@@ -22,8 +22,8 @@ from sv4d_ns.utils.devices import upload
 
 STATE_AZIMUTHS = (72.0, 144.0, 216.0, 288.0)
 """Cameras of the noised views, relative to the input; which pictures are asked for in the end does not matter."""
-MOMENTS = 16
-"""Frames that go through the network at once."""
+FRAMES_AT_ONCE = 46
+"""Frames that go through the network at once, those that its attention only looks at counted."""
 
 
 @dataclass
@@ -220,14 +220,16 @@ class BundledVideoPipeline(DiffusionPipeline):
         poses: Float[Tensor, "v 4 4"],
         frustum: Frustum,
     ) -> Volume:
-        """The volumes predicted from noised views, in windows as wide as attention along time reaches."""
+        """The volumes predicted from noised views, in windows as wide as attention along time reaches: a window's
+        outer frames are only looked at, so a clip that fits into one is not cut."""
         told = torch.full((1,), elevation_deg, device=frames.device)
         levels = torch.full((1, noised.shape[1]), sigma, device=frames.device)
         to_camera = upload(torch.linalg.inv(poses), frames.device)[None]
         reach = TIME_REACH * len(self.denoiser.blocks)
+        moments = len(frames) if len(frames) <= FRAMES_AT_ONCE else max(FRAMES_AT_ONCE - 2 * reach, 1)
         parts = []
-        for first in range(0, len(frames), MOMENTS):
-            last = min(first + MOMENTS, len(frames))
+        for first in range(0, len(frames), moments):
+            last = min(first + moments, len(frames))
             begin, end = max(first - reach, 0), min(last + reach, len(frames))
             with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.denoiser.dtype == torch.float32):
                 logits = self.denoiser(

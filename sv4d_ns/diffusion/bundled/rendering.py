@@ -5,8 +5,9 @@ the cell's own, mixed by the gate with the colour the input picture has where th
 compute the same sums (`tests/test_bundled_rendering.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from sv4d_ns.diffusion.bundled.frustum import BALL_RADIUS, Frustum
 from sv4d_ns.utils.compiled import njit
+from sv4d_ns.utils.threads import run_in_threads
 
 STEP = 0.018
 """Distance between samples, world units: about a cell of a 64^3 grid."""
@@ -28,6 +30,8 @@ OPAQUE = 6.9
 """Optical depth at which a ray ends: a thousandth of the light is left."""
 CLEAR = 1e-5
 """Optical depths below this are skipped."""
+BLOCK = 4
+"""Cells along each side of the blocks that rays skip where they are empty."""
 
 
 @dataclass
@@ -183,6 +187,68 @@ def _add(grid, z, y, x, value):
 
 
 @njit(cache=True, fastmath=True)
+def _read_inside(grid, z, y, x, own, number):
+    """Trilinear colour and gate of a grid [d, h, w, 4] at cell coordinates between its outermost centres: the colour to
+    own[number], the gate returned."""
+    depth, height, width, _ = grid.shape
+    k, fz = _corner(z, depth)
+    j, fy = _corner(y, height)
+    i, fx = _corner(x, width)
+    k1, j1, i1 = min(k + 1, depth - 1), min(j + 1, height - 1), min(i + 1, width - 1)
+    gx, gy, gz = np.float32(1.0) - fx, np.float32(1.0) - fy, np.float32(1.0) - fz
+    a, b, c, d = gz * gy * gx, gz * gy * fx, gz * fy * gx, gz * fy * fx
+    e, f, g, h = fz * gy * gx, fz * gy * fx, fz * fy * gx, fz * fy * fx
+    gate = np.float32(0.0)
+    for channel in range(4):
+        value = (
+            a * grid[k, j, i, channel]
+            + b * grid[k, j, i1, channel]
+            + c * grid[k, j1, i, channel]
+            + d * grid[k, j1, i1, channel]
+            + e * grid[k1, j, i, channel]
+            + f * grid[k1, j, i1, channel]
+            + g * grid[k1, j1, i, channel]
+            + h * grid[k1, j1, i1, channel]
+        )
+        if channel < 3:
+            own[number, channel] = value
+        else:
+            gate = value
+    return gate
+
+
+@njit(cache=True, fastmath=True)
+def _blocks_with_matter(density, least):
+    """Whether a point of each block of `BLOCK` cells a side can read more than `least`, from cells around it too."""
+    depth, height, width = density.shape
+    sides = ((depth - 1) // BLOCK + 1, (height - 1) // BLOCK + 1, (width - 1) // BLOCK + 1)
+    found = np.zeros(sides, np.bool_)
+    for k in range(depth):
+        for j in range(height):
+            for i in range(width):
+                if density[k, j, i] > least:
+                    for bk in range(max(k - 1, 0) // BLOCK, min(k + 1, depth - 1) // BLOCK + 1):
+                        for bj in range(max(j - 1, 0) // BLOCK, min(j + 1, height - 1) // BLOCK + 1):
+                            for bi in range(max(i - 1, 0) // BLOCK, min(i + 1, width - 1) // BLOCK + 1):
+                                found[bk, bj, bi] = True
+    return found
+
+
+@njit(cache=True, fastmath=True)
+def _together(colour, gate):
+    """Colours [3, d, h, w] and gate [d, h, w] beside each other, [d, h, w, 4]."""
+    depth, height, width = gate.shape
+    out = np.empty((depth, height, width, 4), np.float32)
+    for k in range(depth):
+        for j in range(height):
+            for i in range(width):
+                for c in range(3):
+                    out[k, j, i, c] = colour[c, k, j, i]
+                out[k, j, i, 3] = gate[k, j, i]
+    return out
+
+
+@njit(cache=True, fastmath=True)
 def _place_coarse(place, size, coarse):
     """A coordinate of the fine grid in the coarse one, kept between the centres of its outermost cells."""
     return min(max(place * coarse / size, 0.5), coarse - 0.5)
@@ -203,7 +269,7 @@ def _pixel(image, y, x, out):
 
 
 @njit(cache=True, fastmath=True)
-def _march(density, colour, gate, image, o, d, constants, places, optical, own, share, seen):
+def _march(density, blocks, coarse, image, o, d, constants, places, optical, own, share, seen):
     """Samples of one ray that hold matter: fills the arrays and returns how many there are."""
     near, far, tangent, radius = constants
     mx, my, mz = o[0], o[1], o[2] - radius
@@ -214,7 +280,7 @@ def _march(density, colour, gate, image, o, d, constants, places, optical, own, 
     half = np.sqrt(root)
     entry, length = -along - half, 2.0 * half
     depth, height, width = density.shape
-    coarse_d, coarse_h, coarse_w = gate.shape
+    coarse_d, coarse_h, coarse_w, _ = coarse.shape
     scale = STEP / ((far - near) / depth)
     count, passed = 0, 0.0
     for step in range(MAX_SAMPLES):
@@ -228,6 +294,11 @@ def _march(density, colour, gate, image, o, d, constants, places, optical, own, 
         column = 0.5 * width * ((o[0] + t * d[0]) / (z * tangent) + 1.0)
         row = 0.5 * height * (1.0 - (o[1] + t * d[1]) / (z * tangent))
         layer = depth * (z - near) / (far - near)
+        k = min(max(int(layer), 0), depth - 1) // BLOCK
+        j = min(max(int(row), 0), height - 1) // BLOCK
+        i = min(max(int(column), 0), width - 1) // BLOCK
+        if not blocks[k, j, i]:
+            continue
         value = _read(density, layer, row, column) * scale
         if value < CLEAR:
             continue
@@ -236,9 +307,7 @@ def _march(density, colour, gate, image, o, d, constants, places, optical, own, 
         cz = _place_coarse(layer, depth, coarse_d)
         cy = _place_coarse(row, height, coarse_h)
         cx = _place_coarse(column, width, coarse_w)
-        for c in range(3):
-            own[count, c] = _read(colour[c], cz, cy, cx)
-        share[count] = _read(gate, cz, cy, cx)
+        share[count] = _read_inside(coarse, cz, cy, cx, own, count)
         _pixel(image, row * image.shape[1] / height, column * image.shape[2] / width, seen[count])
         count += 1
         passed += value
@@ -252,10 +321,12 @@ def _forward(density, colour, gate, image, origins, directions, constants, out):
     places = np.empty((MAX_SAMPLES, 3), np.float32)
     optical, share = np.empty(MAX_SAMPLES, np.float32), np.empty(MAX_SAMPLES, np.float32)
     own, seen = np.empty((MAX_SAMPLES, 3), np.float32), np.empty((MAX_SAMPLES, 3), np.float32)
+    least = CLEAR * (constants[1] - constants[0]) / (STEP * density.shape[1])
     for b in range(origins.shape[0]):
+        blocks, coarse = _blocks_with_matter(density[b], least), _together(colour[b], gate[b])
         for n in range(origins.shape[1]):
             count = _march(
-                density[b], colour[b], gate[b], image[b], origins[b, n], directions[b, n], constants, places, optical,
+                density[b], blocks, coarse, image[b], origins[b, n], directions[b, n], constants, places, optical,
                 own, share, seen,
             )  # fmt: skip
             light = np.float32(1.0)
@@ -282,13 +353,15 @@ def _backward(
     depth, height, width = density.shape[1:]
     coarse_d, coarse_h, coarse_w = gate.shape[1:]
     scale = np.float32(STEP / ((constants[1] - constants[0]) / depth))
+    least = CLEAR * (constants[1] - constants[0]) / (STEP * density.shape[1])
     for b in range(origins.shape[0]):
+        blocks, coarse = _blocks_with_matter(density[b], least), _together(colour[b], gate[b])
         for n in range(origins.shape[1]):
             g = cotangent[b, n]
             if g[0] == 0.0 and g[1] == 0.0 and g[2] == 0.0 and g[3] == 0.0:
                 continue
             count = _march(
-                density[b], colour[b], gate[b], image[b], origins[b, n], directions[b, n], constants, places, optical,
+                density[b], blocks, coarse, image[b], origins[b, n], directions[b, n], constants, places, optical,
                 own, share, seen,
             )  # fmt: skip
             light = np.float32(1.0)
@@ -313,6 +386,13 @@ def _backward(
                 behind += weights[s] * wanted
 
 
+def _each_moment(*tensors: Tensor) -> Iterator[tuple[np.ndarray, ...]]:
+    """The memory of each object of a batch, still with a batch's axis."""
+    arrays = [t.numpy() for t in tensors]
+    for number in range(len(arrays[0])):
+        yield tuple(array[number : number + 1] for array in arrays)
+
+
 class _Compiled(torch.autograd.Function):
     """The compiled renderer; rays and the input picture get no gradient."""
 
@@ -329,7 +409,7 @@ class _Compiled(torch.autograd.Function):
     ) -> Tensor:
         tensors = tuple(t.detach().contiguous() for t in (density, colour, gate, image, origins, directions))
         out = torch.empty(*origins.shape[:2], 4)
-        _forward(*(t.numpy() for t in tensors), constants, out.numpy())
+        run_in_threads([partial(_forward, *each, constants, made) for *each, made in _each_moment(*tensors, out)])
         ctx.save_for_backward(*tensors)
         ctx.constants = constants
         return out
@@ -338,6 +418,8 @@ class _Compiled(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         made = [torch.zeros_like(t) for t in tensors[:3]]
-        cotangent = cotangents[0].contiguous().numpy()
-        _backward(*(t.numpy() for t in tensors), ctx.constants, cotangent, *(t.numpy() for t in made))
+        tasks = []
+        for *each, cotangent, density, colour, gate in _each_moment(*tensors, cotangents[0].contiguous(), *made):
+            tasks.append(partial(_backward, *each, ctx.constants, cotangent, density, colour, gate))
+        run_in_threads(tasks)
         return (*made, None, None, None, None)
