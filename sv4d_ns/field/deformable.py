@@ -7,7 +7,7 @@ the appearance residual are not in the papers; they are our own decisions, measu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -221,6 +221,15 @@ class DeformableField(nn.Module):
         Gradients reach `x` through the canonical point alone, as if the moment's grids were constant around it: their
         own slopes are small, and theirs is a faster kernel without.
         """
+        sample = self._matter(x, t, moments)
+        if self.appearance is None:
+            return sample
+        seen = x.detach()
+        light = self.appearance(self._unit(seen), t, moments) if len(seen) else seen
+        return replace(sample, geometry=torch.cat([sample.geometry, light], -1))
+
+    def _matter(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments) -> FieldSample:
+        """A sample whose geometry does not know the moment's light yet."""
         # Nothing moves at the canonical time: the static phase does without the deformation.
         canonical_time = self.config.canonical_time
         still = bool((t == canonical_time).all()) if moments is None else all(m == canonical_time for m in moments)
@@ -229,9 +238,6 @@ class DeformableField(nn.Module):
         canonical = x + deformation
         logit, geometry = self._canonical(canonical)
         inside = seen.abs().amax(-1) <= self.config.half_extent
-        if self.appearance is not None:
-            light = self.appearance(self._unit(seen), t, moments) if len(seen) else seen
-            geometry = torch.cat([geometry, light], -1)
         residual = self.residual(seen, t, moments)
         if residual is None:
             density = self._density(logit) * (self._possible(canonical) & inside)
@@ -275,7 +281,7 @@ class DeformableField(nn.Module):
 
     def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None) -> Float[Tensor, " n"]:
         """Density per world unit in [0, max_density]; zero outside the box."""
-        return self.sample(x, t, moments).density
+        return self._matter(x, t, moments).density
 
     def density_and_color(
         self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]

@@ -30,82 +30,115 @@ Moments = Sequence[float] | None
 """All times a tensor of times may hold, where the caller knows them; None reads the tensor, which waits for a GPU."""
 
 
+@njit(inline="always")
+def _cell(x, i, r):  # type: ignore[no-untyped-def]
+    """Entry of the cell's first corner within its level, and the shares of the far corners along each axis."""
+    one, zero, scale = np.float32(1.0), np.float32(0.0), np.float32(r)
+    sx = min(max(x[i, 0], zero), one) * scale
+    sy = min(max(x[i, 1], zero), one) * scale
+    sz = min(max(x[i, 2], zero), one) * scale
+    ix, iy, iz = min(int(sx), r - 1), min(int(sy), r - 1), min(int(sz), r - 1)
+    row = (iz * (r + 1) + iy) * (r + 1) + ix
+    return row, sx - np.float32(ix), sy - np.float32(iy), sz - np.float32(iz)
+
+
+@njit(inline="always")
+def _edge(corner, row, r, share, fx, fy, fz):  # type: ignore[no-untyped-def]
+    """One of a cell's four edges along x: its first entry, and the shares of its two ends."""
+    one = np.float32(1.0)
+    y, wy = (r + 1, fy) if corner & 1 else (0, one - fy)
+    z, wz = ((r + 1) * (r + 1), fz) if corner & 2 else (0, one - fz)
+    w = share * wy * wz
+    return row + y + z, w * (one - fx), w * fx
+
+
+# A vector's channels are summed in registers: one kernel for vectors of three numbers, one for single numbers.
+
+
 @njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
-def _forward_kernel(x, slot, weight, table, resolutions, offsets, units, out, start, stop):  # type: ignore[no-untyped-def]
-    one, zero = np.float32(1.0), np.float32(0.0)
+def _forward_3(x, slot, weight, table, resolutions, offsets, units, out, start, stop):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
-        for channel in range(out.shape[1]):
-            out[i, channel] = zero
+        a, b, c = np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for end in range(slot.shape[1]):
-            share = weight[i, end]
-            if share == zero:
+            if weight[i, end] == np.float32(0.0):
                 continue
             values = table[slot[i, end]]
             for level in range(resolutions.shape[0]):
                 r = resolutions[level]
-                scale = np.float32(r)
-                sx = min(max(x[i, 0], zero), one) * scale
-                sy = min(max(x[i, 1], zero), one) * scale
-                sz = min(max(x[i, 2], zero), one) * scale
-                ix, iy, iz = min(int(sx), r - 1), min(int(sy), r - 1), min(int(sz), r - 1)
-                fx, fy, fz = sx - np.float32(ix), sy - np.float32(iy), sz - np.float32(iz)
-                row = offsets[level] + (iz * (r + 1) + iy) * (r + 1) + ix
+                row, fx, fy, fz = _cell(x, i, r)
                 for corner in range(4):
-                    entry, w = row, share * units[level]
-                    if corner & 1:
-                        entry += r + 1
-                        w *= fy
-                    else:
-                        w *= one - fy
-                    if corner & 2:
-                        entry += (r + 1) * (r + 1)
-                        w *= fz
-                    else:
-                        w *= one - fz
-                    low, high = w * (one - fx), w * fx
-                    for channel in range(out.shape[1]):
-                        out[i, channel] += low * values[entry, channel] + high * values[entry + 1, channel]
+                    entry, low, high = _edge(corner, offsets[level] + row, r, weight[i, end] * units[level], fx, fy, fz)
+                    a += low * values[entry, 0] + high * values[entry + 1, 0]
+                    b += low * values[entry, 1] + high * values[entry + 1, 1]
+                    c += low * values[entry, 2] + high * values[entry + 1, 2]
+        out[i, 0], out[i, 1], out[i, 2] = a, b, c
 
 
 @njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
-def _backward_kernel(x, slot, weight, resolutions, offsets, units, grad_out, grad_table, first, last):  # type: ignore[no-untyped-def]
-    one, zero = np.float32(1.0), np.float32(0.0)
+def _forward_1(x, slot, weight, table, resolutions, offsets, units, out, start, stop):  # type: ignore[no-untyped-def]
+    for channel in range(out.shape[1]):
+        for i in range(start, stop):
+            total = np.float32(0.0)
+            for end in range(slot.shape[1]):
+                if weight[i, end] == np.float32(0.0):
+                    continue
+                values = table[slot[i, end]]
+                for level in range(resolutions.shape[0]):
+                    r = resolutions[level]
+                    row, fx, fy, fz = _cell(x, i, r)
+                    for corner in range(4):
+                        entry, low, high = _edge(
+                            corner, offsets[level] + row, r, weight[i, end] * units[level], fx, fy, fz
+                        )
+                        total += low * values[entry, channel] + high * values[entry + 1, channel]
+            out[i, channel] = total
+
+
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+def _backward_3(x, slot, weight, resolutions, offsets, units, grad_out, grad_table, first, last):  # type: ignore[no-untyped-def]
+    zero = np.float32(0.0)
     for i in range(x.shape[0]):
-        nothing = True
-        for channel in range(grad_out.shape[1]):
-            nothing = nothing and grad_out[i, channel] == zero
-        if nothing:
+        a, b, c = grad_out[i, 0], grad_out[i, 1], grad_out[i, 2]
+        if a == zero and b == zero and c == zero:
             continue
         for end in range(slot.shape[1]):
-            share = weight[i, end]
-            if share == zero:
+            if weight[i, end] == zero:
                 continue
             values = grad_table[slot[i, end]]
             for level in range(first, last):
                 r = resolutions[level]
-                scale = np.float32(r)
-                sx = min(max(x[i, 0], zero), one) * scale
-                sy = min(max(x[i, 1], zero), one) * scale
-                sz = min(max(x[i, 2], zero), one) * scale
-                ix, iy, iz = min(int(sx), r - 1), min(int(sy), r - 1), min(int(sz), r - 1)
-                fx, fy, fz = sx - np.float32(ix), sy - np.float32(iy), sz - np.float32(iz)
-                row = offsets[level] + (iz * (r + 1) + iy) * (r + 1) + ix
+                row, fx, fy, fz = _cell(x, i, r)
                 for corner in range(4):
-                    entry, w = row, share * units[level]
-                    if corner & 1:
-                        entry += r + 1
-                        w *= fy
-                    else:
-                        w *= one - fy
-                    if corner & 2:
-                        entry += (r + 1) * (r + 1)
-                        w *= fz
-                    else:
-                        w *= one - fz
-                    low, high = w * (one - fx), w * fx
-                    for channel in range(grad_out.shape[1]):
-                        values[entry, channel] += low * grad_out[i, channel]
-                        values[entry + 1, channel] += high * grad_out[i, channel]
+                    entry, low, high = _edge(corner, offsets[level] + row, r, weight[i, end] * units[level], fx, fy, fz)
+                    values[entry, 0] += low * a
+                    values[entry, 1] += low * b
+                    values[entry, 2] += low * c
+                    values[entry + 1, 0] += high * a
+                    values[entry + 1, 1] += high * b
+                    values[entry + 1, 2] += high * c
+
+
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+def _backward_1(x, slot, weight, resolutions, offsets, units, grad_out, grad_table, first, last):  # type: ignore[no-untyped-def]
+    zero = np.float32(0.0)
+    for channel in range(grad_out.shape[1]):
+        for i in range(x.shape[0]):
+            grad = grad_out[i, channel]
+            if grad == zero:
+                continue
+            for end in range(slot.shape[1]):
+                if weight[i, end] == zero:
+                    continue
+                values = grad_table[slot[i, end]]
+                for level in range(first, last):
+                    r = resolutions[level]
+                    row, fx, fy, fz = _cell(x, i, r)
+                    for corner in range(4):
+                        entry, low, high = _edge(
+                            corner, offsets[level] + row, r, weight[i, end] * units[level], fx, fy, fz
+                        )
+                        values[entry, channel] += low * grad
+                        values[entry + 1, channel] += high * grad
 
 
 class _FusedKeyframes(torch.autograd.Function):
@@ -117,9 +150,10 @@ class _FusedKeyframes(torch.autograd.Function):
         ctx.levels, ctx.shape = levels, table.shape
         out = torch.empty(x.shape[0], table.shape[2])
         arrays = (x.numpy(), slot.numpy(), weight.numpy(), table.detach().numpy(), *levels, out.numpy())
+        kernel = _forward_3 if table.shape[2] == 3 else _forward_1
 
         def task(start: int):  # type: ignore[no-untyped-def]
-            return lambda: _forward_kernel(*arrays, start, min(start + _POINTS_PER_TASK, x.shape[0]))  # type: ignore[call-arg]
+            return lambda: kernel(*arrays, start, min(start + _POINTS_PER_TASK, x.shape[0]))  # type: ignore[call-arg]
 
         run_in_threads([task(start) for start in range(0, x.shape[0], _POINTS_PER_TASK)])
         return out
@@ -130,11 +164,11 @@ class _FusedKeyframes(torch.autograd.Function):
         x, slot, weight = ctx.saved_tensors
         grad_table = torch.zeros(ctx.shape)
         arrays = (x.numpy(), slot.numpy(), weight.numpy(), *ctx.levels, grad.contiguous().numpy())
-        target = grad_table.numpy()
+        target, kernel = grad_table.numpy(), _backward_3 if ctx.shape[2] == 3 else _backward_1
 
         # Levels own disjoint entries, so threads that own levels never write the same one.
         def task(level: int):  # type: ignore[no-untyped-def]
-            return lambda: _backward_kernel(*arrays, target, level, level + 1)  # type: ignore[call-arg]
+            return lambda: kernel(*arrays, target, level, level + 1)  # type: ignore[call-arg]
 
         run_in_threads([task(level) for level in reversed(range(len(ctx.levels[0])))])
         return grad_table, None, None, None, None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.geometry.rays import project
 from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.split import results_of
+from sv4d_ns.utils.threads import workers
 
 DISTANCE_REACH = 0.15
 """Distances to a hull are known up to this, world units."""
@@ -209,7 +212,9 @@ class OccupancyGrid(nn.Module):
         jitter = upload(torch.rand(cells.shape, generator=generator), cells.device)
         points = (cells + jitter) * self.cell_size - self.half_extent
         moment = bin_index / max(self.bins - 1, 1)
-        seen = field.density(points, torch.full_like(points[:, :1], moment), [moment])
+        parts = points.chunk(workers() if points.device.type == "cpu" else 1)
+        looks = [partial(field.density, part, torch.full_like(part[:, :1], moment), [moment]) for part in parts]
+        seen = torch.cat(results_of(looks))
         density = self.density[bin_index]
         i, j, k = cells.unbind(-1)
         density[i, j, k] = torch.maximum(density[i, j, k] * self.decay, seen)

@@ -9,6 +9,7 @@ and less where the input view sees the same surface well (there the real pixels 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.field.volume_rendering import render_rays_chunked
+from sv4d_ns.field.volume_rendering import render_depth
 from sv4d_ns.geometry.rays import picture_rays, project
 from sv4d_ns.utils.images import smoothstep
+from sv4d_ns.utils.split import results_of
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def surface_map(
     """What a camera sees of the field at a time in [0, 1], in a square picture; size and focal length in pixels."""
     origins, directions = picture_rays(camera_to_world, focal, size)
     times = torch.full_like(origins[:, :1], time)
-    out = render_rays_chunked(field, occupancy, origins, directions, times, n_samples=96)
-    points = origins + out["depth"][:, None] * directions
-    return SurfaceMap(out["alpha"].reshape(size, size), out["depth"].reshape(size, size), points)
+    alpha, depth = render_depth(field, occupancy, origins, directions, times, n_samples=96)
+    points = origins + depth[:, None] * directions
+    return SurfaceMap(alpha.reshape(size, size), depth.reshape(size, size), points)
 
 
 def _normals(field: DeformableField, surface: SurfaceMap, time: float) -> Float[Tensor, "n 3"]:
@@ -125,8 +127,8 @@ def view_weights(
     side = max(round(config.scale * size), 8)
     focal = side / 2 / fov_tan
     seen = surface_map(field, occupancy, input_camera, focal, side, time)
-    maps = []
-    for camera in cameras:
+
+    def seen_from(camera: Float[Tensor, "4 4"]) -> Float[Tensor, "s s"]:
         surface = surface_map(field, occupancy, camera, focal, side, time)
         normals = _normals(field, surface, time)
         facing = soft_visibility(surface.points, normals, camera[:3, 3], config.facing_edges)
@@ -134,7 +136,7 @@ def view_weights(
         by_input = by_input * unoccluded(surface.points, seen.depth, input_camera, focal, config.occlusion_tolerance)
         weight = (config.facing_floor + (1 - config.facing_floor) * facing) * (1 - config.seen_by_input * by_input)
         weight = torch.where(surface.alpha.flatten() > 0.5, weight, torch.ones_like(weight))
-        maps.append(
-            angular_weight(camera[:3, 3], input_camera[:3, 3], config.farthest_weight) * weight.reshape(side, side)
-        )
+        return angular_weight(camera[:3, 3], input_camera[:3, 3], config.farthest_weight) * weight.reshape(side, side)
+
+    maps = results_of([partial(seen_from, camera) for camera in cameras])
     return torch.stack(maps) if maps else seen.depth.new_zeros(0, side, side)

@@ -7,8 +7,10 @@ occupied cells exist), ordered by ray and then by distance.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -20,7 +22,8 @@ from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.field.motion import Moments
 from sv4d_ns.field.occupancy import OccupancyGrid
-from sv4d_ns.utils.threads import run_in_threads
+from sv4d_ns.utils.split import run_split
+from sv4d_ns.utils.threads import run_in_threads, workers
 
 FAR_DEPTH = 1e3
 """Depth of rays that meet nothing. Large, because viewers composite by depth and a small value would hide the rest."""
@@ -28,6 +31,8 @@ OPAQUE_OPTICAL_DEPTH = 7.0
 """A ray whose cached optical depth has passed this value (transmittance 1e-3) is followed three more cells only."""
 Bounds = tuple[Float[Tensor, " n"], Float[Tensor, " n"]]
 """Distances along rays, world units, before and beyond which nothing is rendered (a crop box, for example)."""
+PART_SAMPLES = 4096
+"""A thread is not worth its while for fewer samples."""
 COLOR_WEIGHT = 1e-4
 """Samples that contribute less than this to their pixel are not coloured."""
 
@@ -304,24 +309,83 @@ def render_rays(
     samples = march(occupancy, origins, directions, times, step, jitter, bounds)
     rays, distances = samples.ray_indices, samples.distances
     positions = origins[rays] + distances[:, None] * directions[rays]
-    queried = field.sample(positions, times[rays], moments)
-    weights = compositing_weights(queried.density, samples)
-    rgb = colours(field, queried.geometry, weights, samples)
-    sums = accumulate(weights, torch.stack([torch.ones_like(distances), distances], -1), samples)
+    at = times[rays]
+
+    def composited(part: RaySamples, rows: slice) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: _composited(field, part, positions[rows], at[rows], moments)
+
+    parts = [composited(part, rows) for part, rows in _parts(samples)]
+    rgb, sums, weights, deformation, density, *residual = run_split(parts, field.parameters())
     alpha = sums[:, 0]
     fill = background if background is not None else rgb.new_ones(3)
-    depth = torch.where(alpha > 0.01, sums[:, 1] / alpha.clamp(min=0.01), torch.full_like(alpha, FAR_DEPTH))
     return RenderOutput(
         rgb=rgb + (1 - alpha[:, None]) * fill,
         alpha=alpha,
-        depth=depth,
+        depth=_depth(sums),
         weights=weights,
         samples=samples,
         positions=positions.detach(),
-        deformation=queried.deformation,
-        density=queried.density,
-        residual=queried.residual,
+        deformation=deformation,
+        density=density,
+        residual=residual[0] if residual else None,
     )
+
+
+def _composited(
+    field: DeformableField, samples: RaySamples, x: Float[Tensor, "m 3"], t: Float[Tensor, "m 1"], moments: Moments
+) -> tuple[Tensor, ...]:
+    """Of each ray: its colour without a background, and alpha and alpha times depth; of each sample: weight,
+    deformation, density, and what the moment adds to the density's logit where that is open."""
+    queried = field.sample(x, t, moments)
+    weights = compositing_weights(queried.density, samples)
+    rgb = colours(field, queried.geometry, weights, samples)
+    residual = () if queried.residual is None else (queried.residual,)
+    return rgb, _sums(weights, samples), weights, queried.deformation, queried.density, *residual
+
+
+def _parts(samples: RaySamples) -> list[tuple[RaySamples, slice]]:
+    """The samples of a CPU's batch in parts of whole rays for its threads, and which rows they are."""
+    count, rays = len(samples.distances), samples.ray_indices
+    parts = min(workers(), count // PART_SAMPLES) if samples.distances.device.type == "cpu" else 1
+    if parts <= 1:
+        return [(samples, slice(0, count))]
+    middles = rays[[count * number // parts for number in range(1, parts)]]
+    ray_edges = [0, *middles.tolist(), samples.n_rays]
+    row_edges = [0, *torch.searchsorted(rays, middles).tolist(), count]
+    made = []
+    for (first, last), (begin, end) in zip(pairwise(ray_edges), pairwise(row_edges), strict=True):
+        part = RaySamples(rays[begin:end] - first, samples.distances[begin:end], samples.step, last - first)
+        made.append((part, slice(begin, end)))
+    return made
+
+
+@torch.no_grad()
+def render_depth(
+    field: DeformableField,
+    occupancy: OccupancyGrid,
+    origins: Float[Tensor, "n 3"],
+    directions: Float[Tensor, "n 3"],
+    times: Float[Tensor, "n 1"],
+    n_samples: int,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Alpha and depth of rays as `render_rays` has them, without gradients and without the cost of colours."""
+    step = box_step(occupancy.half_extent, n_samples)
+    samples = march(occupancy, origins, directions, times, step, torch.full_like(times[:, 0], 0.5))
+    rays, distances = samples.ray_indices, samples.distances
+    density = field.density(origins[rays] + distances[:, None] * directions[rays], times[rays])
+    sums = _sums(compositing_weights(density, samples), samples)
+    return sums[:, 0], _depth(sums)
+
+
+def _sums(weights: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, "n 2"]:
+    """Alpha of each ray, and alpha times depth."""
+    distances = samples.distances
+    return accumulate(weights, torch.stack([torch.ones_like(distances), distances], -1), samples)
+
+
+def _depth(sums: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:
+    alpha, weighted = sums.unbind(-1)
+    return torch.where(alpha > 0.01, weighted / alpha.clamp(min=0.01), torch.full_like(alpha, FAR_DEPTH))
 
 
 @torch.no_grad()

@@ -37,7 +37,13 @@ def torch_threads(count: int) -> Iterator[None]:
 
 @lru_cache(maxsize=4)
 def _pool(helpers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(helpers, thread_name_prefix="sv4d")
+    return ThreadPoolExecutor(helpers, thread_name_prefix="sv4d", initializer=_begin_helper)
+
+
+def _begin_helper() -> None:
+    """A helper works on one core, and like the thread that trains (both are every thread's own matter)."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
 
 
 def run_in_threads(tasks: Sequence[Callable[[], Any]]) -> None:
