@@ -15,9 +15,9 @@ from torch.nn import functional
 from sv4d_ns.diffusion.fourdm.guidance import sds_loss
 from sv4d_ns.distillation import losses
 from sv4d_ns.distillation.anchor import anchor_target
-from sv4d_ns.distillation.cameras import VIEWS, draw_views, draw_window
+from sv4d_ns.distillation.cameras import VIEWS, DrawnViews, draw_views, draw_window
 from sv4d_ns.distillation.priors import ViewPrior
-from sv4d_ns.distillation.rendering import Rendered, RenderSettings, grid_rays, render
+from sv4d_ns.distillation.rendering import Rays, Rendered, RenderSettings, grid_rays, render_together
 from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, NoiseLevels, reference_step, render_size
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
@@ -73,6 +73,19 @@ class ObjectiveConfig:
     render: RenderSettings = field(default_factory=RenderSettings)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What a step's distillation is of."""
+
+    frames: list[int]
+    views: DrawnViews
+    noise_step: int
+    seed: int
+    size: int
+    """Pixels along the side of the renders."""
+    rays: Rays
+
+
 class Objective:
     """The terms of a training step.
 
@@ -106,17 +119,25 @@ class Objective:
         place = reference_step(step, self.config.total_steps, self.config.first_step)
         weights = self.config.weights.at(place)
         rng = randomness.generator(self.config.seed, step, 10)
-        terms: dict[str, Tensor] = {}
-        if self.prior is not None:
-            terms |= self._distillation(self.prior, step, place, rng)
+        draw = None if self.prior is None else self._draw(self.prior, place, rng)
+        frame = 0 if self.anchor is None else int(rng.integers(self.num_frames))
+        asked = [] if draw is None else [(draw.rays, draw.seed)]
         if self.anchor is not None:
-            terms |= self._anchor(self.anchor, step, rng)
+            time = torch.tensor([frame]) / max(self.num_frames - 1, 1)
+            rays = grid_rays(self.anchor.plan, time, self.anchor.size, self.device)
+            asked.append((rays, int(rng.integers(2**31))))
+        if not asked:
+            return {}
+        rendered = render_together(self.field, self.occupancy, asked, self.config.render)
+        terms: dict[str, Tensor] = {}
+        if self.prior is not None and draw is not None:
+            terms |= self._distillation(self.prior, draw, rendered[0])
+        if self.anchor is not None:
+            terms |= self._anchor(self.anchor, frame, rendered[-1])
         return {name: weights[name] * value for name, value in terms.items() if weights[name]}
 
-    def _distillation(
-        self, prior: ViewPrior, step: int, place: float, rng: np.random.Generator
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Score distillation on V views of a window, and what the same renders say of opacity and orientation."""
+    def _draw(self, prior: ViewPrior, place: float, rng: np.random.Generator) -> Draw:
+        """V views of a window of frames, and how they are noised."""
         length = self.config.frames_per_step or prior.num_frames
         frames = draw_window(rng, self.num_frames, length)
         views = draw_views(rng, VIEWS, prior.highest_elevation_deg).raised(prior.base_elevation_deg)
@@ -126,11 +147,13 @@ class Objective:
         size = max(round(render_size(place) * prior.image_size / REFERENCE_PICTURE), 8)
         times = torch.tensor(frames, dtype=torch.float32) / max(self.num_frames - 1, 1)
         rays = grid_rays(views.plan(prior.radius, prior.fov_deg), times, size, self.device)
-        rendered = render(self.field, self.occupancy, rays, self.config.render, seed)
+        return Draw(frames, views, noise_step, seed, size, rays)
 
-        generator = torch.Generator().manual_seed(seed)
-        latents = prior.encode(self._pictures(rendered, size, prior), generator)
-        target = prior.target(latents, frames, views, noise_step, generator)
+    def _distillation(self, prior: ViewPrior, draw: Draw, rendered: Rendered) -> dict[str, Float[Tensor, ""]]:
+        """Score distillation on V views of a window, and what the same renders say of opacity and orientation."""
+        generator = torch.Generator().manual_seed(draw.seed)
+        latents = prior.encode(self._pictures(rendered, draw.size, prior), generator)
+        target = prior.target(latents, draw.frames, draw.views, draw.noise_step, generator)
         met = (rendered.alpha > 0).sum().clamp(min=1)
         return {
             "sds": sds_loss(latents, target),
@@ -148,13 +171,8 @@ class Objective:
         target = (prior.image_size, prior.image_size)
         return functional.interpolate(images, target, mode="bilinear", align_corners=False)
 
-    def _anchor(self, anchor: Anchor, step: int, rng: np.random.Generator) -> dict[str, Float[Tensor, ""]]:
+    def _anchor(self, anchor: Anchor, frame: int, rendered: Rendered) -> dict[str, Float[Tensor, ""]]:
         """One random frame of the anchor's video, whole."""
-        frame = int(rng.integers(self.num_frames))
-        time = torch.tensor([frame / max(self.num_frames - 1, 1)])
-        rays = grid_rays(anchor.plan, time, anchor.size, self.device)
-        settings = RenderSettings(self.config.render.samples, self.config.render.chunk_rays, normals=0)
-        rendered = render(self.field, self.occupancy, rays, settings, int(rng.integers(2**31)))
         picture = rendered.rgb.reshape(anchor.size, anchor.size, 3).movedim(-1, 0)[None]
         target = anchor.targets[frame].movedim(-1, 0)[None]
         error = (picture.detach() - target).square().mean().clamp(min=1e-10)

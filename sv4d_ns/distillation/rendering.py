@@ -4,7 +4,8 @@ Rays are rendered in chunks. Where there is more than one chunk each is checkpoi
 is rendered again when its gradient arrives (deferred back-propagation, Zhang et al. 2022, ARF).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -75,21 +76,42 @@ def render(
     field: SpaceTimeField, occupancy: OccupancyGrid, rays: Rays, settings: RenderSettings, seed: int
 ) -> Rendered:
     """Render rays with gradient; the random shift of samples along each ray follows from the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    jitter = upload(torch.rand(len(rays), generator=generator), rays.origins.device)
+    return render_together(field, occupancy, [(rays, seed)], settings)[0]
+
+
+def render_together(
+    field: SpaceTimeField, occupancy: OccupancyGrid, parts: Sequence[tuple[Rays, int]], settings: RenderSettings
+) -> list[Rendered]:
+    """Several sets of rays, each with its own seed, as if they were one: a GPU is waited for once, not for each.
+
+    Orientation is asked of the first set alone.
+    """
+    sets, seeds = zip(*parts, strict=True)
+    names = [f.name for f in fields(Rays)]
+    rays = Rays(*(torch.cat([getattr(each, name) for each in sets]) for name in names))
+    shifts = [torch.rand(len(each), generator=torch.Generator().manual_seed(seed)) for each, seed in parts]
+    jitter = upload(torch.cat(shifts), rays.origins.device)
+    turned = len(sets[0])
     starts = range(0, len(rays), settings.chunk_rays)
 
     def chunk(start: int) -> tuple[Tensor, ...]:
         part = slice(start, start + settings.chunk_rays)
         piece = Rays(rays.origins[part], rays.directions[part], rays.times[part])
-        return _render_chunk(field, occupancy, piece, jitter[part], settings, seed + 1 + start)
+        counted = min(max(turned - start, 0), len(piece))
+        return _render_chunk(field, occupancy, piece, jitter[part], settings, counted, seeds[0] + 1 + start)
 
     if len(starts) == 1 or not torch.is_grad_enabled():
-        parts = [chunk(start) for start in starts]
+        chunks = [chunk(start) for start in starts]
     else:
-        parts = [checkpoint(chunk, start, use_reentrant=False, preserve_rng_state=False) for start in starts]
-    rgb, alpha, orientation, variance = zip(*parts, strict=True)
-    return Rendered(torch.cat(rgb), torch.cat(alpha), torch.stack(orientation).sum(), torch.cat(variance))
+        chunks = [checkpoint(chunk, start, use_reentrant=False, preserve_rng_state=False) for start in starts]
+    rgb, alpha, orientation, variance = zip(*chunks, strict=True)
+    sizes = [len(each) for each in sets]
+    split = [torch.cat(values).split(sizes) for values in (rgb, alpha, variance)]
+    turning = torch.stack(orientation).sum()
+    return [
+        Rendered(of_rgb, of_alpha, turning if number == 0 else torch.zeros_like(turning), of_variance)
+        for number, (of_rgb, of_alpha, of_variance) in enumerate(zip(*split, strict=True))
+    ]
 
 
 def _render_chunk(
@@ -98,8 +120,10 @@ def _render_chunk(
     rays: Rays,
     jitter: Float[Tensor, " n"],
     settings: RenderSettings,
+    counted: int,
     seed: int,
 ) -> tuple[Tensor, ...]:
+    """rgb, alpha, the orientation of the first `counted` rays, and the variance of depth."""
     step = box_step(occupancy.half_extent, settings.samples)
     samples = march(occupancy, rays.origins, rays.directions, rays.times, step, jitter)
     index, distances = samples.ray_indices, samples.distances
@@ -110,7 +134,9 @@ def _render_chunk(
     seen: torch.nn.Module = field
     rgb = colours(seen, queried.geometry, weights, samples)  # type: ignore[arg-type]  # it has the methods this needs
     alpha = accumulate(weights, torch.ones_like(distances)[:, None], samples)[:, 0]
-    orientation = _orientation(field, x, t, rays.directions[index], weights.detach(), settings.normals, seed)
+    turning = weights.detach() * (index < counted)
+    normals = settings.normals if counted else 0
+    orientation = _orientation(field, x, t, rays.directions[index], turning, normals, seed)
     variance = torch.zeros_like(alpha)
     if settings.z_variance:
         variance = depth_variance(weights, distances, index, len(rays))

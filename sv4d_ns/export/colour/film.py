@@ -8,6 +8,7 @@ no seam shows (a screened Poisson equation on the mesh, as Bhat et al. 2008 for 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -18,6 +19,7 @@ from scipy.spatial import cKDTree
 from sv4d_ns.export.colour.baking import DepthMaps, Picture, SurfacePoints, gather
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.utils.compiled import njit
+from sv4d_ns.utils.split import results_of
 
 CONTENDERS = 0.3
 """Share of the best picture's weight from which another picture of the same place counts."""
@@ -122,9 +124,12 @@ def _each(
     """What every picture by itself shows at the points, and its weight there (float32)."""
     count = len(points.face)
     colors, weights = np.zeros((len(pictures), count, 3), np.uint8), np.zeros((len(pictures), count), np.float32)
-    for number, picture in enumerate(pictures):
-        color, weight = gather([picture], points, positions, normals, faces, advance, depths)
+
+    def look(number: int) -> None:
+        color, weight = gather([pictures[number]], points, positions, normals, faces, advance, depths)
         colors[number], weights[number] = np.round(color.clip(0, 1) * 255), weight
+
+    results_of([partial(look, number) for number in range(len(pictures))])
     return colors, weights
 
 

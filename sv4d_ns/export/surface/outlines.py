@@ -9,6 +9,7 @@ along the camera's axis are left alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import Coverage, rasterise
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.geometry.rays import project_array
+from sv4d_ns.utils.split import results_of
 
 RASTER = 512
 """Pixels along the side of the rasters the mesh's outline is read from."""
@@ -199,7 +201,8 @@ def fitted_to_outlines(
     """
     membrane = Membrane(faces, positions.shape[1])
     result = np.empty_like(positions)
-    for picture in film:
+
+    def fit(picture: Picture) -> None:
         x = positions[picture.frame].astype(np.float64)
         outline = film_outline(picture)
         for number, (stiffness, reach) in enumerate(rounds, start=1):
@@ -212,6 +215,8 @@ def fitted_to_outlines(
         result[picture.frame] = x
         if advance is not None:
             advance()
+
+    results_of([partial(fit, picture) for picture in film])
     return result
 
 
@@ -273,7 +278,8 @@ def fitted_to_film(
     """
     membrane, shades = Membrane(faces, positions.shape[1]), _luminance(colors)
     result = np.empty_like(positions)
-    for picture in film:
+
+    def fit(picture: Picture) -> None:
         x, size = positions[picture.frame].astype(np.float64), len(picture.rgba)
         outline = film_outline(picture)
         for stiffness, reach in TEXTURE_ROUNDS:
@@ -287,6 +293,8 @@ def fitted_to_film(
         result[picture.frame] = x
         if advance is not None:
             advance()
+
+    results_of([partial(fit, picture) for picture in film])
     return result
 
 
