@@ -50,6 +50,8 @@ class PlayedGlb:
     uv: Float[np.ndarray, "n 2"] | None = None
     image: UInt8[np.ndarray, "s s 3"] | None = None
     """sRGB."""
+    moves: tuple[Float[np.ndarray, "t 2"], Float[np.ndarray, "t 2"]] | None = None
+    """Offset and scale of `uv` at each frame, of an animated texture."""
 
 
 def read_glb(path: Path) -> PlayedGlb:
@@ -68,7 +70,7 @@ def read_glb(path: Path) -> PlayedGlb:
     faces = glb.accessor(glb.primitive["indices"]).reshape(-1, 3).astype(np.int64)
     if "COLOR_0" in glb.primitive["attributes"]:
         return PlayedGlb(seconds, positions, faces, glb.attribute("COLOR_0")[:, :3] / 65535)
-    return PlayedGlb(seconds, positions, faces, None, glb.attribute("TEXCOORD_0"), glb.image())
+    return PlayedGlb(seconds, positions, faces, None, glb.attribute("TEXCOORD_0"), glb.image(), glb.texture_moves())
 
 
 def in_run_coordinates(positions: Float[np.ndarray, "t n 3"], document: dict[str, Any]) -> Float[np.ndarray, "t n 3"]:
@@ -91,7 +93,7 @@ def render(
     shown, weights = _rasterise(pixels, depth, glb.faces, fine)
     covered = shown >= 0
     on_white = np.ones((fine, fine, 3))
-    on_white[covered] = _colors(glb, glb.faces[shown[covered]], weights[covered])
+    on_white[covered] = _colors(glb, frame, glb.faces[shown[covered]], weights[covered])
 
     def reduced(picture: np.ndarray) -> np.ndarray:
         return picture.reshape(size, SUPERSAMPLES, size, SUPERSAMPLES, -1).mean(axis=(1, 3))
@@ -100,7 +102,7 @@ def render(
 
 
 def _colors(
-    glb: PlayedGlb, corners: Int[np.ndarray, "k 3"], weights: Float[np.ndarray, "k 3"]
+    glb: PlayedGlb, frame: int, corners: Int[np.ndarray, "k 3"], weights: Float[np.ndarray, "k 3"]
 ) -> Float[np.ndarray, "k 3"]:
     """sRGB in [0, 1] of points on faces."""
     if glb.linear_colors is not None:
@@ -108,7 +110,8 @@ def _colors(
         return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
     assert glb.uv is not None and glb.image is not None
     side = len(glb.image)
-    texel = np.einsum("kj,kjc->kc", weights, glb.uv[corners]) * side - 0.5
+    offset, scale = (0.0, 1.0) if glb.moves is None else (glb.moves[0][frame], glb.moves[1][frame])
+    texel = (np.einsum("kj,kjc->kc", weights, glb.uv[corners]) * scale + offset) * side - 0.5
     low = np.floor(texel).astype(int)
     share = texel - low
     result = np.zeros((len(corners), 3))

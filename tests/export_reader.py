@@ -43,10 +43,24 @@ class GlbFile:
         """(node, path) to key times [t] and values [t, ...] of the first animation."""
         animation, found = self.json["animations"][0], {}
         for channel in animation["channels"]:
+            if "node" not in channel["target"]:  # it moves no node
+                continue
             sampler = animation["samplers"][channel["sampler"]]
             seconds, values = self.accessor(sampler["input"])[:, 0], self.accessor(sampler["output"])
             found[channel["target"]["node"], channel["target"]["path"]] = seconds, values.reshape(len(seconds), -1)
         return found
+
+    def texture_moves(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Offset and scale of the texture coordinates at each key time [t, 2] (KHR_animation_pointer, STEP)."""
+        animation, found = self.json["animations"][0] if self.json.get("animations") else {"channels": []}, {}
+        for channel in animation["channels"]:
+            pointer = channel["target"].get("extensions", {}).get("KHR_animation_pointer", {}).get("pointer", "")
+            head, _, name = pointer.rpartition("/")
+            if head.endswith("/baseColorTexture/extensions/KHR_texture_transform"):
+                sampler = animation["samplers"][channel["sampler"]]
+                assert sampler["interpolation"] == "STEP" and channel["target"]["path"] == "pointer"
+                found[name] = self.accessor(sampler["output"])
+        return (found["offset"], found["scale"]) if found else None
 
     def posed(self, attribute: str) -> tuple[np.ndarray, np.ndarray]:
         """Seconds [t] and the attribute [t, n, 3] with the animation's morph weights applied at each keyframe."""

@@ -266,7 +266,12 @@ def test_a_run_becomes_a_playing_file(finished_run, tmp_path, capsys, monkeypatc
     assert extras["provenance"]["source"] == "ball.mp4"
     assert extras["licences"]["novel views"] == "sv4d_ns bundled, Apache-2.0"
     assert extras["confidence"] == {"1": "seen by the input camera", "0.5": "by generated views only", "0": "by none"}
-    np.testing.assert_allclose(np.median(raw.image().reshape(-1, 3), axis=0), [204, 51, 26], atol=20)
+    offsets, scales = raw.texture_moves()
+    side = len(raw.image())
+    assert len(offsets) == FRAMES and (scales == 0.5).all() and side == 64 * np.ceil(np.sqrt(FRAMES + 4))
+    cells = [raw.image()[:128, :128], *(raw.image()[y : y + 64, x : x + 64] for x, y in (offsets * side).astype(int))]
+    for picture in cells:
+        np.testing.assert_allclose(np.median(picture.reshape(-1, 3), axis=0), [204, 51, 26], atol=20)
     color = np.median(trimesh.load(tmp_path / "asset" / "frames_ply" / "frame_0000.ply").visual.vertex_colors, axis=0)
     np.testing.assert_allclose(color[:3], [204, 51, 26], atol=20)
     assert len(list((tmp_path / "asset" / "frames_ply").iterdir())) == FRAMES

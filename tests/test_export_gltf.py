@@ -9,7 +9,7 @@ from export_fixture import SwingingLimb, exported
 from export_reader import read_glb
 
 from sv4d_ns.export.colour.texture import Atlas
-from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, with_texture
+from sv4d_ns.export.formats.asset import AnimatedMesh, Flipbook, RootMotion, Texture, with_texture
 from sv4d_ns.export.formats.gltf import from_gltf_axes, linear_from_srgb, to_gltf_axes, write_animated_glb
 from sv4d_ns.export.formats.sequence import stills, write_sequence
 from sv4d_ns.export.rig import decompose
@@ -69,7 +69,7 @@ def textured(mesh):
     uv = np.random.default_rng(0).random((len(cut), 2)).astype(np.float32)
     image = np.stack(np.meshgrid(*[np.linspace(0, 255, 64)] * 2), -1)
     image = np.concatenate([image, np.full((64, 64, 1), 90)], -1).astype(np.uint8)
-    return with_texture(mesh, Atlas(cut, np.arange(len(cut)).reshape(-1, 3), uv, 64), image)
+    return with_texture(mesh, Atlas(cut, np.arange(len(cut)).reshape(-1, 3), uv, 64), Texture(uv, image))
 
 
 def test_texture_reads_back(mesh, textured, tmp_path):
@@ -86,6 +86,28 @@ def test_texture_reads_back(mesh, textured, tmp_path):
     read = trimesh.load(tmp_path / "t.glb", process=False, force="mesh")
     uv = np.asarray(read.visual.uv)  # trimesh's v runs up
     np.testing.assert_allclose(uv * [1, -1] + [0, 1], textured.texture.uv, atol=1e-6)
+
+
+@pytest.mark.parametrize("skinned", [False, True])
+def test_a_texture_of_each_frame_is_moved_into_sight(textured, tmp_path, skinned):
+    moments = np.stack([np.full((32, 32, 3), 40 * number, np.uint8) for number in range(4)])
+    shown = np.array([0, 0, 1, 2, 3])
+    flipping = replace(textured, texture=replace(textured.texture, moments=Flipbook(moments, shown)))
+    skin = decompose(textured.positions, 0.01, 4) if skinned else None
+    write_animated_glb(flipping, tmp_path / "t.glb", "limb", {}, skin)
+    raw = read_glb(tmp_path / "t.glb")
+    assert set(raw.json["extensionsUsed"]) == {"KHR_texture_transform", "KHR_animation_pointer"}
+    assert "extensionsRequired" not in raw.json, "a viewer that knows neither shows the whole clip's picture"
+    image, uv = raw.image(), raw.attribute("TEXCOORD_0")
+    assert image.shape == (96, 96, 3)  # two by two cells of 32 for the whole clip, five more around them
+    np.testing.assert_allclose(image[:64, :64].astype(int), textured.texture.image, atol=4)
+    np.testing.assert_allclose(uv * 96, textured.texture.uv * 64, atol=1e-4)
+    offsets, scales = raw.texture_moves()
+    for frame, (offset, scale) in enumerate(zip(offsets, scales, strict=True)):
+        at = (96 * (offset + scale * np.array([1 / 3, 1 / 3]))).astype(int)  # the middle of the picture
+        np.testing.assert_allclose(image[at[1], at[0]], 40 * shown[frame], atol=4)
+    seconds = raw.skinned()[0] if skinned else raw.posed("POSITION")[0]
+    assert len(offsets) == len(seconds) == 5
 
 
 @pytest.mark.parametrize("skinned", [False, True])

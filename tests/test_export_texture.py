@@ -7,8 +7,8 @@ from export_fixture import SwingingLimb, exported, pictures
 
 from sv4d_ns.export.colour.baking import Picture, confidence, filled, gather, vertices_as_points
 from sv4d_ns.export.colour.raster import rasterise
-from sv4d_ns.export.colour.texture import bake, padded, texels, unwrap
-from sv4d_ns.export.formats.asset import with_texture
+from sv4d_ns.export.colour.texture import bake, nearest_covered, texels, unwrap
+from sv4d_ns.export.formats.asset import Texture, with_texture
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.errors import InputError
@@ -142,7 +142,7 @@ def test_seams_are_padded():
     image, covered = np.zeros((32, 32, 3)), np.zeros((32, 32), dtype=bool)
     covered[4:9, 4:9], covered[20:28, 20:28] = True, True
     image[4:9, 4:9], image[20:28, 20:28] = [1, 0, 0], [0, 0, 1]
-    full = padded(image, covered)
+    full = image[nearest_covered(covered)]
     np.testing.assert_array_equal(full[covered], image[covered])
     np.testing.assert_array_equal(full[3, 6], [1, 0, 0])
     np.testing.assert_array_equal(full[30, 30], [0, 0, 1])
@@ -164,7 +164,7 @@ def test_the_baked_texture_shows_the_object(field, mesh, atlas, shown):
     truth = field.density_and_color(x, torch.zeros(len(x), 1))[1].numpy()
     error = np.abs(image[covered] / 255.0 - truth).max(axis=1)
     assert np.quantile(error, 0.85) < 0.05
-    cut = with_texture(mesh, atlas, image)
+    cut = with_texture(mesh, atlas, Texture(atlas.uv, image))
     assert cut.positions.shape == (len(TIMES), len(atlas.vertex), 3)
     np.testing.assert_array_equal(cut.normals[:, :], mesh.normals[:, atlas.vertex])
 

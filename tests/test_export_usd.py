@@ -8,7 +8,7 @@ import pytest
 from export_fixture import SwingingLimb, exported
 
 from sv4d_ns.export.colour.texture import Atlas
-from sv4d_ns.export.formats.asset import with_texture
+from sv4d_ns.export.formats.asset import Texture, with_texture
 from sv4d_ns.export.formats.gltf import from_gltf_axes, linear_from_srgb
 from sv4d_ns.export.formats.sequence import Still, stills
 from sv4d_ns.export.formats.usd import write_usd
@@ -65,7 +65,7 @@ def test_texture_travels_along(mesh, tmp_path, suffix):
     cut = mesh.faces.ravel()
     uv = np.random.default_rng(0).random((len(cut), 2)).astype(np.float32)
     image = np.full((64, 64, 3), 128, np.uint8)
-    textured = with_texture(mesh, Atlas(cut, np.arange(len(cut)).reshape(-1, 3), uv, 64), image)
+    textured = with_texture(mesh, Atlas(cut, np.arange(len(cut)).reshape(-1, 3), uv, 64), Texture(uv, image))
     files = write_usd(list(stills(textured)), tmp_path / f"mesh.{suffix}", "fox", FPS, EXTRAS)
     assert sorted(tmp_path.iterdir()) == sorted(files) and len(files) == (1 if suffix == "usdz" else 2)
     _, read = opened(files[0])

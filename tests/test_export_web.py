@@ -11,7 +11,7 @@ from export_fixture import SwingingLimb, exported
 from PIL import Image
 
 from sv4d_ns.export.colour.picture import draw
-from sv4d_ns.export.formats.asset import AnimatedMesh, Texture
+from sv4d_ns.export.formats.asset import AnimatedMesh, Flipbook, Texture
 from sv4d_ns.export.formats.gltf import write_animated_glb
 from sv4d_ns.export.formats.web import POSTER_NAME, write_page, write_poster
 from sv4d_ns.geometry.cameras import ViewPlan
@@ -74,11 +74,13 @@ def test_a_link_to_the_page_shows_the_poster(page):
     np.testing.assert_allclose(poster[315, [300, 900]], [[200, 0, 0], [0, 0, 200]], atol=6)
 
 
-@pytest.mark.parametrize("texture", ["film", "none"])
+@pytest.mark.parametrize("texture", ["film", "none", "animated"])
 def test_a_drawn_mesh_lies_where_the_camera_sees_it_in_its_own_colours(texture):
     corners = np.array([[0, -0.5, -0.5], [0, 0.5, -0.5], [0, 0.5, 0.5], [0, -0.5, 0.5]], np.float32)
     image = np.full((8, 8, 3), (10, 200, 30), np.uint8)
     image[:, :4] = (200, 10, 30)  # the left half
+    blank = np.stack([np.zeros_like(image[:4, :4]), image[::2, ::2]])
+    moments = Flipbook(blank, np.array([1])) if texture == "animated" else None
     quad = AnimatedMesh(
         positions=corners[None],
         faces=np.array([[0, 1, 2], [0, 2, 3]]),
@@ -86,7 +88,7 @@ def test_a_drawn_mesh_lies_where_the_camera_sees_it_in_its_own_colours(texture):
         normals=np.tile(np.array([1.0, 0, 0]), (1, 4, 1)),
         fps=10.0,
         confidence=np.ones(4),
-        texture=None if texture == "none" else Texture(np.array([[0.0, 1], [1, 1], [1, 0], [0, 0]]), image),
+        texture=None if texture == "none" else Texture(np.array([[0.0, 1], [1, 1], [1, 0], [0, 0]]), image, moments),
     )
     plan = ViewPlan.ring((90.0,))
     made = draw(quad, 0, plan.c2w()[0], plan.focal_px(100), 100)

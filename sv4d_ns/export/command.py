@@ -35,10 +35,11 @@ class _Export:
     """Nodes of the marching-cubes grid along each side of the object's box."""
     max_faces: Annotated[Optional[int], tyro.conf.arg(aliases=["--faces"])] = 20_000  # noqa: UP045 - as in nerfstudio
     """Face budget: the mesh is simplified to it. None keeps every face of the marching cubes."""
-    texture: Literal["film", "field", "views", "none"] = "film"
-    """Where colours come from: the input video where it saw a place and the fitted field elsewhere (film); the field
-    alone; or the input and generated views that see a place best (views). none: as film, kept at the vertices, without
-    a texture."""
+    texture: Literal["animated", "film", "field", "views", "none"] = "animated"
+    """Where colours come from. film: the input video where it saw a place, the fitted field elsewhere. animated: the
+    same, and in .glb and web page each frame also has its own picture of what the video shows then (a viewer without
+    KHR_animation_pointer shows film). field: the fitted field alone. views: the input and generated views that see a
+    place best. none: as film, kept at the vertices, without a texture."""
     texture_size: Optional[int] = None  # noqa: UP045
     """Texels along the side of the texture. None: 1024, or 2048 for a video of 384 pixels or more."""
     fps: Optional[float] = None  # noqa: UP045
@@ -153,6 +154,11 @@ class ExportMesh(_Export):
         )
 
 
+def _still(options: Any) -> Any:
+    """For points, which keep their colours: pictures of each frame would be made for nothing."""
+    return replace(options, texture="film") if options.texture == "animated" else options
+
+
 @dataclass
 class ExportPointCloudSequence(_Export):
     """Export a trained run as one coloured point cloud (.ply) per frame; a point keeps its place on the surface."""
@@ -168,7 +174,7 @@ class ExportPointCloudSequence(_Export):
     def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
         from sv4d_ns.export import files
 
-        return files.write_point_clouds(run, self.options(), folder, self.num_points, terminal)
+        return files.write_point_clouds(run, _still(self.options()), folder, self.num_points, terminal)
 
 
 @dataclass
@@ -191,7 +197,7 @@ class ExportSplats(_Export):
         from sv4d_ns.export import files
 
         steps = self.refine_steps if self.refine == "auto" else 0
-        return files.write_splats(run, self.options(), folder, self.num_splats, steps, terminal)
+        return files.write_splats(run, _still(self.options()), folder, self.num_splats, steps, terminal)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """From a finished run to an asset: surface, motion, colours; each step says what it found."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,8 +19,8 @@ from sv4d_ns.export.colour.baking import (
 )
 from sv4d_ns.export.colour.film import FilmColors, film_colors, levelled, mirrored
 from sv4d_ns.export.colour.raster import rasterise
-from sv4d_ns.export.colour.texture import bake, unwrap
-from sv4d_ns.export.formats.asset import AnimatedMesh, RootMotion, animated_mesh, with_texture
+from sv4d_ns.export.colour.texture import Atlas, bake, bake_many, unwrap
+from sv4d_ns.export.formats.asset import AnimatedMesh, Flipbook, RootMotion, Texture, animated_mesh, with_texture
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.root_motion import root_motion
 from sv4d_ns.export.surface.carving import carved, completed, silhouettes
@@ -79,7 +79,10 @@ FINE_VIDEO = 384
 """Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
 for each pixel of an object that fills the picture, on either side of it."""
 
-TextureSource = Literal["film", "views", "field", "none"]
+MOST_MOMENTS = 32
+"""Pictures of an animated texture; of a longer clip, neighbouring frames share one."""
+
+TextureSource = Literal["animated", "film", "views", "field", "none"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Options:
     resolution: int = 128
     max_faces: int | None = 20_000
     watertight: bool = False
-    texture: TextureSource = "film"
+    texture: TextureSource = "animated"
     texture_size: int | None = None
     """None: by the video's resolution."""
     fps: float | None = None
@@ -260,6 +263,14 @@ class Layers:
         color[rest] = _mixed(color[rest], weight[rest] / FILM_FULL, under)
         return color.clip(0, 1)
 
+    def moments(self, points: SurfacePoints, centres: Sequence[float]) -> Iterator[Float[np.ndarray, "k 3"]]:
+        """sRGB in [0, 1] as the film shows it around each moment (a frame's number), else as the whole clip does."""
+        assert self.film is not None
+        whole = self.at(points)
+        reach = max(float(np.diff(centres).min(initial=1.0)), 1.0) / 2
+        for color, weight in self.film.moments(points, centres, reach):
+            yield _mixed(color, weight / FILM_FULL, whole)
+
     def _under(self, points: SurfacePoints) -> Float[np.ndarray, "k 3"]:
         color, weight = self.under(points)
         return _mixed(color, weight / FULL_WEIGHT, points.at(self.under_colors, self.faces))
@@ -289,13 +300,29 @@ def colored(
     if options.texture == "none":
         return mesh
     size = options.texture_size or (2048 if run.views.input_frames.shape[1] >= FINE_VIDEO else 1024)
+    frames = run.views.num_frames
+    animated = options.texture == "animated" and frames > 1
     with terminal.bar("unwrapping", 1) as advance:
-        atlas = unwrap(surface.vertices, faces, size)
+        # the pictures of single frames are half as fine
+        atlas = unwrap(surface.vertices, faces, size // 2 * 2 if animated else size)
         advance()
     with terminal.bar("baking the texture", 1) as advance:
-        image = bake(atlas, layers.at)
+        texture = Texture(atlas.uv, bake(atlas, layers.at))
         advance()
-    return with_texture(mesh, atlas, image)
+    if animated:
+        with terminal.bar("baking the texture of each frame", 1) as advance:
+            texture = replace(texture, moments=flipbook(atlas, layers, frames))
+            advance()
+    return with_texture(mesh, atlas, texture)
+
+
+def flipbook(atlas: Atlas, layers: Layers, frames: int) -> Flipbook:
+    """Pictures of moments evenly over the clip, of every frame where it has no more than `MOST_MOMENTS`; each half as
+    fine as the atlas, which is about a pixel of the film."""
+    centres = np.unique(np.linspace(0, frames - 1, min(frames, MOST_MOMENTS)).round())
+    half = replace(atlas, size=atlas.size // 2)
+    pictures = bake_many(half, lambda points: layers.moments(points, centres.tolist()))
+    return Flipbook(np.stack(list(pictures)), np.abs(np.arange(frames)[:, None] - centres).argmin(axis=1))
 
 
 def _confidence(
@@ -326,7 +353,7 @@ def _layers(
     """What colours come from."""
     film = None
     shown = np.zeros(len(surface.vertices), dtype=bool)
-    if texture in ("film", "none"):
+    if texture in ("film", "none", "animated"):
         film = film_colors(input_pictures(run.views), mesh.positions, mesh.normals, mesh.faces, corners, depths)
         shown = ~_grown(film.at_corners[1] < FILM_FULL, mesh.faces, RINGS_BESIDE)
     if texture == "views":

@@ -6,7 +6,7 @@ layer of colours goes on, brought to the film's level along the border and fadin
 no seam shows (a screened Poisson equation on the mesh, as Bhat et al. 2008 for pictures).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -79,6 +79,17 @@ class FilmColors:
         """
         colors, weights = _each(self.film, points, self.positions, self.normals, self.faces, self.depths, advance)
         return _agreed(colors, weights, self.gains.astype(np.float32))
+
+    def moments(
+        self, points: SurfacePoints, centres: Sequence[float], reach: float
+    ) -> Iterator[tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]]:
+        """`at` as the frames around each of some moments show it, in their own light: a frame's weight falls to 1/e at
+        `reach` frames from the moment."""
+        colors, weights = _each(self.film, points, self.positions, self.normals, self.faces, self.depths)
+        frames = np.array([picture.frame for picture in self.film])
+        for centre in centres:
+            near = np.exp(-(((frames - centre) / reach) ** 2)).astype(np.float32)
+            yield _agreed(colors, weights * near[:, None], np.ones_like(self.gains, np.float32))
 
 
 def film_colors(

@@ -22,7 +22,8 @@ def draw(
     """One square picture of a mesh in its own colours (they hold the light of the video already), straight alpha.
 
     Args:
-        frame: from 0; between two frames the vertices are where the file has them, on the line between.
+        frame: from 0; between two frames the vertices are where the file has them, on the line between, and an
+            animated texture is that of the frame before.
         c2w: OpenGL camera-to-world matrix, in the mesh's coordinates.
         focal: pixels; the principal point is the centre.
     """
@@ -34,7 +35,9 @@ def draw(
     if mesh.texture is None:
         values, image = mesh.colors.astype(np.float32), np.zeros((0, 0, 3), np.uint8)
     else:
-        values, image = mesh.texture.uv.astype(np.float32), np.ascontiguousarray(mesh.texture.image)
+        moments = mesh.texture.moments
+        image = mesh.texture.image if moments is None else moments.images[moments.shown[low]]
+        values, image = mesh.texture.uv.astype(np.float32), np.ascontiguousarray(image)
     return _shaded(seen.face, seen.barycentric, np.ascontiguousarray(mesh.faces), values, image, SAMPLES)
 
 

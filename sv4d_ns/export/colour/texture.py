@@ -1,6 +1,6 @@
 """A UV atlas for a mesh and the pictures baked into it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,14 +83,12 @@ def texels(atlas: Atlas) -> tuple[Bool[np.ndarray, "size size"], SurfacePoints]:
     return covered, SurfacePoints(flat.face[covered], flat.barycentric[covered])
 
 
-def padded(
-    image: Float[np.ndarray, "size size c"], covered: Bool[np.ndarray, "size size"]
-) -> Float[np.ndarray, "size size c"]:
-    """Every texel off the charts takes the nearest chart's colour, so that no filter meets a background at a seam."""
+def nearest_covered(covered: Bool[np.ndarray, "size size"]) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the nearest texel on a chart: with its colour, no filter meets a background at a seam."""
     if covered.all() or not covered.any():
-        return image
+        return np.indices(covered.shape)[0], np.indices(covered.shape)[1]
     row, column = ndimage.distance_transform_edt(~covered, return_distances=False, return_indices=True)
-    return image[row, column]
+    return row, column
 
 
 def bake(atlas: Atlas, colors: Callable[[SurfacePoints], Float[np.ndarray, "k 3"]]) -> UInt8[np.ndarray, "size size 3"]:
@@ -99,7 +97,16 @@ def bake(atlas: Atlas, colors: Callable[[SurfacePoints], Float[np.ndarray, "k 3"
     Args:
         colors: sRGB in [0, 1] of points on the uncut mesh's faces.
     """
+    return next(bake_many(atlas, lambda points: iter([colors(points)])))
+
+
+def bake_many(
+    atlas: Atlas, colors: Callable[[SurfacePoints], Iterator[Float[np.ndarray, "k 3"]]]
+) -> Iterator[UInt8[np.ndarray, "size size 3"]]:
+    """The images of several sets of colours of the same points."""
     covered, points = texels(atlas)
-    image = np.zeros((atlas.size, atlas.size, 3))
-    image[covered] = colors(points)
-    return np.round(np.clip(padded(image, covered), 0, 1) * 255).astype(np.uint8)
+    nearest = nearest_covered(covered)
+    for values in colors(points):
+        image = np.zeros((atlas.size, atlas.size, 3), np.uint8)
+        image[covered] = np.round(np.clip(values, 0, 1) * 255)
+        yield image[nearest]

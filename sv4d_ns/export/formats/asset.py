@@ -10,13 +10,25 @@ from sv4d_ns.export.surface.extraction import vertex_normals
 
 
 @dataclass(frozen=True, eq=False)
+class Flipbook:
+    """Base colour images of moments of the clip, all with the same texture coordinates."""
+
+    images: UInt8[np.ndarray, "m h h 3"]
+    """sRGB."""
+    shown: Int[np.ndarray, " t"]
+    """Which of them each frame shows."""
+
+
+@dataclass(frozen=True, eq=False)
 class Texture:
     """A base colour image and where each vertex lies in it."""
 
     uv: Float[np.ndarray, "n 2"]
     """(0, 0) is the image's upper left corner, v runs down, as in glTF."""
     image: UInt8[np.ndarray, "s s 3"]
-    """sRGB."""
+    """sRGB; what the whole clip shows."""
+    moments: Flipbook | None = None
+    """What the frames show, half as fine, for formats whose texture may change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +114,7 @@ def animated_mesh(
     return AnimatedMesh(positions, faces, colors, normals, fps, confidence)
 
 
-def with_texture(mesh: AnimatedMesh, atlas: Atlas, image: UInt8[np.ndarray, "s s 3"]) -> AnimatedMesh:
+def with_texture(mesh: AnimatedMesh, atlas: Atlas, texture: Texture) -> AnimatedMesh:
     """`mesh` cut along the atlas's seams; normals stay those of the uncut surface, so no seam shows."""
     cut = atlas.vertex
     return replace(
@@ -112,5 +124,5 @@ def with_texture(mesh: AnimatedMesh, atlas: Atlas, image: UInt8[np.ndarray, "s s
         colors=mesh.colors[cut],
         confidence=mesh.confidence[cut],
         faces=atlas.faces,
-        texture=Texture(atlas.uv, image),
+        texture=texture,
     )

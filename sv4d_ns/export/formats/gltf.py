@@ -7,6 +7,7 @@ into normalised uint16 (uint8 would band in the dark); the base colour image is 
 """
 
 import io
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from sv4d_ns import __version__
-from sv4d_ns.export.formats.asset import AnimatedMesh
+from sv4d_ns.export.formats.asset import AnimatedMesh, Texture
 from sv4d_ns.export.rig import Skeleton, Skin, skeleton
 from sv4d_ns.utils.files import atomic_path
 
 JPEG_QUALITY = 95
 """Of the base colour image: a third of a PNG's size, differences below two levels."""
+
+TRANSFORM = "/materials/0/pbrMetallicRoughness/baseColorTexture/extensions/KHR_texture_transform"
+"""What moves an animated texture, as a JSON pointer."""
 
 COMPONENTS = {
     np.dtype(np.float32): pygltflib.FLOAT,
@@ -54,6 +58,35 @@ def encoded_image(image: UInt8[np.ndarray, "s s 3"]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True, eq=False)
+class Sheet:
+    """A texture as the one image of a file."""
+
+    image: UInt8[np.ndarray, "s s 3"]
+    uv: Float[np.ndarray, "n 2"]
+    """Where nothing moves the texture."""
+    offsets: Float[np.ndarray, "t 2"] | None
+    """Of an animated texture: each frame is at offsets + uv / 2."""
+
+
+def _sheet(texture: Texture) -> Sheet:
+    """The image of the whole clip in the upper left corner, those of moments in cells of half its side around it.
+
+    A viewer that knows nothing of moving textures so shows the whole clip's, as fine as without the others.
+    """
+    if texture.moments is None:
+        return Sheet(texture.image, texture.uv.astype(np.float32), None)
+    images, half = texture.moments.images, texture.moments.images.shape[1]
+    side = math.ceil(math.sqrt(len(images) + 4))
+    cells = [(row, column) for row in range(side) for column in range(side) if row > 1 or column > 1]
+    sheet = np.full((side * half, side * half, 3), 255, np.uint8)
+    sheet[: 2 * half, : 2 * half] = texture.image[: 2 * half, : 2 * half]
+    for (row, column), image in zip(cells, images, strict=False):
+        sheet[row * half : (row + 1) * half, column * half : (column + 1) * half] = image
+    offsets = np.array([cells[number][::-1] for number in texture.moments.shown], np.float32) / side
+    return Sheet(sheet, (texture.uv * (2 / side)).astype(np.float32), offsets)
 
 
 @dataclass
@@ -103,9 +136,19 @@ class _Document:
 
     def animate(self, node: int, path: str, seconds: int, values: np.ndarray, kind: str) -> None:
         """Add a channel with linear interpolation between the key times of accessor `seconds`."""
+        self._channel(pygltflib.AnimationChannelTarget(node=node, path=path), seconds, values, kind, "LINEAR")
+
+    def exchange(self, pointer: str, seconds: int, values: np.ndarray, kind: str) -> None:
+        """Add a channel that sets a property of the document (`KHR_animation_pointer`) at the key times."""
+        extensions = {"KHR_animation_pointer": {"pointer": pointer}}
+        target = pygltflib.AnimationChannelTarget(path="pointer", extensions=extensions)
+        self._channel(target, seconds, values, kind, "STEP")
+
+    def _channel(
+        self, target: pygltflib.AnimationChannelTarget, seconds: int, values: np.ndarray, kind: str, between: str
+    ) -> None:
         output = self.array(values.astype(np.float32), kind)
-        self.samplers.append(pygltflib.AnimationSampler(input=seconds, output=output, interpolation="LINEAR"))
-        target = pygltflib.AnimationChannelTarget(node=node, path=path)
+        self.samplers.append(pygltflib.AnimationSampler(input=seconds, output=output, interpolation=between))
         self.channels.append(pygltflib.AnimationChannel(sampler=len(self.samplers) - 1, target=target))
 
 
@@ -144,7 +187,13 @@ def _gltf(mesh: AnimatedMesh, name: str, extras: dict[str, Any], skin: Skin | No
             _morphed(document, mesh, primitive, shape, root, seconds)
     if mesh.root is not None and moving:
         document.animate(root, "translation", seconds, to_gltf_axes(mesh.root.translation), pygltflib.VEC3)
+    sheet = None if mesh.texture is None else _sheet(mesh.texture)
+    if sheet is not None and sheet.offsets is not None:
+        document.exchange(f"{TRANSFORM}/offset", seconds, sheet.offsets, pygltflib.VEC2)
+        document.exchange(f"{TRANSFORM}/scale", seconds, np.full_like(sheet.offsets, 0.5), pygltflib.VEC2)
+    flips = sheet is not None and sheet.offsets is not None
     gltf = pygltflib.GLTF2(
+        extensionsUsed=["KHR_texture_transform", "KHR_animation_pointer"] if flips else [],
         asset=pygltflib.Asset(
             version="2.0", generator=f"sv4d_ns {__version__}", copyright=extras.get("copyright"), extras=extras
         ),
@@ -153,13 +202,13 @@ def _gltf(mesh: AnimatedMesh, name: str, extras: dict[str, Any], skin: Skin | No
         nodes=document.nodes,
         meshes=[shape],
         skins=skins,
-        materials=[_material(document, mesh, name)],
+        materials=[_material(mesh, name)],
         animations=[pygltflib.Animation(name=name, samplers=document.samplers, channels=document.channels)]
         if moving
         else [],
     )
-    if mesh.texture is not None:
-        image = document.chunk(encoded_image(mesh.texture.image))
+    if sheet is not None:
+        image = document.chunk(encoded_image(sheet.image))
         gltf.images = [pygltflib.Image(name=f"{name}_base_color", mimeType="image/jpeg", bufferView=image)]
         gltf.samplers = [
             pygltflib.Sampler(
@@ -192,7 +241,7 @@ def _primitive(document: _Document, mesh: AnimatedMesh) -> pygltflib.Primitive:
         values = np.round(colors * 65535).astype(np.uint16)
         attributes.COLOR_0 = document.array(values, pygltflib.VEC4, vertices, normalized=True)
     else:
-        attributes.TEXCOORD_0 = document.array(mesh.texture.uv.astype(np.float32), pygltflib.VEC2, vertices)
+        attributes.TEXCOORD_0 = document.array(_sheet(mesh.texture).uv, pygltflib.VEC2, vertices)
     indices = mesh.faces.astype(index_type).ravel()
     return pygltflib.Primitive(
         attributes=attributes,
@@ -279,16 +328,18 @@ def _quaternions(rotations: Float[np.ndarray, "t 3 3"]) -> Float[np.ndarray, "t 
     return quaternions
 
 
-def _material(document: _Document, mesh: AnimatedMesh, name: str) -> pygltflib.Material:
+def _material(mesh: AnimatedMesh, name: str) -> pygltflib.Material:
     """Rough and white, so that what is seen is the texture or COLOR_0; Blender drops vertex colours of meshes without
     a material."""
     textured = mesh.texture is not None
+    flips = mesh.texture is not None and mesh.texture.moments is not None
+    moved = {"KHR_texture_transform": {"offset": [0.0, 0.0], "scale": [1.0, 1.0]}} if flips else {}
     return pygltflib.Material(
         name=name,
         doubleSided=True,
         pbrMetallicRoughness=pygltflib.PbrMetallicRoughness(
             baseColorFactor=[1.0, 1.0, 1.0, 1.0],
-            baseColorTexture=pygltflib.TextureInfo(index=0) if textured else None,
+            baseColorTexture=pygltflib.TextureInfo(index=0, extensions=moved) if textured else None,
             metallicFactor=0.0,
             roughnessFactor=1.0,
         ),
