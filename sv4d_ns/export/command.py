@@ -109,6 +109,9 @@ class ExportMesh(_Export):
     """Bones the skeleton may have; they are added until the error is below 0.5 % of the box's diagonal."""
     watertight: bool = False
     """Close the mesh: every edge belongs to exactly two faces."""
+    remesh: Literal["none", "triangle", "quad"] = "none"
+    """Make the surface anew of even triangles, or of quadrilaterals (each two triangles in a row), for editing; needs
+    the extra 'remesh'. A quad mesh may have small holes."""
     ground: bool = True
     """Put the lowest point of the whole clip at height 0; --no-ground keeps the middle of the object's box there."""
     height: Optional[float] = None  # noqa: UP045
@@ -125,13 +128,21 @@ class ExportMesh(_Export):
             raise InputError(f"--max-bones {self.max_bones} cannot be: give 1 to 255.")
         if self.height is not None and not self.height > 0:
             raise InputError(f"--height {self.height:g} is no size: give metres above 0, or leave it out.")
+        if self.remesh != "none":
+            from sv4d_ns.export.surface.remeshing import require_instant_meshes
+
+            if self.watertight:
+                raise InputError("--remesh does not promise a closed surface: leave out --watertight.")
+            if self.mode == "sequence":
+                raise InputError("--remesh is for one mesh that moves: leave out --mode sequence.")
+            require_instant_meshes()
         if self.usd != "none":
             from sv4d_ns.export.formats.usd import require_usd
 
             require_usd()
 
     def options(self) -> Any:
-        return replace(super().options(), watertight=self.watertight)
+        return replace(super().options(), watertight=self.watertight, remesh=self.remesh)
 
     def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
         from sv4d_ns.export import files

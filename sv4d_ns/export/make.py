@@ -40,6 +40,7 @@ from sv4d_ns.export.surface.extraction import (
 from sv4d_ns.export.surface.mending import mended
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import refitted, registered
+from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
@@ -92,6 +93,7 @@ class Options:
     resolution: int = 128
     max_faces: int | None = 20_000
     watertight: bool = False
+    remesh: Remesh = "none"
     texture: TextureSource = "animated"
     texture_size: int | None = None
     """None: by the video's resolution."""
@@ -123,7 +125,7 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
     if run.deforms:
         solid = _carved(run, grid, solid, level, film, terminal)
-    surface = surface_of(solid, level, grid, options.max_faces, options.watertight)
+    surface = _surface(solid, level, grid, options, terminal)
     terminal.say(
         f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
         f"{surface.dropped_parts} floating parts dropped"
@@ -136,6 +138,19 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
         colors = _film_at_vertices(film, positions, surface.faces)
         positions = fitted_to_film(positions, surface.faces, film, colors, advance)
     return surface, replace(tracks, positions=positions.astype(np.float32))
+
+
+def _surface(
+    solid: Float[np.ndarray, "r r r"], level: float, grid: OpacityGrid, options: Options, terminal: "Terminal"
+) -> CanonicalMesh:
+    """The canonical surface with the triangles that were asked for."""
+    if options.remesh == "none":
+        return surface_of(solid, level, grid, options.max_faces, options.watertight)
+    fine = surface_of(solid, level, grid)
+    with terminal.bar("making the triangles even", 1) as advance:
+        even = remeshed(fine, options.remesh, options.max_faces or len(fine.faces))
+        advance()
+    return even
 
 
 def _solid(

@@ -217,13 +217,13 @@ def surface_of(
     """Marching cubes at a level of `solid` on the nodes of `grid`; see `canonical_mesh`."""
     check_face_budget(max_faces)
     vertices, faces = _marching_cubes(_without_cavities(solid, level), level, grid)
-    vertices, faces, dropped = _without_floaters(vertices, faces)
+    vertices, faces, dropped = without_floaters(vertices, faces)
     if max_faces is not None and len(faces) > max_faces:
         simplify = _decimated_watertight if watertight else _decimated
         vertices, faces = simplify(vertices, faces, max_faces)
     elif watertight and not is_watertight(faces):
         vertices, faces = _decimated_watertight(vertices, faces, len(faces))
-    return CanonicalMesh(vertices.astype(np.float32), _wound_outward(vertices, faces).astype(np.int32), dropped)
+    return CanonicalMesh(vertices.astype(np.float32), wound_outward(vertices, faces).astype(np.int32), dropped)
 
 
 def surface_level(grid: OpacityGrid, solid: Float[np.ndarray, "r r r"]) -> float:
@@ -274,7 +274,7 @@ def vertex_graph(faces: np.ndarray, count: int) -> sparse.csr_matrix:
     return graph
 
 
-def _without_floaters(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def without_floaters(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     parts, label = csgraph.connected_components(vertex_graph(faces, len(vertices)), directed=False)
     corner = vertices[faces]
     areas = 0.5 * np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=-1)
@@ -371,7 +371,7 @@ def _boundary_loops(faces: np.ndarray) -> list[list[int]]:
     return loops
 
 
-def _wound_outward(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+def wound_outward(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     corner = vertices[faces]
     volume = np.einsum("fi,fi->", corner[:, 0], np.cross(corner[:, 1], corner[:, 2]))
     return faces if volume > 0 else faces[:, ::-1]
