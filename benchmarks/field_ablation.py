@@ -99,7 +99,7 @@ class FieldAblation:
     variants: tuple[str, ...] = ()
     """Names of some variants; all of them by default. "whole" is always fitted."""
     steps: int = 700
-    """Steps of a fit (a run: 3600)."""
+    """Steps of a fit (a run: 2400)."""
     rays: int = 1024
     """Rays of a step (a run: 1536)."""
     size: int = 128

@@ -316,7 +316,7 @@ def field(setting: Setting, note: Note) -> None:
     views = FieldBenchmark(out=setting.out, size=size, frames=frames, judged_size=16 if setting.tiny else 64)
     grid, held_out = views.views()
     encoding = "tinycudann" if setting.on_gpu and tinycudann_works() else "numba"
-    build = Ours(grid, rays, 20 if setting.tiny else 3600, setting.device, encoding)  # type: ignore[arg-type]
+    build = Ours(grid, rays, 20 if setting.tiny else 2400, setting.device, encoding)  # type: ignore[arg-type]
     report: dict[str, Any] = {}
     _, peak = timed(setting, lambda: report.update(fit(build, held_out, seconds, 2 if setting.tiny else 6, 2)))
     reached = seconds_to(report["curve"], TARGET_PSNR)

@@ -30,7 +30,7 @@ def main(
     /,
     device: str = "cpu",
     frames: int = 21,
-    steps: int = 3600,
+    steps: int = 2400,
     resolution: int = 128,
     seed: int = 0,
 ) -> None:

@@ -52,7 +52,7 @@ def ball_field(radius: float = 0.3, speed: float = 0.0, sharpness: float = 2000.
     def canonical(p: Tensor) -> tuple[Tensor, Tensor]:
         return sharpness * (radius - p.norm(dim=-1)), torch.zeros(len(p), field.config.geometry_features)
 
-    def deformation(x: Tensor, t: Tensor, moments: object = None) -> Tensor:
+    def deformation(x: Tensor, t: Tensor, *_: object) -> Tensor:
         return torch.cat([-speed * t, torch.zeros_like(t), torch.zeros_like(t)], -1)
 
     field._canonical = canonical  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sv4d_ns.field.encoding import HashEncoding
 from sv4d_ns.field.hash_grid import HashGrid
-from sv4d_ns.field.motion import KeyframeGrid, Moments
+from sv4d_ns.field.motion import KeyframeGrid, Moments, Places
 from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
 
@@ -210,10 +210,12 @@ class DeformableField(nn.Module):
         return True
 
     def deformation(
-        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None
+        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None, places: Places | None = None
     ) -> Float[Tensor, "n 3"]:
-        """World-unit offset from observed points at time t in [0, 1] to canonical points (zero at canonical_time)."""
-        return 2 * self.config.half_extent * self.motion(self._unit(x), t, moments)
+        """World-unit offset from observed points at time t in [0, 1] to canonical points (zero at canonical_time);
+        `places` are the times' between the keyframes, where the caller has them."""
+        places = self.motion.places(t, moments) if places is None else places
+        return 2 * self.config.half_extent * self.motion(self._unit(x), places)
 
     def sample(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None) -> FieldSample:
         """Everything but colour, with the deformation evaluated once.
@@ -221,37 +223,38 @@ class DeformableField(nn.Module):
         Gradients reach `x` through the canonical point alone, as if the moment's grids were constant around it: their
         own slopes are small, and theirs is a faster kernel without.
         """
-        sample = self._matter(x, t, moments)
+        places = self.motion.places(t, moments)
+        sample = self._matter(x, t, moments, places)
         if self.appearance is None:
             return sample
         seen = x.detach()
-        light = self.appearance(self._unit(seen), t, moments) if len(seen) else seen
+        light = self.appearance(self._unit(seen), places) if len(seen) else seen
         return replace(sample, geometry=torch.cat([sample.geometry, light], -1))
 
-    def _matter(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments) -> FieldSample:
+    def _matter(
+        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments, places: Places
+    ) -> FieldSample:
         """A sample whose geometry does not know the moment's light yet."""
         # Nothing moves at the canonical time: the static phase does without the deformation.
         canonical_time = self.config.canonical_time
         still = bool((t == canonical_time).all()) if moments is None else all(m == canonical_time for m in moments)
         seen = x.detach()
-        deformation = torch.zeros_like(seen) if still else self.deformation(seen, t, moments)
+        deformation = torch.zeros_like(seen) if still else self.deformation(seen, t, moments, places)
         canonical = x + deformation
         logit, geometry = self._canonical(canonical)
         inside = seen.abs().amax(-1) <= self.config.half_extent
-        residual = self.residual(seen, t, moments)
+        residual = self._residual(seen, places)
         if residual is None:
             density = self._density(logit) * (self._possible(canonical) & inside)
         else:
             density = self._density(torch.where(self._possible(canonical), logit, EMPTY) + residual) * inside
         return FieldSample(density, geometry, deformation, canonical, residual)
 
-    def residual(
-        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None
-    ) -> Float[Tensor, " n"] | None:
+    def _residual(self, x: Float[Tensor, "n 3"], places: Places) -> Float[Tensor, " n"] | None:
         """What the moment adds to the density's logit at observed points; None while it is closed."""
         if self.density_residual is None or not self._residual_is_open or not len(x):
             return None
-        return self.density_residual(self._unit(x), t, moments)[:, 0]
+        return self.density_residual(self._unit(x), places)[:, 0]
 
     def open_residual(self) -> None:
         """From now on, density may differ from moment to moment by more than motion."""
@@ -281,7 +284,7 @@ class DeformableField(nn.Module):
 
     def density(self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None) -> Float[Tensor, " n"]:
         """Density per world unit in [0, max_density]; zero outside the box."""
-        return self._matter(x, t, moments).density
+        return self._matter(x, t, moments, self.motion.places(t, moments)).density
 
     def density_and_color(
         self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"]

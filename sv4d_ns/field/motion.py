@@ -190,6 +190,10 @@ def _keyframes_torch(table: Tensor, x: Tensor, slot: Tensor, weight: Tensor, lev
     return out
 
 
+Places = tuple[Tensor, Tensor, list[int]]
+"""The keyframes before and after each time (numbers within those in use), their weights, and the keyframes in use."""
+
+
 class KeyframeGrid(nn.Module):
     """Vectors over the unit cube at each of `keyframes` moments, linear in time between them; zero when new.
 
@@ -219,19 +223,17 @@ class KeyframeGrid(nn.Module):
         self.backend = backend
         self.keyframes = nn.ParameterList([nn.Parameter(torch.zeros(sum(counts), channels)) for _ in range(keyframes)])
 
-    def forward(
-        self, x: Float[Tensor, "n 3"], t: Float[Tensor, "n 1"], moments: Moments = None
-    ) -> Float[Tensor, "n c"]:
-        """Vectors at points in [0, 1]^3 (clamped) and times in [0, 1] (clamped)."""
-        slots, weight, used = self._around(t[:, 0], moments)
+    def forward(self, x: Float[Tensor, "n 3"], places: Places) -> Float[Tensor, "n c"]:
+        """Vectors at points in [0, 1]^3 (clamped) and at the times that `places` was asked for."""
+        slots, weight, used = places
         table = torch.stack([self.keyframes[k] for k in used])
         if fused(self.backend, x) and not x.requires_grad:
             return _FusedKeyframes.apply(table, x.contiguous().float(), slots, weight, self.levels)
         return _keyframes_torch(table, x, slots, weight, self.levels)
 
-    def _around(self, t: Float[Tensor, " n"], moments: Moments) -> tuple[Tensor, Tensor, list[int]]:
-        """The keyframes before and after each time (numbers within `used`), their weights, and those in use."""
-        low, high, fraction = self._neighbours(t)
+    def places(self, t: Float[Tensor, "n 1"], moments: Moments = None) -> Places:
+        """Where times in [0, 1] (clamped) lie between the keyframes; the same for all grids with as many."""
+        low, high, fraction = self._neighbours(t[:, 0])
         if moments is None:
             first, last = low, high
         else:  # of few numbers in this process's memory: the same arithmetic, and nobody waits

@@ -23,7 +23,7 @@ from sv4d_ns.views.grid import ViewGrid
 class FitOptions:
     """How a grid is fitted; defaults are those of `ns-train sv4d`."""
 
-    steps: int = 3600
+    steps: int = 2400
     """Length of the schedule."""
     rays: int = 1536
     """Single rays of a step, beside its patches."""

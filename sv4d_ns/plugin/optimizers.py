@@ -55,7 +55,7 @@ class DecaySchedulerConfig(SchedulerConfig):
     """Steps of linear warm-up from zero."""
     decay_from: float = DECAY_FROM
     """Share of `max_steps` at full rate."""
-    max_steps: int = 3600
+    max_steps: int = 2400
     """Step at which the final rate is reached; it stays there. `ns-train sv4d` fills in its --max-num-iterations."""
     final_ratio: float = FINAL_RATIO
     """Final learning rate over the optimizer's."""
