@@ -8,9 +8,10 @@ from scipy import ndimage
 from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
+from sv4d_ns.export.make import without
 from sv4d_ns.export.surface.carving import carved, completed, silhouettes
-from sv4d_ns.export.surface.extraction import OpacityGrid
-from sv4d_ns.export.surface.mending import mended
+from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks
+from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
@@ -95,6 +96,37 @@ def test_drawn_out_skin_keeps_its_shape_and_follows_its_neighbours():
     edges = trimesh.Trimesh(vertices, faces, process=False).edges_unique
     rest, length = (np.linalg.norm(x[edges[:, 0]] - x[edges[:, 1]], axis=-1) for x in (vertices, result[1]))
     assert (length / rest).max() < 4
+
+
+def two_pieces():
+    """A rod, and a ball before it."""
+    (vertices, faces), (more, other) = rod(), ball((0.05, 0.05, 0.05), subdivisions=2)
+    small = np.arange(len(vertices) + len(more)) >= len(vertices)
+    together = np.concatenate([vertices, np.add(more, [0.2, 0.0, 0.0])])
+    return together, np.concatenate([faces, other + len(vertices)]), small
+
+
+def test_a_piece_that_leaves_the_silhouette_stays_where_it_was():
+    vertices, faces, small = two_pieces()
+    away = vertices + np.where(small[:, None], [0.0, 0.1, 0.4], 0.0)
+    film = silhouettes([filmed(vertices, faces, 0), filmed(vertices, faces, 1)])
+    result, changed = mended(np.stack([vertices, away]), np.zeros((2, len(vertices)), bool), vertices, faces, film, 0)
+    assert changed[1][small].all() and not changed[1][~small].any()
+    assert np.abs(result[1] - vertices).max() < 1e-3
+
+
+def test_a_piece_astray_in_the_end_is_dropped():
+    vertices, faces, small = two_pieces()
+    film = silhouettes([filmed(vertices, faces, 0), filmed(vertices, faces, 1)])
+    away = vertices + np.where(small[:, None], [0.0, 0.1, 0.4], 0.0)
+    assert not strays(np.stack([vertices, vertices]), faces, film).any()
+    stray = strays(np.stack([vertices, away]), faces, film)
+    np.testing.assert_array_equal(stray, small)
+    mesh = CanonicalMesh(vertices.astype(np.float32), faces.astype(np.int32), 0)
+    still = np.stack([vertices, away]).astype(np.float32)
+    left, tracks = without(mesh, Tracks(still, still[..., 0], still[..., 0] > 9), stray)
+    assert len(left.vertices) == tracks.positions.shape[1] == (~small).sum() and left.dropped_parts == 1
+    np.testing.assert_array_equal(left.vertices[left.faces], vertices[~small].astype(np.float32)[rod()[1]])
 
 
 def test_a_guess_is_carried_by_the_skin_around_it():

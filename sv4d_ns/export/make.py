@@ -37,7 +37,7 @@ from sv4d_ns.export.surface.extraction import (
     vertex_graph,
     vertex_normals,
 )
-from sv4d_ns.export.surface.mending import mended
+from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import refitted, registered
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
@@ -137,7 +137,24 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     with terminal.bar("fitting what is on them", frames) as advance:
         colors = _film_at_vertices(film, positions, surface.faces)
         positions = fitted_to_film(positions, surface.faces, film, colors, advance)
-    return surface, replace(tracks, positions=positions.astype(np.float32))
+    tracks = replace(tracks, positions=positions.astype(np.float32))
+    stray = strays(tracks.positions, surface.faces, silhouettes(film))
+    if not stray.any():
+        return surface, tracks
+    terminal.say(f"pieces of {stray.mean():.1%} of the vertices left the film's silhouettes; they were dropped")
+    return without(surface, tracks, stray)
+
+
+def without(surface: CanonicalMesh, tracks: Tracks, dropped: Bool[np.ndarray, " n"]) -> tuple[CanonicalMesh, Tracks]:
+    """A surface and its way without some vertices and the faces at them."""
+    kept = np.flatnonzero(~dropped)
+    number = np.zeros(len(dropped), surface.faces.dtype)
+    number[kept] = np.arange(len(kept))
+    faces = number[surface.faces[~dropped[surface.faces].any(axis=1)]]
+    return (
+        CanonicalMesh(surface.vertices[kept], faces, surface.dropped_parts + 1),
+        Tracks(tracks.positions[:, kept], tracks.residuals[:, kept], tracks.guessed[:, kept]),
+    )
 
 
 def _surface(

@@ -31,6 +31,23 @@ TIE = 1e-6
 """Pull to the start, for parts of which nothing is known."""
 
 
+def strays(
+    positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3"], shapes: Sequence[Silhouette]
+) -> Bool[np.ndarray, " n"]:
+    """Vertices of pieces, the largest aside, most of which stand where the object is not in some frame: nothing that
+    hangs on them could take them back."""
+    count = positions.shape[1]
+    pieces, piece = csgraph.connected_components(vertex_graph(faces, count), directed=False)
+    size = np.bincount(piece, minlength=pieces)
+    astray = np.zeros(pieces, dtype=bool)
+    if pieces > 1:
+        for x, silhouette in zip(positions, shapes, strict=True):
+            outside = np.bincount(piece, silhouette.at(x) > OUTSIDE, minlength=pieces)
+            astray |= outside > size / 2
+        astray[size.argmax()] = False
+    return astray[piece]
+
+
 class RigidSkin:
     """The as-rigid-as-possible energy of one mesh, uniform weights."""
 
@@ -149,7 +166,8 @@ def mended(
     skin = RigidSkin(faces, len(rest))
     result = positions.astype(np.float64)
     changed = np.zeros(positions.shape[:2], dtype=bool)
-    frames = len(positions)
+    frames, piece = len(positions), csgraph.connected_components(skin.graph, directed=False)[1]
+    sizes = np.bincount(piece)
     order = [
         (first, None),
         *((i, i - 1) for i in range(first + 1, frames)),
@@ -161,7 +179,10 @@ def mended(
             bad |= guessed[frame]
         if not bad.any() or bad.all():
             continue
-        changed[frame] = skin.grown(bad, RINGS)
+        # a small piece that is mostly bad has nothing to hold it: it stays where it was in the neighbouring frame
+        lost = ((np.bincount(piece, bad) > sizes / 2) & (sizes < sizes.max()))[piece]
+        changed[frame] = skin.grown(bad, RINGS) | lost
         shape = rest if frame == first else result[neighbour]
-        result[frame] = skin.filled(shape, positions[frame], ~changed[frame])
+        start = np.where(lost[:, None], shape, positions[frame])
+        result[frame] = skin.filled(shape, start, ~changed[frame])
     return result, changed
