@@ -148,10 +148,9 @@ def test_a_run_that_goes_on_takes_what_is_left() -> None:
 def test_distilling_and_warm_up_gain_alike_from_threads() -> None:
     """A plan in which only distilling did promised 9 to 23 % too little from the first tenth of a run on."""
     run = recorded("4diffusion")
-    one, two = (distillation_work(100, 21, 8, warm_up=50, threads=threads).steps for threads in (1, 2))
+    steps = distillation_work(100, 21, 8, warm_up=50).steps
     warm, distilling = run["two_threads"]
-    assert two[-1] / two[0] == pytest.approx(distilling / warm, rel=0.1)
-    assert 1 < one[0] / two[0] < 1.5
+    assert steps[-1] / steps[0] == pytest.approx(distilling / warm, rel=0.1)
 
 
 def test_the_end_of_a_run_is_planned_by_method() -> None:

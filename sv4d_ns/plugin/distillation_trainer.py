@@ -65,9 +65,7 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         pipeline = self.pipeline
         assert isinstance(pipeline, FourDiffusionPipelineConfig)
         steps = self.max_num_iterations
-        return distillation_work(
-            steps, frames, views, pipeline.warm_up_steps(steps), len(pipeline.movies), threads=useful_threads()
-        )
+        return distillation_work(steps, frames, views, pipeline.warm_up_steps(steps), len(pipeline.movies))
 
     def _make_video(self) -> Path | None:
         """The video of a picture, or of a picture of a sentence; None where neither was given (an error later).

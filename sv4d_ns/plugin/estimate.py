@@ -45,21 +45,18 @@ class Work:
 
 
 # CPU seconds of ns-train on the sample video with OMP_NUM_THREADS=1 (tests/data/step_seconds_*.json)
-STATIC_STEP, MOVING_STEP = 0.07, 0.13
+STATIC_STEP, MOVING_STEP = 0.055, 0.105
 """Of a step of sv4d while one frame is fitted, and from then on."""
 STATIC_UNTIL = 0.12
 """Share of the schedule (`sampling.ScheduleConfig`)."""
-VIEW_SECONDS = 0.11
+VIEW_SECONDS = 0.067
 """Of a generated picture of the bundled model."""
-ROUND_SECONDS = 0.183
+ROUND_SECONDS = 0.13
 """Of a picture of stage 2, rendered, refined and kept."""
 WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
 FIRST_DISTILLING, GROWN_AT = 0.7, 0.3
 """A distilling step costs this share at first, and the whole from this share of them on: the field fills up."""
-DISTILLATION_GAIN = 1.2
-"""How much more a step of 4diffusion gains from two or more threads than `THREAD_GAIN` says: a distilling one in its
-convolutions and one of the warm-up in the field's kernels, both by 1.4 in all."""
 START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
 """From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
 movie."""
@@ -86,12 +83,11 @@ def sv4d_work(steps: int, frames: int, views: int, rounds: tuple[int, ...], movi
     )
 
 
-def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies: int = 5, threads: int = 1) -> Work:
+def distillation_work(steps: int, frames: int, views: int, warm_up: int, movies: int = 5) -> Work:
     """Of `ns-train 4diffusion` with the bundled model; `warm_up` is the number of its first, cheap steps."""
     distilled = np.arange(steps) - warm_up
     grown = np.clip(distilled / max(GROWN_AT * (steps - warm_up), 1.0), 0.0, 1.0)
     costs = np.where(distilled < 0, WARM_STEP, DISTILLING_STEP * (FIRST_DISTILLING + (1.0 - FIRST_DISTILLING) * grown))
-    costs /= DISTILLATION_GAIN if threads > 1 else 1.0
     end = SPACE_SHEET_SECONDS + SPACE_MOVIE_SECONDS * movies
     return Work(START_SECONDS, costs, end=end, views=VIEW_SECONDS * frames * views)
 
@@ -162,7 +158,7 @@ def time_sentence(seconds: float | None) -> str:
 
 REFERENCE_GFLOPS = 96.0
 """What one thread did in float32 matrix products, by its CPU time, where the figures above come from."""
-THREAD_GAIN = 1.18
+THREAD_GAIN = 1.4
 """How much faster a whole run is with two or more threads than with one (docs/performance.md)."""
 BUSY_SHARE = 0.8
 """Share of the time a core is ours below which the user is told: the guess holds while that is so."""
