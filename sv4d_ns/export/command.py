@@ -57,11 +57,12 @@ class _Export:
         self.check()
         with output_folder(self.output_dir, self.overwrite) as folder:
             from sv4d_ns.export.terminal import Terminal
-            from sv4d_ns.utils.threads import torch_threads, useful_threads
+            from sv4d_ns.utils.threads import torch_threads
 
             run = load_run(self.load_config)
             terminal = Terminal()
-            with torch_threads(useful_threads()):
+            # frames and rays are spread over all cores, where torch's own threads would be in their way
+            with torch_threads(1):
                 files, advice = self.write(run, folder, terminal)
             for line in [*(_described(file) for file in files), advice]:
                 terminal.say(line)

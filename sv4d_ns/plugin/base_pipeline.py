@@ -214,12 +214,12 @@ class FieldPipeline(VanillaPipeline):
         """Write what of contact sheet, movies and summary is not there yet, and print what to do next."""
         from sv4d_ns.export.command import installed_command
         from sv4d_ns.plugin.honesty import Unseen
-        from sv4d_ns.utils.threads import torch_threads, useful_threads
+        from sv4d_ns.utils.threads import torch_threads
 
         self.eval()
         self.playback.finished()
         trainer.bar.close()
-        with torch_threads(useful_threads()):
+        with torch_threads(1):  # as an export does
             summary = self._results(trainer.total_steps)
         say(
             f"What the camera saw is repeated with PSNR {summary['input_view_psnr']:.1f} dB and silhouette IoU "
