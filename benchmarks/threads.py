@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from sv4d_ns.field import encoding
+from sv4d_ns.field import encoding, occupancy, volume_rendering
 from sv4d_ns.fitting.fit import FitOptions, GridFit
 from sv4d_ns.utils import threads
 from sv4d_ns.utils.files import atomic_path
 from sv4d_ns.views.grid import ViewGrid
 
-SCHEDULE, MIDDLE = 400, 180
+SCHEDULE, MIDDLE = 2400, 1000
 WAYS = ((1, 1), (2, 2), (1, 2), (1, 4))
 """torch's threads, the kernels' threads."""
 
@@ -53,7 +53,8 @@ def main(grid: Path, /, out: Path, steps: int = 20, rounds: int = 2, busy_steps:
 def measured(fit: GridFit, way: tuple[int, int], steps: int) -> tuple[float, float]:
     """Seconds on the wall and of processor time of a step."""
     of_torch, of_kernels = way
-    threads.workers = encoding.workers = lambda: of_kernels  # type: ignore[assignment]
+    for module in (threads, encoding, occupancy, volume_rendering):
+        module.workers = lambda: of_kernels  # type: ignore[attr-defined]
     threads._pool.cache_clear()
     with_threads = fit.copy()
     torch.set_num_threads(of_torch)
