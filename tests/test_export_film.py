@@ -65,7 +65,8 @@ def test_a_moment_has_the_colours_and_the_light_of_its_own_frame():
     vertices, faces, colors, positions, normals = painted()
     film = [filmed(vertices, faces, frame, colors * (0.6 + 0.1 * frame)) for frame in range(FRAMES)]
     corners = vertices_as_points(faces, len(vertices))
-    made = film_colors(film, positions, normals, faces, corners).moments(corners, [0.0, 4.0], 0.5)
+    colors_of = film_colors(film, positions, normals, faces, corners)
+    made = colors_of.moments(colors_of.looks(corners), [0.0, 4.0], 0.5)
     for (found, weight), share in zip(made, (0.6, 1.0), strict=True):
         assert np.abs(found - share * colors)[weight > 0.5 * weight.max()].max() < 0.03
 
@@ -76,7 +77,8 @@ def test_what_no_near_frame_shows_keeps_next_to_no_weight_in_a_moment():
     away = np.array([[-1.0, 0, 0], [0, -1, 0], [0, 0, 1]], np.float32)
     positions[3:], normals[3:] = positions[3:] @ away, normals[3:] @ away  # it turns its other side to the camera
     corners = vertices_as_points(faces, len(vertices))
-    (_, first), (_, last) = film_colors(film, positions, normals, faces, corners).moments(corners, [0.0, 4.0], 0.5)
+    colors_of = film_colors(film, positions, normals, faces, corners)
+    (_, first), (_, last) = colors_of.moments(colors_of.looks(corners), [0.0, 4.0], 0.5)
     assert last[first > 0.5].max() < 1e-3 and (last > 0.5).any()
 
 

@@ -112,3 +112,12 @@ def test_rays_in_parts_are_the_same_rays(monkeypatch: pytest.MonkeyPatch) -> Non
         else:
             assert mine is not None
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_no_part_is_empty_where_one_ray_has_most_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volume_rendering, "PART_SAMPLES", 10)
+    monkeypatch.setattr(volume_rendering, "workers", lambda: 4)
+    rays = torch.tensor([2] * 90 + [3] * 10)
+    parts = volume_rendering._parts(volume_rendering.RaySamples(rays, torch.rand(100), 0.1, 6))
+    assert sum(part.n_rays for part, _ in parts) == 6 and all(len(part.distances) for part, _ in parts)
+    assert sum(len(part.distances) for part, _ in parts) == 100

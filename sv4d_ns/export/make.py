@@ -288,19 +288,25 @@ class Layers:
         """sRGB in [0, 1]."""
         if self.film is None or self.correction is None:
             return self._under(points)
-        color, weight = self.film.at(points)
+        return self._over(points, self.correction, *self.film.at(points))
+
+    def _over(
+        self, points: SurfacePoints, correction: np.ndarray, color: np.ndarray, weight: np.ndarray
+    ) -> Float[np.ndarray, "k 3"]:
+        """The film's colours, the other layer where it has little weight."""
         rest = np.flatnonzero(weight < FILM_FULL)
         some = SurfacePoints(points.face[rest], points.barycentric[rest])
-        under = self._under(some) + some.at(self.correction, self.faces)
+        under = self._under(some) + some.at(correction, self.faces)
         color[rest] = _mixed(color[rest], weight[rest] / FILM_FULL, under)
         return color.clip(0, 1)
 
     def moments(self, points: SurfacePoints, centres: Sequence[float]) -> Iterator[Float[np.ndarray, "k 3"]]:
         """sRGB in [0, 1] as the film shows it around each moment (a frame's number), else as the whole clip does."""
-        assert self.film is not None
-        whole = self.at(points)
+        assert self.film is not None and self.correction is not None
+        looks = self.film.looks(points)
+        whole = self._over(points, self.correction, *self.film.agreed(looks))
         reach = max(float(np.diff(centres).min(initial=1.0)), 1.0) / 2
-        for color, weight in self.film.moments(points, centres, reach):
+        for color, weight in self.film.moments(looks, centres, reach):
             yield _mixed(color, weight / FILM_FULL, whole)
 
     def _under(self, points: SurfacePoints) -> Float[np.ndarray, "k 3"]:

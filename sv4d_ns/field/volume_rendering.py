@@ -349,9 +349,10 @@ def _parts(samples: RaySamples) -> list[tuple[RaySamples, slice]]:
     parts = min(workers(), count // PART_SAMPLES) if samples.distances.device.type == "cpu" else 1
     if parts <= 1:
         return [(samples, slice(0, count))]
-    middles = rays[[count * number // parts for number in range(1, parts)]]
-    ray_edges = [0, *middles.tolist(), samples.n_rays]
-    row_edges = [0, *torch.searchsorted(rays, middles).tolist(), count]
+    middles = rays[[count * number // parts for number in range(1, parts)]].unique_consecutive()
+    rows = torch.searchsorted(rays, middles)
+    middles, rows = middles[rows > 0], rows[rows > 0]  # a ray of very many samples is not cut, and no part is empty
+    ray_edges, row_edges = [0, *middles.tolist(), samples.n_rays], [0, *rows.tolist(), count]
     made = []
     for (first, last), (begin, end) in zip(pairwise(ray_edges), pairwise(row_edges), strict=True):
         part = RaySamples(rays[begin:end] - first, samples.distances[begin:end], samples.step, last - first)

@@ -77,15 +77,29 @@ class FilmColors:
 
         The weight is the best picture's trust times the fourth power of the cosine it sees the point under.
         """
-        colors, weights = _each(self.film, points, self.positions, self.normals, self.faces, self.depths, advance)
-        return _agreed(colors, weights, self.gains.astype(np.float32))
+        return self.agreed(self.looks(points, advance))
+
+    def looks(
+        self, points: SurfacePoints, advance: Callable[[], None] | None = None
+    ) -> tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]]:
+        """What every frame by itself shows at the points (sRGB), and its weight there."""
+        return _each(self.film, points, self.positions, self.normals, self.faces, self.depths, advance)
+
+    def agreed(
+        self, looks: tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]]
+    ) -> tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]:
+        """`at` of points whose `looks` are known."""
+        return _agreed(*looks, self.gains.astype(np.float32))
 
     def moments(
-        self, points: SurfacePoints, centres: Sequence[float], reach: float
+        self,
+        looks: tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]],
+        centres: Sequence[float],
+        reach: float,
     ) -> Iterator[tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]]:
-        """`at` as the frames around each of some moments show it, in their own light: a frame's weight falls to 1/e at
-        `reach` frames from the moment."""
-        colors, weights = _each(self.film, points, self.positions, self.normals, self.faces, self.depths)
+        """`agreed` as the frames around each of some moments (frame numbers) show it, in their own light: a frame's
+        weight falls to 1/e at `reach` frames from the moment."""
+        colors, weights = looks
         frames = np.array([picture.frame for picture in self.film])
         for centre in centres:
             near = np.exp(-(((frames - centre) / reach) ** 2)).astype(np.float32)

@@ -174,7 +174,8 @@ def write_animated_glb(
 
 def _gltf(mesh: AnimatedMesh, name: str, extras: dict[str, Any], skin: Skin | None) -> pygltflib.GLTF2:
     document = _Document()
-    primitive = _primitive(document, mesh)
+    sheet = None if mesh.texture is None else _sheet(mesh.texture)
+    primitive = _primitive(document, mesh, sheet)
     moving = mesh.num_frames > 1
     seconds = document.array(mesh.seconds.astype(np.float32), pygltflib.SCALAR, bounds=True) if moving else 0
     shape = pygltflib.Mesh(name=name, primitives=[primitive])
@@ -187,11 +188,10 @@ def _gltf(mesh: AnimatedMesh, name: str, extras: dict[str, Any], skin: Skin | No
             _morphed(document, mesh, primitive, shape, root, seconds)
     if mesh.root is not None and moving:
         document.animate(root, "translation", seconds, to_gltf_axes(mesh.root.translation), pygltflib.VEC3)
-    sheet = None if mesh.texture is None else _sheet(mesh.texture)
+    flips = sheet is not None and sheet.offsets is not None
     if sheet is not None and sheet.offsets is not None:
         document.exchange(f"{TRANSFORM}/offset", seconds, sheet.offsets, pygltflib.VEC2)
         document.exchange(f"{TRANSFORM}/scale", seconds, np.full_like(sheet.offsets, 0.5), pygltflib.VEC2)
-    flips = sheet is not None and sheet.offsets is not None
     gltf = pygltflib.GLTF2(
         extensionsUsed=["KHR_texture_transform", "KHR_animation_pointer"] if flips else [],
         asset=pygltflib.Asset(
@@ -202,7 +202,7 @@ def _gltf(mesh: AnimatedMesh, name: str, extras: dict[str, Any], skin: Skin | No
         nodes=document.nodes,
         meshes=[shape],
         skins=skins,
-        materials=[_material(mesh, name)],
+        materials=[_material(name, sheet is not None, flips)],
         animations=[pygltflib.Animation(name=name, samplers=document.samplers, channels=document.channels)]
         if moving
         else [],
@@ -225,7 +225,7 @@ def _gltf(mesh: AnimatedMesh, name: str, extras: dict[str, Any], skin: Skin | No
     return gltf
 
 
-def _primitive(document: _Document, mesh: AnimatedMesh) -> pygltflib.Primitive:
+def _primitive(document: _Document, mesh: AnimatedMesh, sheet: Sheet | None) -> pygltflib.Primitive:
     """Frame 0 with its texture coordinates or colours."""
     vertices = pygltflib.ARRAY_BUFFER
     positions = to_gltf_axes(mesh.positions[0]).astype(np.float32)
@@ -235,13 +235,13 @@ def _primitive(document: _Document, mesh: AnimatedMesh) -> pygltflib.Primitive:
         NORMAL=document.array(to_gltf_axes(mesh.normals[0]).astype(np.float32), pygltflib.VEC3, vertices),
         _CONFIDENCE=document.array(mesh.confidence.astype(np.float32), pygltflib.SCALAR, vertices),
     )
-    if mesh.texture is None:
+    if sheet is None:
         colors = np.ones((len(mesh.colors), 4))
         colors[:, :3] = linear_from_srgb(mesh.colors)
         values = np.round(colors * 65535).astype(np.uint16)
         attributes.COLOR_0 = document.array(values, pygltflib.VEC4, vertices, normalized=True)
     else:
-        attributes.TEXCOORD_0 = document.array(_sheet(mesh.texture).uv, pygltflib.VEC2, vertices)
+        attributes.TEXCOORD_0 = document.array(sheet.uv, pygltflib.VEC2, vertices)
     indices = mesh.faces.astype(index_type).ravel()
     return pygltflib.Primitive(
         attributes=attributes,
@@ -328,11 +328,9 @@ def _quaternions(rotations: Float[np.ndarray, "t 3 3"]) -> Float[np.ndarray, "t 
     return quaternions
 
 
-def _material(mesh: AnimatedMesh, name: str) -> pygltflib.Material:
+def _material(name: str, textured: bool, flips: bool) -> pygltflib.Material:
     """Rough and white, so that what is seen is the texture or COLOR_0; Blender drops vertex colours of meshes without
     a material."""
-    textured = mesh.texture is not None
-    flips = mesh.texture is not None and mesh.texture.moments is not None
     moved = {"KHR_texture_transform": {"offset": [0.0, 0.0], "scale": [1.0, 1.0]}} if flips else {}
     return pygltflib.Material(
         name=name,
