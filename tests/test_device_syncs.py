@@ -15,7 +15,7 @@ from sv4d_ns.utils.errors import NotFiniteError
 @pytest.mark.parametrize("step", [0, 40], ids=["static phase", "moving"])
 def test_a_step_waits_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Once to read all losses, and once for the samples on the rays, whose number nobody knows before."""
-    monkeypatch.setattr("sv4d_ns.field.volume_rendering.nerfacc_works", lambda: False)
+    monkeypatch.setattr("sv4d_ns.field.volume_rendering.nerfacc_works", lambda: True)
     with Card() as card:
         losses, _, (_, (counts, places)) = step_of("sv4d", tmp_path, "cuda", step, card)
     assert {"photometric", "mask", "structure"} <= set(losses)

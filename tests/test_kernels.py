@@ -5,10 +5,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from pretend_card import Card
 from tiny_run import tiny_config
 
 from sv4d_ns.field import hash_grid, kernels
@@ -67,16 +69,20 @@ def test_points_go_to_the_kernel_that_can_read_them(monkeypatch: pytest.MonkeyPa
     assert not kernels.fused("numba", here)
 
 
-@pytest.mark.parametrize(("nerfacc", "expected"), [(True, "nerfacc"), (False, "torch")])
-def test_rays_on_cuda_are_walked_by_nerfacc_where_it_works(
-    nerfacc: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("nerfacc", "training", "expected"),
+    [(True, False, "nerfacc"), (True, True, "torch"), (False, False, "torch"), (False, True, "torch")],
+)
+def test_pictures_on_cuda_are_walked_by_nerfacc_where_it_works(
+    nerfacc: bool, training: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class OnCuda:
         device = torch.device("cuda")
 
     monkeypatch.setattr(rendering, "nerfacc_works", lambda: nerfacc)
-    assert rendering.marcher(OnCuda()) == expected  # type: ignore[arg-type]
-    assert rendering.marcher(torch.zeros(1, 3)) == "numba", "whatever is installed, the CPU has its own loop"
+    with torch.set_grad_enabled(training):
+        assert rendering.marcher(OnCuda()) == expected  # type: ignore[arg-type]
+        assert rendering.marcher(torch.zeros(1, 3)) == "numba", "whatever is installed, the CPU has its own loop"
 
 
 def test_samples_behind_an_opaque_surface_are_cut_alike() -> None:
@@ -176,23 +182,66 @@ def test_without_tinycudann_its_back_end_says_what_to_do() -> None:
         HashGrid(3, levels=2, log2_table_size=8, backend="tinycudann")._tcnn_encoding()
 
 
-@pytest.mark.parametrize("more", [(), (torch.zeros(1),)], ids=["0.5.2 returns two values", "0.5.3 three"])
-def test_every_release_of_nerfacc_is_understood(
-    more: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from types import SimpleNamespace
+def traverse(origins, directions, cells, box, near, far, step, cone):  # type: ignore[no-untyped-def]
+    """nerfacc's rule for one grid and a fixed step, over all candidates: steps begin at `near`; those stay whose
+    middle lies in an occupied cell, before `far` and not behind the camera."""
+    assert cells.shape[0] == len(box) == 1 and cone == 0.0
+    low, high = box[0, :3], box[0, 3:]
+    middles = near[:, None] + (torch.arange(400) + 0.5) * step
+    positions = origins[:, None] + middles[..., None] * directions[:, None]
+    sides = torch.tensor(cells.shape[1:])
+    index = ((positions - low) / (high - low) * sides).floor().long()
+    inside = ((index >= 0) & (index < sides)).all(-1) & (middles >= 0) & (middles < far[:, None])
+    i, j, k = torch.minimum(index.clamp(min=0), sides - 1).unbind(-1)
+    rays, columns = (cells[0, i, j, k] & inside).nonzero(as_tuple=True)
+    return None, SimpleNamespace(ray_indices=rays, vals=middles[rays, columns])
 
+
+@pytest.mark.parametrize("more", [(), (torch.zeros(1),)], ids=["0.5.2 returns two values", "0.5.3 three"])
+@pytest.mark.parametrize("bins", [1, 2, 5])
+def test_one_traversal_sees_each_ray_s_own_moment(
+    bins: int, more: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grids of all moments beside each other, the rays moved to theirs: the samples of the torch march."""
     from nerfacc import grid
 
-    def traverse(origins, directions, cells, box, near, far, step, cone):  # type: ignore[no-untyped-def]
-        count = len(origins)
-        return None, SimpleNamespace(ray_indices=torch.arange(count), vals=near + step), *more
+    monkeypatch.setattr(grid, "traverse_grids", lambda *given: (*traverse(*given), *more))
+    torch.manual_seed(2)
+    occupancy = OccupancyGrid(bins, resolution=12)
+    occupancy.occupied.copy_(torch.rand(occupancy.occupied.shape) < 0.4)
+    occupancy.density.uniform_(0, 60)
+    origins = 2 * torch.nn.functional.normalize(torch.randn(200, 3), dim=-1)
+    origins[:20] *= 0.2  # from inside the box
+    directions = torch.nn.functional.normalize(torch.rand(200, 3) * 0.6 - 0.3 - origins, dim=-1)
+    near, far = rendering.intersect_box(origins, directions, occupancy.half_extent)
+    times = torch.rand(200)
+    times[::2] = (times[::2] * (bins - 1)).round() / max(bins - 1, 1)  # half of them at a moment, half between two
+    low, high = occupancy.bins_around(times)
+    arguments = (occupancy, origins, directions, near, far, low, high, 0.015, torch.rand(200), 6)
+    made, twin = rendering._march_nerfacc(*arguments), rendering._march_torch(*arguments)
+    counts = [torch.bincount(samples.ray_indices, minlength=200) for samples in (made, twin)]
+    equal = counts[0] == counts[1]  # a sample on a cell's face may fall to either side
+    assert equal.float().mean() > 0.97 and counts[1].sum() > 2000
+    kept = [equal[samples.ray_indices] for samples in (made, twin)]
+    assert torch.equal(made.ray_indices[kept[0]], twin.ray_indices[kept[1]])
+    torch.testing.assert_close(made.distances[kept[0]], twin.distances[kept[1]], atol=1e-5, rtol=0)
 
-    monkeypatch.setattr(grid, "traverse_grids", traverse)
-    occupancy = OccupancyGrid(1, resolution=4)
-    origins, directions = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[-1.0, 0.0, 0.0]])
-    one = torch.zeros(1, dtype=torch.long)
-    samples = rendering._march_nerfacc(
-        occupancy, origins, directions, torch.tensor([1.4]), torch.tensor([2.6]), one, one, 0.1, torch.tensor([0.5]), 3
-    )
-    assert samples.distances.tolist() == pytest.approx([1.5])
+
+def test_pictures_wait_once_beside_nerfacc_s_own_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nerfacc import grid
+
+    def on_card(origins, directions, cells, box, near, far, step, cone):  # type: ignore[no-untyped-def]
+        count = len(origins)
+        rays = torch.arange(count, device=origins.device)
+        return None, SimpleNamespace(ray_indices=rays, vals=near + step)
+
+    monkeypatch.setattr(grid, "traverse_grids", on_card)
+    monkeypatch.setattr(rendering, "nerfacc_works", lambda: True)
+    with Card() as card, torch.no_grad():
+        occupancy = OccupancyGrid(3, resolution=4).to("cuda")
+        origins = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.1]]).to("cuda")
+        times = torch.tensor([[0.0], [0.7]]).to("cuda")
+        card.counts.clear()
+        samples = rendering.march(occupancy, origins, -origins / 2, times, 0.1, torch.full_like(times[:, 0], 0.5))
+        assert dict(card.counts) == {"compactions": 1}, card.places
+        assert len(samples.distances) == 2 and samples.distances.device.type == "cuda"

@@ -15,13 +15,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.field.motion import Moments
 from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.split import run_split
 from sv4d_ns.utils.threads import run_in_threads, workers
 
@@ -123,7 +124,6 @@ def _march_kernel(  # type: ignore[no-untyped-def]
         counts[ray] = count
 
 
-@torch.no_grad()
 def march(
     occupancy: OccupancyGrid,
     origins: Float[Tensor, "n 3"],
@@ -137,21 +137,27 @@ def march(
 
     A ray stops three cells after the cached density has made it opaque. `marcher` says which of three equal ways.
     """
-    near, far = intersect_box(origins, directions, occupancy.half_extent)
-    if bounds is not None:
-        near, far = torch.maximum(near, bounds[0]), torch.minimum(far, bounds[1])
-    low, high = occupancy.bins_around(times[:, 0])
-    extra = math.ceil(3 * occupancy.cell_size / step)
-    ways = {"numba": _march_fused, "nerfacc": _march_nerfacc, "torch": _march_torch}
-    return ways[marcher(origins)](occupancy, origins, directions, near, far, low, high, step, jitter, extra)
+    way = {"numba": _march_fused, "nerfacc": _march_nerfacc, "torch": _march_torch}[marcher(origins)]
+    with torch.no_grad():
+        near, far = intersect_box(origins, directions, occupancy.half_extent)
+        if bounds is not None:
+            near, far = torch.maximum(near, bounds[0]), torch.minimum(far, bounds[1])
+        low, high = occupancy.bins_around(times[:, 0])
+        extra = math.ceil(3 * occupancy.cell_size / step)
+        return way(occupancy, origins, directions, near, far, low, high, step, jitter, extra)
 
 
 def marcher(origins: Tensor) -> Literal["numba", "nerfacc", "torch"]:
-    """How `march` walks these rays: a compiled loop on the CPU, nerfacc's traversal on CUDA where nerfacc's extension
-    can be used, else torch over all candidate steps."""
+    """How `march` walks these rays: a compiled loop on the CPU; on CUDA torch over all candidate steps, or for
+    pictures nerfacc's traversal where nerfacc's extension can be used.
+
+    Rays whose gradients are asked for are a training step's: there torch waits for the device once, nerfacc three
+    times (twice inside its own code). Pictures are many more rays, for which torch's candidates take memory.
+    """
     if fused("numba", origins):
         return "numba"
-    return "nerfacc" if origins.device.type == "cuda" and nerfacc_works() else "torch"
+    pictures = origins.device.type == "cuda" and not torch.is_grad_enabled()
+    return "nerfacc" if pictures and nerfacc_works() else "torch"
 
 
 @lru_cache(maxsize=1)
@@ -207,26 +213,28 @@ def _march_torch(occupancy, origins, directions, near, far, low, high, step, jit
 def _march_nerfacc(occupancy, origins, directions, near, far, low, high, step, jitter, extra):  # type: ignore[no-untyped-def]
     from nerfacc.grid import traverse_grids
 
-    e = occupancy.half_extent
-    box = origins.new_tensor([[-e, -e, -e, e, e, e]])
-    moments, which = torch.unique(torch.stack([low, high], 1), dim=0, return_inverse=True)
-    rays, distances = [], []
-    for number, (before, after) in enumerate(moments.tolist()):  # nerfacc knows one grid, not one for each moment
-        group = (which == number).nonzero()[:, 0]
-        cells = (occupancy.occupied[before] | occupancy.occupied[after])[None]
-        # its samples lie half a step into their intervals
-        start = near[group] + (jitter[group] - 0.5) * step
-        # 0.5.2 returns (intervals, samples), later ones a third value
-        _, samples, *_ = traverse_grids(origins[group], directions[group], cells, box, start, far[group], step, 0.0)
-        rays.append(group[samples.ray_indices])
-        distances.append(samples.vals)
-    ray, distance = torch.cat(rays), torch.cat(distances)
-    inside = (distance >= near[ray]) & (distance < far[ray])
-    ray, distance = ray[inside], distance[inside]
-    order = ray.argsort(stable=True)
-    ray, distance = ray[order], distance[order]
-    keep = _before_opaque(occupancy, origins, directions, low, high, ray, distance, step, extra)
-    return RaySamples(ray[keep], distance[keep], step, origins.shape[0])
+    # nerfacc knows one grid: those of all moments lie side by side along x, and each ray goes through its own
+    e, layers = occupancy.half_extent, _layers(occupancy.occupied)
+    box = upload(torch.tensor([[-e, -e, -e, (2 * len(layers) - 1) * e, e, e]]), origins.device)
+    moved = torch.stack([origins[:, 0] + (low + high) * (2 * e), origins[:, 1], origins[:, 2]], -1)
+    # its samples lie half a step into their intervals
+    start = near + (jitter - 0.5) * step
+    # 0.5.2 returns (intervals, samples), later ones a third value
+    _, samples, *_ = traverse_grids(moved, directions, layers.flatten(0, 1)[None], box, start, far, step, 0.0)
+    ray, distance = samples.ray_indices, samples.vals
+    keep = (distance >= near[ray]) & (distance < far[ray])
+    keep &= _before_opaque(occupancy, origins, directions, low, high, ray, distance, step, extra)
+    kept = keep.nonzero()[:, 0]
+    return RaySamples(ray[kept], distance[kept], step, origins.shape[0])
+
+
+def _layers(occupied: Bool[Tensor, "k r r r"]) -> Bool[Tensor, "l r r r"]:
+    """Of k moments, the cells occupied at each and, between two of them, at either: l = 2k - 1. A ray between the
+    moments `low` and `high` (equal, or neighbours) finds its own at low + high."""
+    layers = occupied.new_empty(2 * len(occupied) - 1, *occupied.shape[1:])
+    layers[::2] = occupied
+    layers[1::2] = occupied[:-1] | occupied[1:]
+    return layers
 
 
 def _before_opaque(occupancy, origins, directions, low, high, ray, distance, step, extra):  # type: ignore[no-untyped-def]
