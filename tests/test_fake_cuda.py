@@ -211,6 +211,35 @@ def test_pictures_and_the_viewers_channels_on_the_card(
         assert picture.shape == (8, 8, 4) and isinstance(picture, np.ndarray)
 
 
+def test_stage_2_s_renders_and_an_export_are_the_same_on_the_card(
+    tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import nullcontext
+
+    from sv4d_ns.export import make
+    from sv4d_ns.export.terminal import Terminal
+    from sv4d_ns.field.images import render_grid
+    from sv4d_ns.runs.open import FinishedRun
+
+    monkeypatch.setattr(make, "FIELD_AZIMUTHS", 1)
+    monkeypatch.setattr(make, "FIELD_ELEVATIONS_DEG", (0.0,))
+    monkeypatch.setattr(make, "FIELD_PICTURE_SIZE", 12)
+    found = []
+    for device, there in (("cpu", nullcontext()), ("cuda", card)):
+        with there:
+            *_, (pipeline, _) = step_of("sv4d", tmp_path, device, 40)
+            model, grid = pipeline.model, pipeline.datamanager.grid
+            renders = render_grid(model.field, model.occupancy, grid, 8, lambda *_: None)
+            run = FinishedRun(model.field, model.occupancy, grid, "tiny", {})
+            mesh = make.make_asset(run, make.Options(16, 200, texture="none"), Terminal())
+        found.append((renders, mesh))
+    (renders, mesh), (renders_there, mesh_there) = found
+    assert np.abs(renders.astype(int) - renders_there).max() <= 1 and renders[..., 3].mean() > 100
+    assert mesh.positions.shape == mesh_there.positions.shape and len(mesh.faces) > 50
+    assert np.abs(mesh.positions - mesh_there.positions).max() < 1e-3
+    assert np.abs(mesh.colors.astype(int) - mesh_there.colors).mean() < 1
+
+
 def test_a_step_of_distillation_is_the_same_on_the_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, pipeline = creature_grid((90.0,), 0.0, known=True), BundledVideoPipeline(VolumeDenoiser(**SMALL_VOLUMES))
     # a CPU computes the network in bf16, the stand-in in float32
