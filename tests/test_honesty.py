@@ -79,6 +79,8 @@ def test_views_that_contradict_each_other_lower_the_confidence() -> None:
     same, half = unseen(Ball(), None, grid(), alpha, alpha), unseen(Ball(), None, grid(), alpha, alpha // 255 * 0)  # type: ignore[arg-type]
     assert same.agreement == 1.0 and same.confidence == "fair"
     assert half.agreement == 0.0 and half.confidence == "low"
+    guess = unseen(Ball(), None, grid(model="sv4d_ns bundled"), alpha, alpha)  # type: ignore[arg-type]
+    assert guess.agreement == 1.0 and guess.confidence == "low", "one volume's pictures always agree"
     given = unseen(Ball(), None, grid(model=None), alpha, alpha)  # type: ignore[arg-type]
     assert not given.made and given.confidence == "good"
 
@@ -91,5 +93,7 @@ def test_the_sentences_name_what_was_not_seen_and_what_would_help() -> None:
     assert "CUDA" not in " ".join(Unseen(0.42, 0.6, True).sentences(on_cuda=True))
     good = " ".join(Unseen(0.8, 0.9, True).sentences(on_cuda=False))
     assert "good" in good and "guess" not in good
+    guessed = " ".join(Unseen(0.6, 0.9, True, bundled=True).sentences(on_cuda=False))
+    assert "sides not seen: low" in guessed and "had silhouettes of IoU 0.65" in guessed and "0.90" not in guessed
     assert "from the views given" in " ".join(Unseen(0.4, 0.9, False).sentences(on_cuda=False))
     assert "no surface" in " ".join(Unseen(None, None, True).sentences(on_cuda=False))
