@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from sv4d_ns.field import encoding, occupancy, volume_rendering
+from sv4d_ns.field import hash_grid, occupancy, volume_rendering
 from sv4d_ns.fitting.fit import FitOptions, GridFit
 from sv4d_ns.utils import threads
 from sv4d_ns.utils.files import atomic_path
@@ -53,7 +53,7 @@ def main(grid: Path, /, out: Path, steps: int = 20, rounds: int = 2, busy_steps:
 def measured(fit: GridFit, way: tuple[int, int], steps: int) -> tuple[float, float]:
     """Seconds on the wall and of processor time of a step."""
     of_torch, of_kernels = way
-    for module in (threads, encoding, occupancy, volume_rendering):
+    for module in (threads, hash_grid, occupancy, volume_rendering):
         module.workers = lambda: of_kernels  # type: ignore[attr-defined]
     threads._pool.cache_clear()
     with_threads = fit.copy()

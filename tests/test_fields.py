@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from sv4d_ns.field import encoding
+from sv4d_ns.field import hash_grid
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.field.encoding import HashEncoding
+from sv4d_ns.field.hash_grid import HashEncoding
 from sv4d_ns.utils import threads
 from sv4d_ns.utils.errors import InputError
 
@@ -69,7 +69,7 @@ def test_encoding_is_safe_in_concurrent_threads_and_independent_of_their_number(
     x = torch.rand(20000, 3)
     results = []
     for count in (1, 2, 3):
-        for module in (threads, encoding):
+        for module in (threads, hash_grid):
             monkeypatch.setattr(module, "workers", lambda count=count: count)
         threads._pool.cache_clear()
         fused.table.grad = None

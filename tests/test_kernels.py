@@ -16,8 +16,7 @@ from tiny_run import tiny_config
 from sv4d_ns.field import hash_grid, kernels
 from sv4d_ns.field import volume_rendering as rendering
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.field.encoding import HashEncoding
-from sv4d_ns.field.hash_grid import HashGrid
+from sv4d_ns.field.hash_grid import HashEncoding, HashGrid
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.utils.errors import InputError
 

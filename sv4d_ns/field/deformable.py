@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sv4d_ns.field.encoding import HashEncoding
-from sv4d_ns.field.hash_grid import HashGrid
+from sv4d_ns.field.hash_grid import HashEncoding, HashGrid
 from sv4d_ns.field.motion import KeyframeGrid, Moments, Places
 from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError

@@ -32,7 +32,7 @@ except ImportError as error:
 
 def fused(backend: str, x: Tensor) -> bool:
     """Whether the compiled kernel takes these points: it was asked for, is there, and can read their memory."""
-    return backend == "numba" and AVAILABLE and x.device.type == "cpu"
+    return backend != "torch" and AVAILABLE and x.device.type == "cpu"
 
 
 __all__ = ["AVAILABLE", "fused", "njit"]

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sv4d_ns.field.encoding import cell_corners
+from sv4d_ns.field.hash_grid import cell_corners
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.errors import InputError
