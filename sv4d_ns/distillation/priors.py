@@ -142,12 +142,41 @@ class FourDMPrior:
         )
 
 
-class SV4DPrior:
-    """An SV4D model in 4DM's place: joint views and frames of a video, cameras relative to the
-    input's.
+class _SigmaPrior:
+    """A model in 4DM's place that was trained without guidance and for the noise process x + sigma n, whose sigma is
+    read off 4DM's schedule at the same ratio of signal and noise. It knows cameras relative to the input's."""
 
-    It was trained without guidance and for the noise process x + sigma n, whose sigma is read off 4DM's schedule at
-    the same ratio of signal and noise.
+    def __init__(
+        self, frames: UInt8[np.ndarray, "t s s 4"], size: int, radius: float, fov_deg: float, input_elevation_deg: float
+    ) -> None:
+        from sv4d_ns.utils.images import resize_rgba
+
+        self.frames, self.image_size = resize_rgba(frames, size), size
+        self.radius, self.fov_deg, self.base_elevation_deg = radius, fov_deg, input_elevation_deg
+        self.alphas = guidance.alphas_cumprod()
+
+    @torch.no_grad()
+    def target(
+        self,
+        latents: Float[Tensor, "fv d i j"],
+        frames: Sequence[int],
+        views: DrawnViews,
+        noise_step: int,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "fv d i j"]:
+        """The denoised latents."""
+        alpha = float(self.alphas[noise_step])
+        sigma = ((1 - alpha) / alpha) ** 0.5
+        noisy = latents.detach() + sigma * unit_noise(latents, generator)
+        return self._denoise(noisy, sigma, list(frames), views.raised(-self.base_elevation_deg))
+
+    def _denoise(self, noisy: Tensor, sigma: float, frames: list[int], views: DrawnViews) -> Tensor:
+        """What the model sees behind noisy latents; the cameras are relative to the input's."""
+        raise NotImplementedError
+
+
+class SV4DPrior(_SigmaPrior):
+    """An SV4D model: joint views and frames of a video.
 
     Args:
         pipeline: the model.
@@ -167,19 +196,16 @@ class SV4DPrior:
         input_elevation_deg: float,
     ) -> None:
         from sv4d_ns.synthesis.base import to_model_space
-        from sv4d_ns.utils.images import resize_rgba
 
-        self.pipeline, self.radius, self.fov_deg = pipeline, radius, fov_deg
-        self.base_elevation_deg = input_elevation_deg
         config: Any = pipeline.config
-        self.num_frames, self.image_size = config.num_frames, config.image_size
+        super().__init__(frames, config.image_size, radius, fov_deg, input_elevation_deg)
+        self.pipeline, self.num_frames = pipeline, config.num_frames
         self.channels = pipeline.vae.config.in_channels
         self.noise = ONE_STEP_NOISE if config.num_inference_steps == 1 else REFERENCE_NOISE
-        video = to_model_space(resize_rgba(frames, self.image_size), self.channels).to(pipeline.device)
+        video = to_model_space(self.frames, self.channels).to(pipeline.device)
         with torch.no_grad():
             self.embeddings = embed_images(pipeline.image_encoder, video * 2 - 1)
             self.video_latents = pipeline.encode_images(video) * config.conditioning_scaling_factor
-        self.alphas = guidance.alphas_cumprod()
 
     def encode(self, images: Float[Tensor, "n c s s"], generator: torch.Generator) -> Float[Tensor, "n d i j"]:
         """Latents; this autoencoder is deterministic."""
@@ -187,20 +213,9 @@ class SV4DPrior:
         latents = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist.mode().float()
         return latents * vae.config.scaling_factor
 
-    @torch.no_grad()
-    def target(
-        self,
-        latents: Float[Tensor, "fv d i j"],
-        frames: Sequence[int],
-        views: DrawnViews,
-        noise_step: int,
-        generator: torch.Generator,
-    ) -> Float[Tensor, "fv d i j"]:
-        """The denoised latents (Karras et al. 2022 preconditioning, v-prediction)."""
-        alpha = float(self.alphas[noise_step])
-        sigma = ((1 - alpha) / alpha) ** 0.5
-        noisy = latents.detach() + sigma * unit_noise(latents, generator)
-        condition = self._condition(list(frames), views)
+    def _denoise(self, noisy: Tensor, sigma: float, frames: list[int], views: DrawnViews) -> Tensor:
+        """Karras et al. 2022 preconditioning, v-prediction."""
+        condition = self._condition(frames, views)
         scale = (sigma**2 + 1) ** 0.5
         output = self.pipeline.unet(
             torch.cat([(noisy / scale).to(self.pipeline.unet.dtype), condition.latents], 1),
@@ -214,7 +229,7 @@ class SV4DPrior:
 
     def _condition(self, frames: list[int], views: DrawnViews) -> GridCondition:
         count = len(views.azimuths_deg)
-        polar, azimuth = camera_angles(views.azimuths_deg, (views.elevation_deg - self.base_elevation_deg,) * count)
+        polar, azimuth = camera_angles(views.azimuths_deg, (views.elevation_deg,) * count)
         config: Any = self.pipeline.config
         cameras = camera_vectors(polar, azimuth, config.conditioning_sigma, config.camera_dims)
         latents = self.video_latents[frames]
@@ -228,17 +243,13 @@ class SV4DPrior:
         return condition.to(latents.device, self.pipeline.unet.dtype)
 
 
-class BundledPrior:
-    """The bundled model in 4DM's place: its latents are pictures, its answers renders of one volume a moment.
-
-    Args:
-        pipeline: the model.
-        frames: the matted input frames.
-        radius, fov_deg: of the cameras.
-        input_elevation_deg: of the input view.
-    """
+class BundledPrior(_SigmaPrior):
+    """The bundled model: its latents are pictures, its answers renders of one volume a moment.
+    Arguments as of
+       `SV4DPrior`."""
 
     channels, highest_elevation_deg = 4, 30.0
+    num_frames, noise = WINDOW_FRAMES, ONE_STEP_NOISE
 
     def __init__(
         self,
@@ -248,36 +259,19 @@ class BundledPrior:
         fov_deg: float,
         input_elevation_deg: float,
     ) -> None:
-        from sv4d_ns.utils.images import resize_rgba
-
-        self.pipeline, self.radius, self.fov_deg = pipeline, radius, fov_deg
-        self.base_elevation_deg = input_elevation_deg
-        self.image_size = pipeline.denoiser.config.image_size
-        self.num_frames = WINDOW_FRAMES
-        self.noise = ONE_STEP_NOISE
-        self.frames = resize_rgba(frames, self.image_size)
-        self.alphas = guidance.alphas_cumprod()
+        super().__init__(frames, pipeline.denoiser.config.image_size, radius, fov_deg, input_elevation_deg)
+        self.pipeline = pipeline
 
     def encode(self, images: Float[Tensor, "n c s s"], generator: torch.Generator) -> Float[Tensor, "n c s s"]:
         """Pictures in [-1, 1]."""
         return images * 2 - 1
 
-    def target(
-        self,
-        latents: Float[Tensor, "fv c s s"],
-        frames: Sequence[int],
-        views: DrawnViews,
-        noise_step: int,
-        generator: torch.Generator,
-    ) -> Float[Tensor, "fv c s s"]:
+    def _denoise(self, noisy: Tensor, sigma: float, frames: list[int], views: DrawnViews) -> Tensor:
         """Renders of the volumes that the model predicts from the noised pictures."""
-        alpha = float(self.alphas[noise_step])
-        sigma = ((1 - alpha) / alpha) ** 0.5
-        noisy = latents.detach() + sigma * unit_noise(latents, generator)
         count = len(views.azimuths_deg)
-        made = self.pipeline.denoise_views(
-            self.frames[list(frames)], noisy.unflatten(0, (-1, count)), sigma,
-            views.azimuths_deg, (views.elevation_deg - self.base_elevation_deg,) * count, self.base_elevation_deg,
+        pictures = self.pipeline.denoise_views(
+            self.frames[frames], noisy.unflatten(0, (-1, count)), sigma,
+            views.azimuths_deg, (views.elevation_deg,) * count, self.base_elevation_deg,
             radius=self.radius, fov_deg=self.fov_deg,
         )  # fmt: skip
-        return made.flatten(0, 1)
+        return pictures.flatten(0, 1)
