@@ -1,16 +1,16 @@
-"""The trainer of 4Diffusion runs: SV4D's, and the ways to start from a picture or a sentence."""
+"""The trainer of 4Diffusion runs, and the ways to start one from a picture or a sentence."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sv4d_ns.plugin.base_trainer import FIRST_IN_HELP, FieldTrainer, FieldTrainerConfig
 from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.plugin.distillation_model import FourDiffusionModelConfig
 from sv4d_ns.plugin.distillation_pipeline import FourDiffusionPipelineConfig
 from sv4d_ns.plugin.estimate import Work, distillation_work
 from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.optimizers import DecaySchedulerConfig
-from sv4d_ns.plugin.trainer import FIRST_IN_HELP, SV4DTrainer, SV4DTrainerConfig
-from sv4d_ns.utils.errors import InputError, one_sentence_errors
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.progress import say
 from sv4d_ns.utils.threads import useful_threads
 
@@ -21,8 +21,8 @@ FOURDM_STEPS = 35_000
 
 @first_in_help(*FIRST_IN_HELP, "prompt", "image", "image_to_video_model", "text_to_image_model")
 @dataclass
-class FourDiffusionTrainerConfig(SV4DTrainerConfig):
-    """`SV4DTrainerConfig` that also starts from a picture or a sentence."""
+class FourDiffusionTrainerConfig(FieldTrainerConfig):
+    """`FieldTrainerConfig` that also starts from a picture or a sentence."""
 
     _target: type = field(default_factory=lambda: FourDiffusionTrainer)
     max_num_iterations: int = 0
@@ -37,8 +37,8 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
     """Pixels along the side of what these models make (of a square of the same area, for a picture that is not one);
     None takes their own size."""
 
-    def set_timestamp(self) -> None:
-        """Settle what depends on other settings, before the run is given its name."""
+    def settle(self) -> None:
+        """Choose the model's field, the run's length and its schedule, and make the video where there is none."""
         datamanager = self.pipeline.datamanager
         assert isinstance(datamanager, SV4DDataManagerConfig)
         if datamanager.synthesis == "auto" and datamanager.fourdm_checkpoint is not None:
@@ -49,16 +49,13 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         model = self.pipeline.model
         assert isinstance(model, FourDiffusionModelConfig)
         if model.field_size == "auto":
-            # written into config.yml: another machine must build the same field
             model.field_size = "reference" if self._device().startswith("cuda") else "small"
         if not fourdm:
             # a run of hundreds of steps has to settle; the reference's of 35,000 goes on at full rate
             for group in self.optimizers.values():
                 group["scheduler"] = DecaySchedulerConfig(warmup_steps=0, max_steps=self.max_num_iterations)
         if datamanager.data is None and self.load_config is None and self.source_run() is None:
-            with one_sentence_errors():
-                datamanager.data = self._make_video()
-        super().set_timestamp()
+            datamanager.data = self._make_video()
 
     def work(self, frames: int, views: int) -> Work:
         """Steps of warm-up, then of distillation."""
@@ -106,7 +103,7 @@ class FourDiffusionTrainerConfig(SV4DTrainerConfig):
         return choose_device(self.chosen_device())[0]
 
 
-class FourDiffusionTrainer(SV4DTrainer):
+class FourDiffusionTrainer(FieldTrainer):
     """Trainer of a 4Diffusion run."""
 
     config: FourDiffusionTrainerConfig

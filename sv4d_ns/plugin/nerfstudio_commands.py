@@ -2,7 +2,7 @@
 
 `ns-viewer`, `ns-eval`, `ns-render`, `ns-export` and `ns-train --load-config` read a run's config.yml themselves and
 know no way to be told of a plugin's wishes. The trainer's configuration asks here while it is being read
-(`SV4DTrainerConfig.__setstate__`); which file is read, and for which command, the call stack tells.
+(`FieldTrainerConfig.__setstate__`); which file is read, and for which command, the call stack tells.
 """
 
 import json

@@ -395,7 +395,7 @@ def local_unless_asked(viewer: ViewerConfig, arguments: Sequence[str] | None = N
     """Settings of a viewer that listens on this machine only, unless the command line names a host.
 
     `ns-viewer` replaces a run's viewer settings by its own, whose host 0.0.0.0 lets the whole network in. What it
-    replaces them in is the run's trainer config, which asks here (`SV4DTrainerConfig.__setattr__`).
+    replaces them in is the run's trainer config, which asks here (`FieldTrainerConfig.__setattr__`).
 
     Args:
         viewer: the settings; another host than nerfstudio's default was asked for and stays.
