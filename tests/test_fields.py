@@ -95,7 +95,6 @@ def test_gradient_of_positions_is_only_computed_when_asked() -> None:
         {"levels": 0},
         {"base_resolution": 32, "max_resolution": 16},
         {"backend": "cuda"},
-        {"in_dim": 4},
         {"log2_table_size": 40},
     ],
 )

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -15,6 +15,7 @@ from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.movies import movies
 from sv4d_ns.movies.movies import (
     MovieOptions,
+    Preset,
     Subject,
     caption_height,
     movie,
@@ -31,6 +32,7 @@ FOUR_VIEWS = ViewPlan.ring((60.0, 120.0, 180.0, 240.0))
 
 FRAMES, SIZE = 3, 16
 OPTIONS = MovieOptions(size=SIZE, seconds=0.5)
+PRESETS = get_args(Preset)
 
 
 def view_grid(**changes) -> ViewGrid:
@@ -160,7 +162,7 @@ def test_the_bar_counts_what_is_rendered(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Subject, "render", counted)
     options = replace(OPTIONS, size=16)
-    write_run_movies(tmp_path / "out", one, movies.PRESETS, options, lambda *done: shown.append((rendered, *done)))
+    write_run_movies(tmp_path / "out", one, PRESETS, options, lambda *done: shown.append((rendered, *done)))
     share = np.array([(count / rendered, done / total) for count, done, total in shown])
     assert len(shown) > rendered, "some pictures need no render"
     assert np.abs(share[:, 0] - share[:, 1]).max() < 0.1
@@ -173,8 +175,8 @@ def test_a_run_leaves_movies_that_play_and_are_not_made_again(tmp_path: Path) ->
     one = subject(view_grid(framing=framing, provenance={"source": str(source)}))
     calls: list[tuple[int, int]] = []
     folder = tmp_path / "movies"
-    files, sentences = write_run_movies(folder, one, movies.PRESETS, OPTIONS, lambda *done: calls.append(done))
-    assert [file.stem for file in files] == list(movies.PRESETS) and not sentences
+    files, sentences = write_run_movies(folder, one, PRESETS, OPTIONS, lambda *done: calls.append(done))
+    assert [file.stem for file in files] == list(PRESETS) and not sentences
     assert calls[-1][0] == calls[-1][1] and calls == sorted(calls)
     assert len(frames_of(folder / "orbit.mp4")) == 6
     assert frames_of(folder / "side-by-side.mp4")[0].shape == (SIZE + caption_height(SIZE), 2 * SIZE, 3)
@@ -187,7 +189,7 @@ def test_a_run_leaves_movies_that_play_and_are_not_made_again(tmp_path: Path) ->
     before = {file: file.stat().st_mtime_ns for file in files}
     (folder / "time.mp4").unlink()
     again: list[tuple[int, int]] = []
-    write_run_movies(folder, one, movies.PRESETS, OPTIONS, lambda *done: again.append(done))
+    write_run_movies(folder, one, PRESETS, OPTIONS, lambda *done: again.append(done))
     assert again[-1] == (FRAMES, FRAMES), "only the missing one"
     assert all(file.stat().st_mtime_ns == at for file, at in before.items() if file.stem != "time")
     other = subject(one.grid)  # another field: all are old

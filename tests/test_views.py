@@ -13,7 +13,7 @@ from PIL import Image
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.images import over_white
-from sv4d_ns.views.grid import ViewGrid, contact_sheet, save_contact_sheet
+from sv4d_ns.views.grid import ViewGrid
 
 PLAN = ViewPlan.ring((60.0, 180.0), input_elevation_deg=15.0)
 
@@ -250,14 +250,3 @@ def test_over_white_rounds_to_the_nearest_level():
     alpha = rgba[:, 3:] / 255
     expected = rgba[:, :3] * alpha + 255 * (1 - alpha)
     assert np.abs(over_white(rgba) - expected).max() <= 0.5 + 1e-9
-
-
-def test_contact_sheet_puts_views_in_rows_and_frames_in_columns(tmp_path):
-    grid = make_grid(frames=7, input_size=4, view_size=4)
-    sheet = contact_sheet(grid, every=3)
-    assert sheet.shape == (3 * 4, 3 * 4, 3)
-    np.testing.assert_array_equal(sheet[:4, 4:8], over_white(grid.input_frames[3]))
-    np.testing.assert_array_equal(sheet[8:, 8:], over_white(grid.novel_views[6, 1]))
-    assert contact_sheet(make_grid(frames=21)).shape[1] == 6 * 4
-    path = save_contact_sheet(grid, tmp_path / "a" / "sheet.png", every=3)
-    np.testing.assert_array_equal(np.array(Image.open(path)), sheet)

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
 
 from sv4d_ns.geometry.cameras import ViewPlan
 
@@ -54,14 +53,3 @@ def draw_window(rng: np.random.Generator, num_frames: int, length: int = FRAMES)
     """Consecutive frames at a random place; the last one repeats where the video is shorter than a window."""
     first = int(rng.integers(max(num_frames - length, 0) + 1))
     return [min(frame, num_frames - 1) for frame in range(first, first + length)]
-
-
-def evaluation_path(frames: int = FRAMES, stops: int = 8) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Azimuths (degrees) and times of the reference's test video.
-
-    At each of `stops` azimuths time runs once while the camera stands, and once while it goes on to the next stop.
-    """
-    times = np.linspace(0.0, 1.0, frames)
-    width = 360.0 / stops
-    azimuths = [part for stop in range(stops) for part in (np.full(frames, width * stop), width * (stop + times))]
-    return np.concatenate(azimuths), np.tile(times, 2 * stops)

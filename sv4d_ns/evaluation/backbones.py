@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sv4d_ns.metrics.lpips import BackboneMissing, Identity, sha256
+from sv4d_ns.metrics.lpips import BackboneMissing, Identity
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import sha256
 
 ClipVariant = Literal["ViT-B/32", "ViT-L/14"]
 

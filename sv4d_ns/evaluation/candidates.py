@@ -13,11 +13,10 @@ from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView
 from sv4d_ns.evaluation.protocols import CONSISTENT4D_AZIMUTHS, eval_files
 from sv4d_ns.evaluation.scores import Pictures
 from sv4d_ns.geometry.rays import project_array
-from sv4d_ns.metrics.lpips import sha256
 from sv4d_ns.runs.layout import checkpoint_steps
 from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import content_hash
+from sv4d_ns.utils.files import content_hash, sha256
 from sv4d_ns.utils.images import resize_rgba
 from sv4d_ns.views.grid import GRID_FILE, ViewGrid
 

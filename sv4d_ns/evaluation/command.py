@@ -16,9 +16,8 @@ from sv4d_ns.evaluation.cases import GEOMETRY_FILE, Case
 from sv4d_ns.evaluation.frechet import Estimate
 from sv4d_ns.evaluation.protocols import PROTOCOLS, Protocol, ProtocolName, load_truth
 from sv4d_ns.evaluation.scores import Backbones, Figures, load_backbones, picture_figures, summarise, video_figures
-from sv4d_ns.metrics.lpips import sha256
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_path, content_hash
+from sv4d_ns.utils.files import atomic_path, content_hash, sha256
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 REPORT_FORMAT = 1

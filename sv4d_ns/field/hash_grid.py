@@ -408,10 +408,10 @@ class _Grid(nn.Module):
     """Trainable features, level by level, coarse to fine; entries start uniform in [-1e-4, 1e-4] (Instant-NGP
     section 4)."""
 
-    def __init__(self, levels: GridLevels, features: int, backend: Literal["numba", "torch", "tinycudann"]) -> None:
+    def __init__(self, levels: GridLevels, backend: Literal["numba", "torch", "tinycudann"]) -> None:
         super().__init__()
-        self.levels, self.backend, self.out_dim = levels, backend, features * len(levels.scale)
-        self.table = nn.Parameter(torch.empty(int(levels.entries.sum()), features).uniform_(-1e-4, 1e-4))
+        self.levels, self.backend, self.out_dim = levels, backend, FEATURES * len(levels.scale)
+        self.table = nn.Parameter(torch.empty(int(levels.entries.sum()), FEATURES).uniform_(-1e-4, 1e-4))
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n f"]:
         """Features of points in [0, 1]^d."""
@@ -433,17 +433,13 @@ class HashEncoding(_Grid):
 
     def __init__(
         self,
-        in_dim: int = 3,
         levels: int = 8,
-        features_per_level: int = FEATURES,
         log2_table_size: int = 16,
         base_resolution: int = 16,
         max_resolution: int = 256,
         backend: Literal["numba", "torch"] = "numba",
     ) -> None:
-        if in_dim != 3:
-            raise InputError(f"HashEncoding encodes 3 coordinates, not in_dim={in_dim}; use in_dim=3.")
-        if levels < 1 or features_per_level < 1 or not 1 <= base_resolution <= max_resolution:
+        if levels < 1 or not 1 <= base_resolution <= max_resolution:
             raise InputError(
                 f"a hash grid of {levels} levels from {base_resolution} to {max_resolution} cells is not possible; "
                 "use at least one level and base_resolution <= max_resolution."
@@ -452,13 +448,9 @@ class HashEncoding(_Grid):
             raise InputError(f"log2_table_size={log2_table_size} is outside 1..24; use about 14 to 19.")
         if backend not in ("numba", "torch"):
             raise InputError(f"unknown encoding back end {backend!r}; use 'numba' or 'torch'.")
-        if backend == "numba" and features_per_level != FEATURES:
-            raise InputError(
-                f"the numba kernel is written for 2 features per level, not {features_per_level}; use backend='torch'."
-            )
         growth = (max_resolution / base_resolution) ** (1 / max(levels - 1, 1))
         resolutions = [round(base_resolution * growth**level) for level in range(levels)]
-        super().__init__(GridLevels.of_cube(resolutions, log2_table_size), features_per_level, backend)
+        super().__init__(GridLevels.of_cube(resolutions, log2_table_size), backend)
 
 
 def tinycudann_works() -> bool:
@@ -509,9 +501,7 @@ class HashGrid(_Grid):
             )
         if backend not in ("numba", "torch", "tinycudann"):
             raise InputError(f"unknown encoding back end {backend!r}; use 'numba', 'torch' or 'tinycudann'.")
-        super().__init__(
-            GridLevels.of_tinycudann(in_dim, levels, log2_table_size, base_resolution, growth), FEATURES, backend
-        )
+        super().__init__(GridLevels.of_tinycudann(in_dim, levels, log2_table_size, base_resolution, growth), backend)
         self.tcnn_config = {
             "otype": "HashGrid",
             "n_levels": levels,

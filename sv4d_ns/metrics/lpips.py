@@ -6,7 +6,6 @@ user asks (`fetch=True`).
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from sv4d_ns.metrics.lpips_package import fill, packaged_file
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import sha256
 
 LpipsNet = Literal["alex", "vgg"]
 
@@ -44,15 +44,6 @@ class Identity:
     source: str
     files: dict[str, str]
     """File name: sha256."""
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Lpips:

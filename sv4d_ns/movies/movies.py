@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from sv4d_ns.video import Clip, Framing
 
 Preset = Literal["orbit", "time", "orbit-time", "side-by-side", "overlay"]
-PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 ELEVATION_DEG = 15.0
 """Above the input camera's height, so that an orbit shows the top."""

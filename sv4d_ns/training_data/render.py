@@ -44,9 +44,9 @@ from sv4d_ns.training_data.framing import (
 from sv4d_ns.training_data.orbits import Orbit, OrbitCameras, draw_orbit
 from sv4d_ns.training_data.procedural import Creature, creature, render
 from sv4d_ns.training_data.procedural.renderer import draw_geometry
-from sv4d_ns.training_data.sources import PROCEDURAL, Asset, check_names, file_hash, list_assets
+from sv4d_ns.training_data.sources import PROCEDURAL, Asset, check_names, list_assets
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import TEMPORARY, atomic_path, content_hash, sole_use
+from sv4d_ns.utils.files import TEMPORARY, atomic_path, content_hash, sha256, sole_use
 from sv4d_ns.utils.progress import bar
 
 LOCK_FILE = ".render.lock"
@@ -476,7 +476,7 @@ def _render_file(
             "seed": int(rng.integers(2**31)),
         }
         rest = run_job(blender, job, scratch, config.timeout_s)
-        source = {**asset.source, "sha256": file_hash(asset.path)}
+        source = {**asset.source, "sha256": sha256(asset.path)}
         record = _record(asset, config, cameras, background, environment, rest, source)
         write_object(folder, record, _rendered_files(scratch, cameras, config, rest))
     finally:
@@ -512,7 +512,7 @@ def _render_clip(
                     if config.maps:
                         yield from _maps(orbit, t, v, *clip.maps(t, placed[o, v], config.size), 1.0, rest)
 
-    source = {**asset.source, "sha256": file_hash(asset.path)}
+    source = {**asset.source, "sha256": sha256(asset.path)}
     write_object(folder, _record(asset, config, cameras, background, environment, rest, source), pictures())
 
 

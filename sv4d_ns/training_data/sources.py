@@ -1,6 +1,5 @@
 """What there is to render: a folder of assets, Objaverse ids, or procedural creatures."""
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -58,15 +57,6 @@ def list_assets(source: str, licence: str | None, include_test_objects: bool) ->
 def slug(text: str) -> str:
     """A name that every file system and WebDataset take: other characters become a dash."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "asset"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _creatures(source: str) -> list[Asset]:

@@ -114,6 +114,15 @@ def content_hash(*parts: Any) -> str:
     return digest.hexdigest()
 
 
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
 def sole_use(folder: Path, lock: str, taken: str) -> Iterator[None]:
     """Hold a folder, which is made if needed, for this process alone; a lock ends with its process, however it ends.

@@ -23,8 +23,7 @@ from PIL import Image
 
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import atomic_folder, atomic_path, content_hash
-from sv4d_ns.utils.images import over_white, tiled
+from sv4d_ns.utils.files import atomic_folder, content_hash
 
 GRID_FILE = "grid.json"
 TRANSFORMS_FILE = "transforms.json"
@@ -201,28 +200,6 @@ class ViewGrid:
                 yield "images", view + 1, frame, self.novel_views[frame, view]
                 if self.confidence is not None:
                     yield "confidence", view + 1, frame, self.confidence[frame, view]
-
-
-def contact_sheet(grid: ViewGrid, every: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """One picture of the grid on white: a row for each view (the input first), a column for each chosen frame.
-
-    Args:
-        every: show every so-many-th frame, 1 or more; None chooses about six columns.
-    """
-    every = math.ceil(grid.num_frames / 6) if every is None else every
-    size = grid.novel_views.shape[2]
-    rows = [
-        [np.asarray(Image.fromarray(over_white(frame)).resize((size, size))) for frame in grid.input_frames[::every]],
-        *over_white(grid.novel_views[::every]).swapaxes(0, 1),
-    ]
-    return tiled(rows)
-
-
-def save_contact_sheet(grid: ViewGrid, path: Path, every: int | None = None) -> Path:
-    """Write `contact_sheet` as a PNG, whole or not at all; returns `path`."""
-    with atomic_path(Path(path)) as temporary:
-        Image.fromarray(contact_sheet(grid, every)).save(temporary, format="PNG")
-    return Path(path)
 
 
 def _check_images(name: str, images: np.ndarray, dimensions: int) -> None:

@@ -5,7 +5,7 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,34 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from sv4d_ns.diffusion.sv4d.attention import CameraAttention
 from sv4d_ns.diffusion.sv4d.guidance import Guidance, GuidanceKind
 from sv4d_ns.diffusion.sv4d.unet import MultiViewVideoUNet
-from sv4d_ns.diffusion.weights.key_maps import convert_unet, convert_vae, unet_config, vae_config
+from sv4d_ns.diffusion.weights.key_maps import convert_unet, convert_vae, vae_config
 
 FOLDER = Path(os.environ.get("SV4D_FIXTURES") or Path(__file__).parents[1] / "data" / "sv4d2")
 ATOL = 1e-4
 PACKED: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
+
+
+def unet_config(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """`MultiViewVideoUNet` configuration for the constructor arguments of the reference's SpatialUNetModelWithTime."""
+    widths = [reference["model_channels"] * factor for factor in reference["channel_mult"]]
+    depths = reference["num_res_blocks"]
+    return {
+        "in_channels": reference["in_channels"],
+        "out_channels": reference["out_channels"],
+        "block_out_channels": widths,
+        "layers_per_block": depths,
+        "attention_levels": [2**level in reference["attention_resolutions"] for level in range(len(widths))],
+        "attention_head_dim": reference["num_head_channels"],
+        "cross_attention_dim": reference["context_dim"],
+        "reference_channels": reference["motion_context_dim"],
+        "projection_class_embeddings_input_dim": reference["adm_in_channels"],
+        "camera_attention": (
+            CameraAttention.RELEASED if reference["use_3d_attention"] else CameraAttention.PER_VIEW_PIXEL
+        ).value,
+    }
 
 
 def files() -> list[str]:

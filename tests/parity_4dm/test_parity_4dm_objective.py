@@ -10,7 +10,7 @@ from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, camera_vector
 from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW
 from sv4d_ns.diffusion.fourdm.pipeline import spread_frames, view_cameras
 from sv4d_ns.distillation.anchor import anchor_target
-from sv4d_ns.distillation.cameras import HIGHEST_ELEVATION_DEG, evaluation_path
+from sv4d_ns.distillation.cameras import FRAMES, HIGHEST_ELEVATION_DEG
 from sv4d_ns.distillation.schedules import REFERENCE_NOISE, LossRamps, render_size
 from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.geometry.rays import pixel_rays, project
@@ -215,6 +215,17 @@ def test_training_cameras(name):
         focal = 0.5 * size / np.tan(np.radians(FIELD_OF_VIEW) / 2)
         pixels, _ = project(points, matrix, float(focal), size, size)
         folder.assert_within(pixels / size * 2 - 1, clip[:, :2] / clip[:, 3:], 1e-5)
+
+
+def evaluation_path(frames=FRAMES, stops=8):
+    """Azimuths (degrees) and times of the reference's test video.
+
+    At each of `stops` azimuths time runs once while the camera stands, and once while it goes on to the next stop.
+    """
+    times = np.linspace(0.0, 1.0, frames)
+    width = 360.0 / stops
+    azimuths = [part for stop in range(stops) for part in (np.full(frames, width * stop), width * (stop + times))]
+    return np.concatenate(azimuths), np.tile(times, 2 * stops)
 
 
 @folder.needs(CAMERAS)

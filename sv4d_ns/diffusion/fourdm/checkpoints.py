@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sv4d_ns.diffusion.weights.key_maps import RES_NAMES
 from sv4d_ns.utils.errors import InputError
 
 MOTION = ".temporal_transformer."
@@ -28,14 +29,6 @@ _TOP_NAMES = {
     "image_embed.proj_in": "image_projection.proj_in",
     "image_embed.proj_out": "image_projection.proj_out",
     "image_embed.norm_out": "image_projection.norm_out",
-}
-_RES_NAMES = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
 }
 _RESAMPLER_NAMES = {
     "0.norm1": "ln0",
@@ -111,7 +104,7 @@ def _inside(block: str, layer: str, rest: str, name: str) -> tuple[str, ...]:
         if inside := _renamed(match[2], _MOTION_NAMES):
             return (f"{place}.transformer_blocks.{match[1]}.{inside}",)
         raise _unknown(name)
-    if inside := _renamed(rest, _RES_NAMES):
+    if inside := _renamed(rest, RES_NAMES):
         return (f"{block}.resnets.{layer}.{inside}",)
     image_prompt = re.sub(r"attn2\.to_([kv])_ip\.", r"attn2.processor.to_\1_ip.0.", rest)
     return (f"{block}.attentions.{layer}.{image_prompt}",)

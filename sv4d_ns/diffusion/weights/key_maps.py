@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sv4d_ns.diffusion.sv4d.attention import CameraAttention
 from sv4d_ns.utils.errors import InputError
 
-_RES_NAMES = {
+RES_NAMES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -44,26 +43,6 @@ _TOP_NAMES = {
 _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 
 
-def unet_config(reference: Mapping[str, Any]) -> dict[str, Any]:
-    """`MultiViewVideoUNet` configuration for the constructor arguments of the reference's SpatialUNetModelWithTime."""
-    widths = [reference["model_channels"] * factor for factor in reference["channel_mult"]]
-    depths = reference["num_res_blocks"]
-    return {
-        "in_channels": reference["in_channels"],
-        "out_channels": reference["out_channels"],
-        "block_out_channels": widths,
-        "layers_per_block": depths,
-        "attention_levels": [2**level in reference["attention_resolutions"] for level in range(len(widths))],
-        "attention_head_dim": reference["num_head_channels"],
-        "cross_attention_dim": reference["context_dim"],
-        "reference_channels": reference["motion_context_dim"],
-        "projection_class_embeddings_input_dim": reference["adm_in_channels"],
-        "camera_attention": (
-            CameraAttention.RELEASED if reference["use_3d_attention"] else CameraAttention.PER_VIEW_PIXEL
-        ).value,
-    }
-
-
 def _starts(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
@@ -79,8 +58,8 @@ def _inside_resnet(name: str) -> str:
     if _starts(name, "time_mixer"):
         return name
     if _starts(name, "time_mix_blocks"):
-        return "temporal_res_block." + _renamed(name.removeprefix("time_mix_blocks."), _RES_NAMES)
-    return "spatial_res_block." + _renamed(name, _RES_NAMES)
+        return "temporal_res_block." + _renamed(name.removeprefix("time_mix_blocks."), RES_NAMES)
+    return "spatial_res_block." + _renamed(name, RES_NAMES)
 
 
 def _inside_layer(place: str, name: str) -> str:
@@ -130,7 +109,7 @@ def _outside_layer(key: str) -> str:
     """The inverse of `_inside_layer` for what follows `resnets.i.` or `attentions.i.`."""
     for ours, prefix in (("temporal_res_block.", "time_mix_blocks."), ("spatial_res_block.", "")):
         if key.startswith(ours):
-            return prefix + _renamed(key.removeprefix(ours), _inverted(_RES_NAMES))
+            return prefix + _renamed(key.removeprefix(ours), _inverted(RES_NAMES))
     return _renamed(key, _inverted(_ATTENTION_NAMES))
 
 
