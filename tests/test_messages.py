@@ -106,6 +106,18 @@ def test_the_short_help_leaves_rare_settings_out_and_only_the_help(
         assert tyro.cli(Settings, args=["--rare", "5"]).rare == 5
 
 
+def test_the_short_help_of_4diffusion_names_what_it_is_started_with() -> None:
+    """A sibling's marks once hid --prompt."""
+    code = (
+        "import sys; sys.argv = ['ns-train', '4diffusion', '--help'];"
+        "from nerfstudio.scripts.train import entrypoint; entrypoint()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for flag in ("--data", "--prompt", "--image", "--image-to-video-model", "--text-to-image-model"):
+        assert f"{flag} {{" in done.stdout, flag
+    assert "--steps-per-save" not in done.stdout
+
+
 def test_the_doctor_answers_without_torch_and_nerfstudio() -> None:
     """Their import alone takes longer than the doctor may."""
     code = (

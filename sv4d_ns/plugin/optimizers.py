@@ -30,20 +30,12 @@ class FusedAdamConfig(OptimizerConfig):
 
 
 @dataclass
-class FusedAdamWConfig(OptimizerConfig):
-    """AdamW with the constants of 4Diffusion's reference, in one pass over the parameters."""
+class FusedAdamWConfig(FusedAdamConfig):
+    """AdamW with the constants of 4Diffusion's reference."""
 
     _target: type = AdamW
-    lr: float = 1e-2
-    """Learning rate."""
-    eps: float = ADAM_EPS
-    """Small, because gradients of rarely seen grid entries are."""
-    betas: tuple[float, float] = ADAM_BETAS
-    """Decay of the two running moments."""
     weight_decay: float = 0.01
     """torch's default, which the reference leaves as it is, also for the hash tables."""
-    fused: bool = True
-    """One kernel for the whole update."""
 
 
 @dataclass
