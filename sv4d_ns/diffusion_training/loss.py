@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
+from sv4d_ns.diffusion.sv4d.preconditioning import denoised, scaled, v_target
 from sv4d_ns.diffusion_training.config import TrainConfig
 from sv4d_ns.diffusion_training.data import Batch, batch_images
 from sv4d_ns.diffusion_training.model import TrainedParts, camera_vectors_of
@@ -73,17 +74,6 @@ class Draws:
     def to(self, device: torch.device) -> "Draws":
         """The same on another device."""
         return Draws(**{name: upload(value, device) for name, value in vars(self).items()})
-
-
-def v_target(x: Float[Tensor, "..."], noise: Float[Tensor, "..."], sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """What the network should predict: (noise - sigma x) / sqrt(sigma^2 + 1)."""
-    return (noise - sigma * x) / (sigma.square() + 1).sqrt()
-
-
-def denoised(noisy: Float[Tensor, "..."], output: Float[Tensor, "..."], sigma: Float[Tensor, "..."]) -> Tensor:
-    """Clean latents from scaled noisy ones and the network's output."""
-    scale = (sigma.square() + 1).sqrt()
-    return noisy / scale - sigma / scale * output
 
 
 def mean_log_sigma(config: TrainConfig, step: int) -> float:
@@ -198,7 +188,7 @@ def losses(
     draws = draws.to(x.device)
     sigma = draws.log_sigma.exp().repeat_interleave(t * v, output_size=b * t * v)[:, None, None, None]
     noise, known = draws.noise.flatten(0, 2), draws.known
-    noisy = (x + sigma * noise) / (sigma.square() + 1).sqrt()
+    noisy = scaled(x + sigma * noise, sigma)
     condition = encoded.condition * known[:, None, None, None, None]
     cameras = encoded.cameras.clone()
     cameras[~known, :, : pipeline.config.camera_dims[0]] = 0
@@ -247,7 +237,7 @@ def self_conditioning(
     b, _, v = encoded.targets.shape[:3]
     noise = draws.own_noise.flatten(0, 1)
     level = torch.full((), sigma, device=noise.device)
-    noisy = noise * level / (level.square() + 1).sqrt()
+    noisy = scaled(noise * level, level)
     output = parts(
         None if encoded.images is None else encoded.images[:, :1],
         None if encoded.embeddings is None else encoded.embeddings[:, :1],

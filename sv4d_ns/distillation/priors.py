@@ -16,6 +16,7 @@ from sv4d_ns.diffusion.fourdm import conditioning as fourdm
 from sv4d_ns.diffusion.fourdm import guidance
 from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.diffusion.sv4d.conditioning import GridCondition, camera_angles, camera_vectors, embed_images
+from sv4d_ns.diffusion.sv4d.preconditioning import denoised, scaled
 from sv4d_ns.distillation.cameras import DrawnViews
 from sv4d_ns.distillation.schedules import ONE_STEP_NOISE, REFERENCE_NOISE, NoiseLevels
 from sv4d_ns.utils.devices import upload
@@ -214,18 +215,17 @@ class SV4DPrior(_SigmaPrior):
         return latents * vae.config.scaling_factor
 
     def _denoise(self, noisy: Tensor, sigma: float, frames: list[int], views: DrawnViews) -> Tensor:
-        """Karras et al. 2022 preconditioning, v-prediction."""
         condition = self._condition(frames, views)
-        scale = (sigma**2 + 1) ** 0.5
+        seen = scaled(noisy, sigma)
         output = self.pipeline.unet(
-            torch.cat([(noisy / scale).to(self.pipeline.unet.dtype), condition.latents], 1),
+            torch.cat([seen.to(self.pipeline.unet.dtype), condition.latents], 1),
             0.25 * float(np.log(sigma)),
             condition.embeddings,
             condition.cameras,
             condition.references,
             return_dict=False,
         )[0].float()
-        return noisy / scale**2 - sigma / scale * output
+        return denoised(seen, output, sigma)
 
     def _condition(self, frames: list[int], views: DrawnViews) -> GridCondition:
         count = len(views.azimuths_deg)

@@ -15,6 +15,7 @@ from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
     canonical_mesh,
     follow_vertices,
+    frozen,
     opacity_grid,
 )
 from sv4d_ns.utils.errors import InputError
@@ -88,33 +89,18 @@ def sample_surface(
     return Surface(np.asarray(points), np.asarray(mesh.face_normals[face]))
 
 
-class _FieldAtTime:
-    """A moving field frozen at one time, so that the export's surface extraction reads it like a canonical one.
-
-    Only points the renderer would look at are evaluated: most of the box is empty.
-    """
-
-    def __init__(self, field: AnimatedField, occupancy: Any, time: float):
-        self.field, self.occupancy, self.time = field, occupancy, time
-        self.aabb = field.aabb
-
-    def canonical_density(self, x: Any) -> Any:
-        density = x.new_zeros(len(x))
-        seen = self.occupancy.is_occupied(x, x.new_full((len(x), 1), self.time)).nonzero()[:, 0]
-        if len(seen):
-            density[seen] = self.field.density(x[seen], x.new_full((len(seen), 1), self.time))
-        return density
-
-
 def surface_at(field: AnimatedField, occupancy: Any, time: float, resolution: int = SURFACE_RESOLUTION) -> Surface:
     """The field's own surface at a time: marching cubes of what the renderer shows there, as the export cuts it.
 
     Hollows nobody sees are filled and floaters below 2 % of the surface are dropped, as in the exported mesh. Empty
     where the field shows nothing.
     """
-    frozen: Any = _FieldAtTime(field, occupancy, time)
+
+    def possible(x: Any) -> Any:
+        return occupancy.is_occupied(x, x.new_full((len(x), 1), time))
+
     try:
-        mesh = canonical_mesh(opacity_grid(frozen, resolution))
+        mesh = canonical_mesh(opacity_grid(frozen(field, time), resolution, possible))
     except InputError:  # its one cause here: nothing is opaque enough
         return Surface(np.zeros((0, 3)), np.zeros((0, 3)))
     return sample_surface(mesh.vertices, mesh.faces)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from sv4d_ns.geometry.rays import project, sample_picture
 from sv4d_ns.utils.devices import upload
+
+if TYPE_CHECKING:
+    from sv4d_ns.fitting.train_views import TrainView
 
 LARGEST_SIDE = 256
 """Pixels a side of the pictures flow is found in: pictures are brought to it."""
@@ -43,19 +46,6 @@ RESIDUAL_PIXELS = 0.7
 """Views whose flow contradicts the displacement by more than this count little."""
 ROUNDS = 8
 """Of the robust least squares."""
-
-
-class FlowView(Protocol):
-    """What is read of a view."""
-
-    @property
-    def c2w(self) -> Float[Tensor, "4 4"]: ...
-    @property
-    def focal(self) -> float: ...
-    @property
-    def rgb(self) -> Float[Tensor, "t h w 3"]: ...
-    @property
-    def alpha(self) -> Float[Tensor, "t h w"]: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +107,7 @@ def optical_flow(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "h 
 class SceneFlow:
     """Displacements between neighbouring frames; each pair is worked out when it is first asked for."""
 
-    def __init__(self, views: Sequence[FlowView], half_extent: float, seed: int = 0) -> None:
+    def __init__(self, views: Sequence[TrainView], half_extent: float, seed: int = 0) -> None:
         self.views, self.half_extent, self.seed = list(views), half_extent, seed
         self._pairs: dict[tuple[int, int], Matches] = {}
 
@@ -127,7 +117,7 @@ class SceneFlow:
             self._pairs[known, new] = self._find(known, new)
         return self._pairs[known, new]
 
-    def _uv(self, view: FlowView, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _uv(self, view: TrainView, x: Tensor) -> tuple[Tensor, Tensor]:
         height, width = view.alpha.shape[1:]
         uv, depth = project(x, view.c2w.to(x), view.focal, height, width)
         return uv / torch.tensor([width, height], device=x.device), depth
@@ -158,14 +148,14 @@ class SceneFlow:
             return empty, empty[:, 0].long()
         return torch.cat(points), torch.cat(owners)
 
-    def _rays(self, view: FlowView, xy: Tensor) -> tuple[Tensor, Tensor]:
+    def _rays(self, view: TrainView, xy: Tensor) -> tuple[Tensor, Tensor]:
         height, width = view.alpha.shape[1:]
         local = torch.stack(
             [(xy[:, 0] - width / 2) / view.focal, (height / 2 - xy[:, 1]) / view.focal, -torch.ones_like(xy[:, 0])], -1
         )
         return view.c2w[:3, 3], local @ view.c2w[:3, :3].T
 
-    def _first_inside(self, frame: int, view: FlowView, xy: Tensor) -> Tensor:
+    def _first_inside(self, frame: int, view: TrainView, xy: Tensor) -> Tensor:
         """First points of the hull on the rays of pixels; rays that miss it are left out."""
         origin, directions = self._rays(view, xy)
         middle = float(origin.norm())
@@ -193,7 +183,7 @@ class SceneFlow:
             flows.append(PIXELS * flow)
         return _triangulate(x, *(torch.stack(parts, 1) for parts in (jacobians, flows, weights)))
 
-    def _sees(self, view: FlowView, number: int, owner: Tensor, uv: Tensor, depth: Tensor) -> Tensor:
+    def _sees(self, view: TrainView, number: int, owner: Tensor, uv: Tensor, depth: Tensor) -> Tensor:
         """1 where a view sees a point, else 0: its own pixels', and those that no other point is in front of."""
         side = VISIBILITY_SIDE
         nearest = torch.full((side * side,), torch.inf, device=depth.device)
@@ -202,7 +192,7 @@ class SceneFlow:
         nearest.scatter_reduce_(0, index, depth, "amin")
         return ((owner == number) | (depth < nearest[index] + MEETING)).to(depth)
 
-    def _jacobian(self, view: FlowView, x: Tensor) -> Float[Tensor, "n 2 3"]:
+    def _jacobian(self, view: TrainView, x: Tensor) -> Float[Tensor, "n 2 3"]:
         """Of the projection (shares of the width) in the point."""
         rotation = view.c2w[:3, :3].to(x)
         local = (x - view.c2w[:3, 3].to(x)) @ rotation
