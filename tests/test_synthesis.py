@@ -41,10 +41,10 @@ def test_pictures_survive_the_way_to_a_model_and_back(channels: int) -> None:
 def test_a_coin_toss_is_not_believed_and_silhouettes_are_cut_at_one_half() -> None:
     coverage = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])
     images = torch.cat([1 - coverage.expand(3, -1) * 0.5, coverage[None]])[:, None]
-    views = from_model_space(images)
-    assert views.images[0, :, 3].tolist()[:2] == [0, 0] and views.images[0, :, 3].tolist()[3:] == [255, 255]
-    assert 120 < views.images[0, 2, 3] < 136
-    confidence = views.confidence[0].tolist()
+    views = from_model_space(images[None])
+    assert views.images[0, 0, :, 3].tolist()[:2] == [0, 0] and views.images[0, 0, :, 3].tolist()[3:] == [255, 255]
+    assert 120 < views.images[0, 0, 2, 3] < 136
+    confidence = views.confidence[0, 0].tolist()
     assert confidence[2] == 0 and confidence[0] == confidence[4] == 255 and 0 < confidence[1] < 255
 
 

@@ -4,6 +4,7 @@
 stage 2 calls `refine` (SDEdit on the whole grid); both return plain uint8 RGBA arrays.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,8 +79,8 @@ class Views:
     """Their cameras, from a model that knows them only afterwards; None for those that were asked for."""
 
 
-def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
-    """The inverse of `to_model_space`, with silhouettes made definite.
+def from_model_space(moments: Iterable[Float[Tensor, "v c h w"]]) -> Views:
+    """The inverse of `to_model_space` for one moment's views after the other, with silhouettes made definite.
 
     A model with an alpha channel that samples in few steps predicts a mean: its alpha is the probability that the
     object covers the pixel. The silhouette is cut around one half (smoothstep from 1/4 to 3/4), and the probability
@@ -87,7 +88,12 @@ def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
     without one paints on white: what differs from white by more than the noise of a decoder is foreground (smoothstep
     from 4/255 to 24/255 of the largest channel difference) and all pixels are believed. These curves are our choice.
     """
-    values = images.detach().float().cpu().clamp(0, 1).movedim(-3, -1)
+    images, confidence = zip(*map(_definite, moments), strict=True)
+    return Views(np.stack(images), np.stack(confidence))
+
+
+def _definite(views: Float[Tensor, "v c h w"]) -> tuple[UInt8[np.ndarray, "v h w 4"], UInt8[np.ndarray, "v h w"]]:
+    values = views.detach().float().cpu().clamp(0, 1).movedim(-3, -1)
     white = values[..., :3]
     if values.shape[-1] == 4:
         coverage = values[..., 3:]
@@ -98,7 +104,7 @@ def from_model_space(images: Float[Tensor, "*batch c h w"]) -> Views:
     # at little coverage the colour is noise divided by nearly nothing
     straight = torch.where(coverage > 0.03, (white - (1.0 - coverage)) / coverage.clamp(min=0.03), 1.0)
     rgba = torch.cat([straight.clamp(0, 1), alpha], dim=-1)
-    return Views((rgba * 255).round().byte().numpy(), (confidence[..., 0] * 255).round().byte().numpy())
+    return (rgba * 255).round().byte().numpy(), (confidence[..., 0] * 255).round().byte().numpy()
 
 
 BUNDLED = "sv4d_ns bundled"

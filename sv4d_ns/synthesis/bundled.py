@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.synthesis.base import BUNDLED, BUNDLED_SIZE, Views, from_model_space
@@ -93,9 +94,14 @@ class BundledSynthesizer:
             radius=plan.radius, fov_deg=plan.fov_deg, generator=torch.Generator().manual_seed(seed), output_type="pt",
             callback_on_step_end=on_step, return_dict=False, **options,
         )[0]  # fmt: skip
-        colour, alpha = rgba.split([3, 1], dim=2)
         progress(total, total)
-        return from_model_space(torch.cat([colour * alpha + 1.0 - alpha, alpha], dim=2))
+        return from_model_space(torch.cat([on_white(moment), moment[:, 3:]], dim=1) for moment in rgba)
+
+
+def on_white(rgba: Float[Tensor, "v 4 h w"]) -> Float[Tensor, "v 3 h w"]:
+    """Straight colour over white."""
+    colour, alpha = rgba.split([3, 1], dim=1)
+    return colour * alpha + 1.0 - alpha
 
 
 def load_bundled_synthesizer(device: str, num_inference_steps: int | None = None) -> BundledSynthesizer:

@@ -243,7 +243,7 @@ class BundledVideoPipeline(DiffusionPipeline):
     def _pictures(
         self, volumes: Volume, poses: Float[Tensor, "v 4 4"], size: int, frustum: Frustum, output_type: str
     ) -> Any:
-        rgba = straight(render_views(volumes, poses, size, frustum))
+        rgba = torch.stack([straight(moment) for moment in render_views(volumes, poses, size, frustum)])
         if output_type == "pt":
             return rgba.cpu()
         array = rgba.movedim(2, -1).cpu().numpy()
