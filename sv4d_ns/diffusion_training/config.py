@@ -131,6 +131,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+LATER = {"perceptual": 0.0}
+"""Settings that older runs do not name, as those runs behaved."""
 RENAMED = {"own_references": "self_conditioning"}
 """Settings as older runs' checkpoints name them, and their names today."""
 
@@ -141,7 +143,7 @@ def changes_since(saved: dict[str, Any], config: TrainConfig, where: Path) -> li
     Raises:
         InputError: when one is not, or cannot change.
     """
-    saved = {RENAMED.get(name, name): value for name, value in saved.items()}
+    saved = LATER | {RENAMED.get(name, name): value for name, value in saved.items()}
     present = config.deciding()
     differing = [name for name in present if saved.get(name) != present[name]]
     fixed = [name for name in differing if name in FIXED]

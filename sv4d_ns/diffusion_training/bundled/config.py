@@ -46,6 +46,9 @@ class BundledTrainConfig:
     """Novel views of an object."""
     rays: int = 384
     """Pixels compared in each picture."""
+    perceptual: float = 0.0
+    """Weight of LPIPS (VGG16) on a patch of one view of every moment; needs its network (docs/evaluation.md). At 0.5
+    LPIPS falls by a tenth and the rest stays (benchmarks/results/bundled_lpips.md)."""
     most_noise_share: float = 0.25
     """Share of samples under so much noise that the views say nothing, as where sampling starts: what is learned there
     is what one input view tells of the whole. Elsewhere a network learns from the views, which is easier."""
@@ -85,8 +88,9 @@ class BundledTrainConfig:
     def shape(self, step: int, draw: float) -> BatchShape:
         """What the batch of a step holds; `draw` is uniform in [0, 1)."""
         if step < self.steps_3d or draw >= self.clip_share:
-            return BatchShape(self.moments, 1, self.views, self.rays)
-        return BatchShape(max(self.moments // self.clip_frames, 1), self.clip_frames, self.views, self.rays)
+            return BatchShape(self.moments, 1, self.views, self.rays, self.perceptual > 0)
+        objects = max(self.moments // self.clip_frames, 1)
+        return BatchShape(objects, self.clip_frames, self.views, self.rays, self.perceptual > 0)
 
 
 def check(config: BundledTrainConfig) -> None:
@@ -99,6 +103,8 @@ def check(config: BundledTrainConfig) -> None:
     shares = [share for _, share in config.data]
     if not shares or min(shares) < 0 or sum(shares) <= 0:
         raise InputError("--data needs at least one source with a share above 0, for example creatures 1.")
+    if config.perceptual < 0:
+        raise InputError(f"--perceptual is {config.perceptual}: give 0 or more.")
     for name in ("clip_share", "most_noise_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give a value from 0 to 1.")

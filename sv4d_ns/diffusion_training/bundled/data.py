@@ -22,6 +22,8 @@ from sv4d_ns.training_data.procedural.volume import inside, surface_colours
 
 RAY_SHARE_AT_EDGES = 0.75
 """Share of a view's rays drawn from within two pixels of its silhouette's edge."""
+PATCH_SIZE = 32
+"""Pixels along the side of the patches that are compared as pictures."""
 SHELL_REACH = 0.08
 """Colours are asked for within this distance of the surface, world units."""
 
@@ -58,6 +60,8 @@ class Batch:
         to_camera: from the input camera's coordinates to each view's.
         origins, directions: of the rays whose pixels are compared, in the input camera's coordinates.
         pixels: their true premultiplied RGBA.
+        patch_origins, patch_directions, patch_pixels: the same of a square patch of one novel view, row by row; p is 0
+            where none is compared.
     """
 
     frames: Float[Tensor, "b t 4 s s"]
@@ -68,6 +72,9 @@ class Batch:
     origins: Float[Tensor, "n r 3"]
     directions: Float[Tensor, "n r 3"]
     pixels: Float[Tensor, "n r 4"]
+    patch_origins: Float[Tensor, "n p 3"]
+    patch_directions: Float[Tensor, "n p 3"]
+    patch_pixels: Float[Tensor, "n p 4"]
     occupancy: Bool[Tensor, "n d h w"]
     colours: Float[Tensor, "n 3 i j k"]
     shell: Bool[Tensor, "n i j k"]
@@ -86,18 +93,20 @@ def mirrored(batch: Batch) -> Batch:
     }
     return replace(
         batch, to_camera=both_ways @ batch.to_camera @ both_ways, origins=batch.origins * across,
-        directions=batch.directions * across, **flipped,
+        directions=batch.directions * across, patch_origins=batch.patch_origins * across,
+        patch_directions=batch.patch_directions * across, **flipped,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How many objects, frames and novel views a batch has, and rays a picture."""
+    """How many objects, frames and novel views a batch has, rays a picture, and whether patches are compared."""
 
     objects: int
     frames: int
     views: int
     rays: int
+    patches: bool = False
 
 
 class Source(Protocol):
@@ -169,18 +178,33 @@ def draw_pixels(rng: np.random.Generator, alpha: UInt8[np.ndarray, "v s s"], ray
     return chosen
 
 
-def collate(rng: np.random.Generator, samples: Sequence[Sample], rays: int) -> Batch:
-    """A batch of samples of equal shape, with `rays` pixels of each picture to be compared."""
+def draw_patch(rng: np.random.Generator, alpha: UInt8[np.ndarray, "v s s"]) -> tuple[int, Int[np.ndarray, " p"]]:
+    """A novel view's number, and those of the pixels of a patch of it, row by row, around a pixel of the object."""
+    view = int(rng.integers(1, len(alpha)))
+    size = alpha.shape[1]
+    solid = np.argwhere(alpha[view] >= 128)
+    centre = solid[rng.integers(len(solid))] if len(solid) else np.full(2, size // 2)
+    side = min(PATCH_SIZE, size)
+    top, left = np.clip(centre - side // 2, 0, size - side)
+    return view, (np.arange(top, top + side)[:, None] * size + np.arange(left, left + side)).reshape(-1)
+
+
+def collate(rng: np.random.Generator, samples: Sequence[Sample], rays: int, patches: bool = False) -> Batch:
+    """A batch of samples of equal shape, with `rays` pixels of each picture to be compared, and a patch of one."""
     pictures = np.stack([sample.pictures for sample in samples])
     b, t, v, size = pictures.shape[:4]
     values = premultiplied(pictures)
     poses = np.stack([relative_poses(sample.c2w, sample.c2w[0]) for sample in samples])
-    chosen = np.stack([draw_pixels(rng, moment[..., 3], rays) for moment in pictures.reshape(-1, v, size, size, 4)])
-    directions = pixel_directions(size, FIELD_OF_VIEW_DEG).reshape(-1, 3)[chosen]
+    alphas = pictures.reshape(-1, v, size, size, 4)[..., 3]
     of_moment = np.repeat(poses, t, axis=0)
-    directions = np.einsum("nvij,nvrj->nvri", of_moment[..., :3, :3], directions)
-    origins = np.broadcast_to(of_moment[:, :, None, :3, 3], directions.shape)
-    pixels = np.take_along_axis(values.reshape(b * t, v, -1, 4), chosen[..., None], axis=2)
+    every_pixel = values.reshape(b * t, v, -1, 4)
+    origins, directions, pixels = _rays(of_moment, every_pixel, np.stack([draw_pixels(rng, a, rays) for a in alphas]))
+    if patches:
+        view, chosen = (np.stack(drawn) for drawn in zip(*(draw_patch(rng, a) for a in alphas), strict=True))
+    else:
+        view, chosen = np.zeros(len(alphas), np.int64), np.zeros((len(alphas), 0), np.int64)
+    moment = np.arange(len(alphas))
+    patch = _rays(of_moment[moment, view][:, None], every_pixel[moment, view][:, None], chosen[:, None])
     on_white = values[:, :, 1:].copy()
     on_white[..., :3] += 1.0 - on_white[..., 3:]
 
@@ -196,10 +220,24 @@ def collate(rng: np.random.Generator, samples: Sequence[Sample], rays: int) -> B
         origins=tensor(origins.reshape(b * t, -1, 3)),
         directions=tensor(directions.reshape(b * t, -1, 3)),
         pixels=tensor(pixels.reshape(b * t, -1, 4)),
+        patch_origins=tensor(patch[0][:, 0]),
+        patch_directions=tensor(patch[1][:, 0]),
+        patch_pixels=tensor(patch[2][:, 0]),
         occupancy=torch.from_numpy(np.concatenate([sample.occupancy for sample in samples])),
         colours=tensor(np.moveaxis(np.concatenate([sample.colours for sample in samples]), -1, 1)),
         shell=torch.from_numpy(np.concatenate([sample.shell for sample in samples])),
     )
+
+
+def _rays(
+    poses: Float[np.ndarray, "n v 4 4"], pixels: Float[np.ndarray, "n v ss 4"], chosen: Int[np.ndarray, "n v r"]
+) -> tuple[Float[np.ndarray, "n v r 3"], Float[np.ndarray, "n v r 3"], Float[np.ndarray, "n v r 4"]]:
+    """Origins and directions of the chosen pixels' rays in the input camera's coordinates, and what they show."""
+    size = round(pixels.shape[2] ** 0.5)
+    own = pixel_directions(size, FIELD_OF_VIEW_DEG).reshape(-1, 3)[chosen]
+    directions = np.einsum("nvij,nvrj->nvri", poses[..., :3, :3], own)
+    origins = np.broadcast_to(poses[:, :, None, :3, 3], directions.shape)
+    return origins, directions, np.take_along_axis(pixels, chosen[..., None], axis=2)
 
 
 def make_batch(
@@ -211,4 +249,4 @@ def make_batch(
         rng = np.random.default_rng([seed, step, number])
         source = sources[int(rng.choice(len(sources), p=shares))]
         samples.append(source.sample(rng, shape.frames, shape.views, size))
-    return collate(np.random.default_rng([seed, step, shape.objects]), samples, shape.rays)
+    return collate(np.random.default_rng([seed, step, shape.objects]), samples, shape.rays, shape.patches)

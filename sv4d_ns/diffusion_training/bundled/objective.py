@@ -11,6 +11,7 @@ from sv4d_ns.diffusion.bundled.frustum import Frustum
 from sv4d_ns.diffusion.bundled.network import VolumeDenoiser, VolumeLogits
 from sv4d_ns.diffusion.bundled.rendering import render_rays
 from sv4d_ns.diffusion_training.bundled.data import Batch
+from sv4d_ns.metrics.lpips import Perceptual
 from sv4d_ns.utils.devices import upload
 
 CPU = torch.device("cpu")
@@ -73,7 +74,17 @@ def noise_generator(generator: torch.Generator, device: torch.device) -> torch.G
     return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
 
 
-def losses(model: VolumeDenoiser, batch: Batch, draws: Draws, frustum: Frustum) -> dict[str, Float[Tensor, ""]]:
+@dataclass(frozen=True)
+class PatchLoss:
+    """How patches are compared."""
+
+    weight: float
+    network: Perceptual
+
+
+def losses(
+    model: VolumeDenoiser, batch: Batch, draws: Draws, frustum: Frustum, patches: PatchLoss | None = None
+) -> dict[str, Float[Tensor, ""]]:
     """The weighted sum ("loss") and its parts."""
     noised = batch.views + draws.sigma[:, None, :, None, None, None] * draws.noise
     elevation = batch.elevation_deg
@@ -81,11 +92,11 @@ def losses(model: VolumeDenoiser, batch: Batch, draws: Draws, frustum: Frustum) 
         batch.frames, elevation, draws.known, noised, draws.sigma, draws.present, batch.to_camera, frustum
     )  # fmt: skip
     with torch.autocast(batch.frames.device.type, enabled=False):  # CUDA's refuses the cross-entropy of probabilities
-        return _compare(model, logits, batch, frustum)
+        return _compare(model, logits, batch, frustum, patches)
 
 
 def _compare(
-    model: VolumeDenoiser, logits: VolumeLogits, batch: Batch, frustum: Frustum
+    model: VolumeDenoiser, logits: VolumeLogits, batch: Batch, frustum: Frustum, patches: PatchLoss | None
 ) -> dict[str, Float[Tensor, ""]]:
     volume = model.volume(logits, batch.image)
     rendered = render_rays(volume, batch.origins, batch.directions, frustum)
@@ -96,12 +107,23 @@ def _compare(
         "picture": (_on_white(rendered) - _on_white(batch.pixels)).square().mean(),
         "alpha": F.binary_cross_entropy(rendered[..., 3].clamp(1e-4, 1 - 1e-4), batch.pixels[..., 3]),
     }
-    total = sum((WEIGHTS[name] * value for name, value in parts.items()), torch.zeros((), device=rendered.device))
+    weights = dict(WEIGHTS)
+    if patches is not None:
+        made = render_rays(volume, batch.patch_origins, batch.patch_directions, frustum)
+        parts["perceptual"] = patches.network(_picture(made), _picture(batch.patch_pixels)).mean()
+        weights["perceptual"] = patches.weight
+    total = sum((weights[name] * value for name, value in parts.items()), torch.zeros((), device=rendered.device))
     return {"loss": total, **parts}
 
 
 def _masked_mean(values: Float[Tensor, "n i j k"], mask: Bool[Tensor, "n i j k"]) -> Float[Tensor, ""]:
     return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _picture(rgba: Float[Tensor, "n p 4"]) -> Float[Tensor, "n 3 s s"]:
+    """A square patch on white, in [0, 1]."""
+    side = round(rgba.shape[1] ** 0.5)
+    return _on_white(rgba).transpose(1, 2).unflatten(2, (side, side)).clamp(0, 1)
 
 
 def _on_white(rgba: Float[Tensor, "n r 4"]) -> Float[Tensor, "n r 3"]:

@@ -30,6 +30,7 @@ from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
 from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.train import MAX_SKIPPED, read_step, truncate_log
+from sv4d_ns.metrics.lpips import BackboneMissing, load_lpips
 from sv4d_ns.utils.devices import choose_device
 from sv4d_ns.utils.errors import InputError
 
@@ -103,6 +104,21 @@ def fresh_state(config: BundledTrainConfig) -> TrainState:
     return TrainState(model, EMAModel(parameters, decay=config.ema_decay, foreach=True), optimizer)  # type: ignore[arg-type]
 
 
+def patch_loss(weight: float, device: torch.device) -> objective.PatchLoss | None:
+    """How patches are compared; None where they are not.
+
+    Raises:
+        InputError: LPIPS is asked for and its network is not on this machine.
+    """
+    if weight == 0:
+        return None
+    try:
+        network = load_lpips("vgg").net.to(device).requires_grad_(False)
+    except BackboneMissing as missing:
+        raise InputError(f"--perceptual {weight:g}: {missing}") from missing
+    return objective.PatchLoss(weight, lambda made, true: network(made, true, normalize=True).reshape(-1))
+
+
 class Trainer:
     """One run.
 
@@ -128,6 +144,7 @@ class Trainer:
         if found:
             load_checkpoint(found[-1], self.state, _NO_AUTOENCODER, config)  # type: ignore[arg-type]
         self.frustum = Frustum()
+        self.patches = patch_loss(config.perceptual, self.device)
         self.skipped = 0
 
     def batches(self) -> Iterator[Batch]:
@@ -162,7 +179,7 @@ class Trainer:
         use_bf16 = config.precision == "bf16"
         context = torch.autocast(self.device.type, torch.bfloat16) if use_bf16 else contextlib.nullcontext()
         with context:
-            parts = objective.losses(self.model, batch, draws, self.frustum)
+            parts = objective.losses(self.model, batch, draws, self.frustum, self.patches)
         parts["loss"].backward()
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
