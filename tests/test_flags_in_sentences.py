@@ -49,7 +49,8 @@ def strings(tree: ast.AST) -> Iterator[str]:
 def training_flags() -> set[str]:
     ours, theirs = PACKAGE / "plugin", NERFSTUDIO / "configs" / "base_config.py"
     return (
-        fields(ours / "trainer.py")
+        fields(ours / "base_trainer.py")
+        | fields(ours / "trainer.py")
         | fields(ours / "distillation_trainer.py")
         | fields(NERFSTUDIO / "configs" / "experiment_config.py")
         | fields(NERFSTUDIO / "engine" / "trainer.py", "TrainerConfig")
