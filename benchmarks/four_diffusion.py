@@ -44,10 +44,11 @@ from sv4d_ns.distillation.schedules import own_weights
 from sv4d_ns.distillation.warm_start import view_losses
 from sv4d_ns.evaluation.protocols import PROTOCOLS
 from sv4d_ns.evaluation.scores import Backbones, Pictures, picture_figures, video_figures
+from sv4d_ns.field.compositing import RaySamples, accumulate, composite
 from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights, render_rays
+from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
 from sv4d_ns.fitting.schedule import ScheduleConfig, Window
 from sv4d_ns.fitting.train_views import hull_views, train_views
@@ -375,7 +376,7 @@ def orientation_of_all(field: SpaceTimeField, occupancy: SharedOccupancyGrid, ra
     samples = RaySamples(index[keep], samples.distances[keep], samples.step, samples.n_rays)
     x, index = x[keep], samples.ray_indices
     t = rays.times[index]
-    weights = compositing_weights(field.density(x, t), samples)
+    weights = composite(field.density(x, t), samples)[0]
     opacity = accumulate(weights, torch.ones_like(weights)[:, None], samples)[:, 0]
     return losses.orientation(weights, field.normals(x, t), rays.directions[index], opacity)
 

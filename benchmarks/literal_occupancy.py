@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sv4d_ns.field.compositing import RaySamples, sum_before
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 
 SAMPLES = 256
 """Steps along the box's diagonal."""

@@ -10,7 +10,8 @@ from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
-from sv4d_ns.fitting.objective import RIGIDITY_BESIDE_FLOW, loss_terms
+from sv4d_ns.fitting.objective import RIGIDITY_BESIDE_FLOW, TURNS, loss_terms
+from sv4d_ns.fitting.registration import band_losses, draw_band
 from sv4d_ns.fitting.schedule import ScheduleConfig, Window, apply_schedule
 from sv4d_ns.fitting.settings import LossWeights
 from sv4d_ns.fitting.train_views import (
@@ -22,6 +23,7 @@ from sv4d_ns.fitting.train_views import (
     train_views,
 )
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.utils import randomness
 from sv4d_ns.views.grid import ViewGrid
 
 
@@ -227,6 +229,25 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
         came_from = (point + field.deformation(point, torch.ones(1, 1)))[0, 2]
     assert came_from < 0.0
     assert field.residual_open
+
+
+def test_terms_that_take_turns_are_asked_every_other_step_and_twice_as_much() -> None:
+    views = train_views(ball_grid(), "cpu")
+    field = DeformableField(DeformableFieldConfig(keyframes=4, levels=4, max_resolution=64, initial_logit=5.0))
+    torch.nn.init.uniform_(field.motion.keyframes[1], -0.1, 0.1)
+    occupancy = OccupancyGrid(4, resolution=32)
+    occupancy.carve(hull_views(views))
+    batch = BatchSampler(views, BatchConfig(rays=256, patches=2), ScheduleConfig(), 0).draw(0, Window(1, 1), 0)
+    out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
+    even, odd = (
+        loss_terms(field, occupancy, None, out, batch, LossWeights(registration=0.5), 0, step) for step in (0, 1)
+    )
+    assert not set(even) & set(TURNS[1]) and "bilateral_normal" in even
+    assert not set(odd) & set(TURNS[0]) and set(TURNS[1]) <= set(odd)
+    torch.testing.assert_close(even["photometric"], odd["photometric"])
+    band = draw_band(occupancy, [1], randomness.generator(0, 1, 3))
+    assert band is not None
+    torch.testing.assert_close(odd["registration"], 2 * 0.5 * band_losses(field, occupancy, band)[0])
 
 
 def test_sparsity_pulls_at_what_is_seen_of_views_that_contradict_each_other() -> None:

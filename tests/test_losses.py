@@ -7,8 +7,8 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
+from sv4d_ns.field.compositing import RaySamples, spread
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
-from sv4d_ns.field.volume_rendering import RaySamples
 from sv4d_ns.fitting import losses
 
 
@@ -56,7 +56,8 @@ def test_scene_flow_is_quadratic_near_and_linear_far() -> None:
     torch.testing.assert_close(farther - far, torch.tensor(100.0), rtol=0.01, atol=0)
 
 
-def test_distortion_equals_the_double_sum() -> None:
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_distortion_equals_the_double_sum(backend: str) -> None:
     torch.manual_seed(0)
     counts = torch.tensor([4, 0, 1, 7])
     rays = torch.repeat_interleave(torch.arange(4), counts)
@@ -67,18 +68,19 @@ def test_distortion_equals_the_double_sum() -> None:
     for ray in (0, 2, 3):
         alpha = weights[rays == ray].sum()
         w, s = weights[rays == ray] / alpha, distances[rays == ray]
-        spread = (w[:, None] * w * (s[:, None] - s).abs()).sum() + 0.03 / 3 * w.square().sum()
-        expected, total = expected + alpha.detach() * spread, total + alpha.item()
-    value = losses.distortion(weights, samples)
+        wide = (w[:, None] * w * (s[:, None] - s).abs()).sum() + 0.03 / 3 * w.square().sum()
+        expected, total = expected + alpha.detach() * wide, total + alpha.item()
+    value = spread(weights, samples, backend)
     assert value.item() == pytest.approx(expected.item() / total, rel=1e-5)
     ours = torch.autograd.grad(value, weights)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected / total, weights)[0], rtol=1e-4, atol=1e-6)
 
 
-def test_distortion_does_not_ask_for_transparency() -> None:
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_distortion_does_not_ask_for_transparency(backend: str) -> None:
     weights = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
     samples = RaySamples(torch.zeros(3, dtype=torch.long), torch.tensor([1.0, 1.1, 1.3]), 0.1, 1)
-    gradient = torch.autograd.grad(losses.distortion(weights, samples), weights)[0]
+    gradient = torch.autograd.grad(spread(weights, samples, backend), weights)[0]
     assert (gradient * weights).sum().item() == pytest.approx(0, abs=1e-7)  # scaling all weights changes nothing
     assert gradient.abs().max() > 1e-3
 

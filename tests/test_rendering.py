@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sv4d_ns.field.compositing import RaySamples, composite
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import HullView, OccupancyGrid
 from sv4d_ns.field.visibility import angular_weight, smoothstep, soft_visibility, unoccluded, view_weights
 from sv4d_ns.field.volume_rendering import (
     FAR_DEPTH,
-    RaySamples,
     _march_fused,
     _march_torch,
     box_step,
-    compositing_weights,
     intersect_box,
     march,
     render_rays,
@@ -115,13 +114,14 @@ def test_march_stays_in_the_box_in_occupied_cells_in_order() -> None:
     assert (samples.distances.diff()[same_ray] > 0.0129).all()
 
 
-def test_weights_match_a_dense_per_ray_reference() -> None:
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_weights_match_a_dense_per_ray_reference(backend: str) -> None:
     torch.manual_seed(3)
     counts = torch.tensor([3, 0, 5, 1, 0, 0, 40])
     rays = torch.repeat_interleave(torch.arange(7), counts)
     density = (torch.rand(len(rays)) * 60).requires_grad_()
     samples = RaySamples(rays, torch.rand(len(rays)).cumsum(0), 0.05, 7)
-    weights = compositing_weights(density, samples)
+    weights, _ = composite(density, samples, backend)
     expected = []
     for ray in range(7):
         optical = density[rays == ray] * 0.05
@@ -134,12 +134,13 @@ def test_weights_match_a_dense_per_ray_reference() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_weights_keep_precision_far_into_a_large_batch() -> None:
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_weights_keep_precision_far_into_a_large_batch(backend: str) -> None:
     # A float32 running sum would be about 2e5 here and lose the last ray's transmittance altogether.
     rays = torch.arange(4000).repeat_interleave(50)
     density = torch.full((len(rays),), 100.0)
     density[-50:] = 0.01
-    weights = compositing_weights(density, RaySamples(rays, torch.zeros(len(rays)), 0.01, 4000))
+    weights, _ = composite(density, RaySamples(rays, torch.zeros(len(rays)), 0.01, 4000), backend)
     assert weights[-50:].sum() == pytest.approx(1 - math.exp(-50 * 1e-4), rel=1e-4)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sv4d_ns.field import volume_rendering
+from sv4d_ns.field.compositing import RaySamples
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import RenderOutput, render_rays
@@ -118,6 +119,6 @@ def test_no_part_is_empty_where_one_ray_has_most_samples(monkeypatch: pytest.Mon
     monkeypatch.setattr(volume_rendering, "PART_SAMPLES", 10)
     monkeypatch.setattr(volume_rendering, "workers", lambda: 4)
     rays = torch.tensor([2] * 90 + [3] * 10)
-    parts = volume_rendering._parts(volume_rendering.RaySamples(rays, torch.rand(100), 0.1, 6))
+    parts = volume_rendering._parts(RaySamples(rays, torch.rand(100), 0.1, 6))
     assert sum(part.n_rays for part, _ in parts) == 6 and all(len(part.distances) for part, _ in parts)
     assert sum(len(part.distances) for part, _ in parts) == 100

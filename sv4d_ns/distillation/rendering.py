@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sv4d_ns.distillation.losses import depth_variance
+from sv4d_ns.field.compositing import composite
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.space_time import SpaceTimeField
-from sv4d_ns.field.volume_rendering import accumulate, box_step, colours, compositing_weights, march
+from sv4d_ns.field.volume_rendering import box_step, colours, march
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import picture_rays
 from sv4d_ns.utils.devices import upload
@@ -130,10 +131,10 @@ def _render_chunk(
     x = rays.origins[index] + distances[:, None] * rays.directions[index]
     t = rays.times[index]
     queried = field.sample(x, t)
-    weights = compositing_weights(queried.density, samples)
+    weights, sums = composite(queried.density, samples)
     seen: torch.nn.Module = field
     rgb = colours(seen, queried.geometry, weights, samples)  # type: ignore[arg-type]  # it has the methods this needs
-    alpha = accumulate(weights, torch.ones_like(distances)[:, None], samples)[:, 0]
+    alpha = sums[:, 0]
     turning = weights.detach() * (index < counted)
     normals = settings.normals if counted else 0
     orientation = _orientation(field, x, t, rays.directions[index], turning, normals, seed)

@@ -1,7 +1,7 @@
-"""Rays through the box, packed samples where something may be, and compositing. Pure functions.
+"""Rays through the box, packed samples where something may be, and pictures of them. Pure functions.
 
-Volume rendering as in Mildenhall et al. 2020 (NeRF) eq. 3 with a fixed world step. Samples are packed (only those in
-occupied cells exist), ordered by ray and then by distance.
+The world step is fixed. Samples are packed (only those in occupied cells exist), ordered by ray and then by distance;
+`compositing.py` adds them up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sv4d_ns.field.compositing import RaySamples, accumulate, composite, sum_before
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.kernels import fused, njit
 from sv4d_ns.field.motion import Moments
@@ -36,18 +37,6 @@ PART_SAMPLES = 4096
 """A thread is not worth its while for fewer samples."""
 COLOR_WEIGHT = 1e-4
 """Samples that contribute less than this to their pixel are not coloured."""
-
-
-@dataclass(frozen=True)
-class RaySamples:
-    """m packed samples of n rays."""
-
-    ray_indices: Int[Tensor, " m"]
-    distances: Float[Tensor, " m"]
-    """From the ray origin, world units (directions are unit vectors), at the middle of the sample's interval."""
-    step: float
-    """Length of every interval."""
-    n_rays: int
 
 
 @dataclass(frozen=True)
@@ -247,34 +236,6 @@ def _before_opaque(occupancy, origins, directions, low, high, ray, distance, ste
     return sum_before(opaque, ray) + opaque <= extra
 
 
-def sum_before(values: Float[Tensor, " m"], rays: Int[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Of packed values, the sum of those before each on its own ray: one running sum, minus its value at the ray's
-    start (in float64, because it grows with the batch)."""
-    before = values.cumsum(0) - values
-    place = torch.arange(len(rays), device=rays.device)
-    new = torch.ones_like(rays, dtype=torch.bool)
-    new[1:] = rays[1:] != rays[:-1]
-    start = torch.where(new, place, 0).cummax(0).values if len(rays) else place
-    return before - before[start]
-
-
-def transmittance(optical: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
-    """T_i = exp(-sum of optical thickness (density * step) before i on the same ray), in [0, 1]."""
-    return torch.exp(-sum_before(optical.double(), samples.ray_indices)).to(optical.dtype)
-
-
-def compositing_weights(density: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, " m"]:
-    """w_i = T_i (1 - exp(-density_i step))."""
-    optical = density * samples.step
-    return transmittance(optical, samples) * -torch.expm1(-optical)
-
-
-def accumulate(weights: Float[Tensor, " m"], values: Float[Tensor, "m c"], samples: RaySamples) -> Float[Tensor, "n c"]:
-    """Per-ray sums of weights * values."""
-    out = values.new_zeros(samples.n_rays, values.shape[1])
-    return out.index_add(0, samples.ray_indices, weights[:, None] * values)
-
-
 def colours(
     field: DeformableField, geometry: Float[Tensor, "m g"], weights: Float[Tensor, " m"], samples: RaySamples
 ) -> Float[Tensor, "n 3"]:
@@ -345,10 +306,10 @@ def _composited(
     """Of each ray: its colour without a background, and alpha and alpha times depth; of each sample: weight,
     deformation, density, and what the moment adds to the density's logit where that is open."""
     queried = field.sample(x, t, moments)
-    weights = compositing_weights(queried.density, samples)
+    weights, sums = composite(queried.density, samples)
     rgb = colours(field, queried.geometry, weights, samples)
     residual = () if queried.residual is None else (queried.residual,)
-    return rgb, _sums(weights, samples), weights, queried.deformation, queried.density, *residual
+    return rgb, sums, weights, queried.deformation, queried.density, *residual
 
 
 def _parts(samples: RaySamples) -> list[tuple[RaySamples, slice]]:
@@ -382,14 +343,8 @@ def render_depth(
     samples = march(occupancy, origins, directions, times, step, torch.full_like(times[:, 0], 0.5))
     rays, distances = samples.ray_indices, samples.distances
     density = field.density(origins[rays] + distances[:, None] * directions[rays], times[rays])
-    sums = _sums(compositing_weights(density, samples), samples)
+    sums = composite(density, samples)[1]
     return sums[:, 0], _depth(sums)
-
-
-def _sums(weights: Float[Tensor, " m"], samples: RaySamples) -> Float[Tensor, "n 2"]:
-    """Alpha of each ray, and alpha times depth."""
-    distances = samples.distances
-    return accumulate(weights, torch.stack([torch.ones_like(distances), distances], -1), samples)
 
 
 def _depth(sums: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:

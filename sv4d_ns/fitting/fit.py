@@ -32,9 +32,9 @@ class FitOptions:
     losses: LossWeights = field(default_factory=LossWeights)
     leave_out: bool = True
     """Whether views that contradict all others are left out."""
-    visibility_every: int = 10
+    visibility_every: int = 30
     """Steps between updates of the views' visibility; 0 for none."""
-    occupancy_every: int = 2
+    occupancy_every: int = 4
     """Steps between updates of the occupancy grid."""
     seed: int = 0
 

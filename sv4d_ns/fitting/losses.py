@@ -1,4 +1,5 @@
 """Each loss of the 4D optimisation, a small pure function, with its source. All return a scalar.
+`distortion` is `field.compositing.spread`, beside the sums that it is made of.
 
 Where the papers use LPIPS, `perceptual` does so too if the network's weights are on this machine; `dssim`, the
 structural loss on patches, needs none. The printout of a run says which it has.
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from sv4d_ns.field.deformable import DeformableField
-from sv4d_ns.field.volume_rendering import RaySamples, sum_before
 from sv4d_ns.metrics.lpips import Perceptual
 from sv4d_ns.utils.devices import upload
 
@@ -86,22 +86,6 @@ def _sobel(values: Float[Tensor, "p s s c"]) -> Float[Tensor, "p t t"]:
     # a root's slope at zero is infinite
     squares = gradient.reshape(len(values), -1, *gradient.shape[2:]).square().sum(1)
     return (squares + 1e-8).sqrt() - 1e-4
-
-
-def distortion(weights: Float[Tensor, " m"], samples: RaySamples) -> Tensor:
-    """How spread out along its ray what is seen is: Barron et al. 2022 (mip-NeRF 360) eq. 15 in world units for packed
-    samples, sum_ij w_i w_j |s_i - s_j| + step / 3 sum_i w_i^2.
-
-    Ours differs in one point: each ray's weights are first divided by their sum, and rays are averaged by that sum as
-    a constant. As published, the loss is also lowered by making the object transparent, and early fog vanishes.
-    """
-    rays = samples.ray_indices
-    alpha = weights.new_zeros(samples.n_rays).index_add(0, rays, weights)
-    w, s = (weights / alpha.clamp(min=1e-3)[rays]).double(), samples.distances.double()
-    # Samples are ordered by distance, so |s_i - s_j| needs no absolute value: i after j.
-    per_sample = 2 * (w * s * sum_before(w, rays) - w * sum_before(w * s, rays)) + samples.step / 3 * w.square()
-    share = alpha.detach() / alpha.detach().sum().clamp(min=1e-6)
-    return (share[rays] * per_sample).sum().to(weights.dtype)
 
 
 def normal_smoothness(field: DeformableField, surface: Float[Tensor, "n 3"], offset: Float[Tensor, "n 3"]) -> Tensor:

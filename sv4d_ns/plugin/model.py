@@ -32,6 +32,7 @@ class SV4DModelConfig(FieldModelConfig):
     """Who evaluates the canonical hash grid. numba is the compiled loop on a CPU and plain torch on a GPU; tinycudann
     stands for tiny-cuda-nn's kernels on a GPU, and what they trained opens on a CPU too. auto takes these on a GPU
     where tiny-cuda-nn is installed, else numba; the choice is then part of the run's configuration."""
+    occupancy_every: int = 4
     losses: LossWeights = field(default_factory=LossWeights)
     """Weights of the losses."""
     seed: int = 0

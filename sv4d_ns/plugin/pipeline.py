@@ -32,7 +32,7 @@ class SV4DPipelineConfig(FieldPipelineConfig):
     _target: type = field(default_factory=lambda: SV4DPipeline)
     model: ModelConfig = field(default_factory=SV4DModelConfig)
     """The 4D field, its losses and their schedule."""
-    visibility_every: int = 10
+    visibility_every: int = 30
     """Training steps between updates of the visibility weights, one frame each, once frames move; 0 weights generated
     views by their angle from the input alone."""
     refine_steps: tuple[int, ...] | None = None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sv4d_ns.distillation import losses
-from sv4d_ns.field.volume_rendering import RaySamples, accumulate, compositing_weights
+from sv4d_ns.field.compositing import RaySamples, accumulate, composite
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from literal_occupancy import SharedOccupancyGrid
@@ -75,7 +75,7 @@ def test_rendering(name):
     folder.assert_within(rgb.view(n, k, 3), recorded["render.rgb_samples"], FEATURES)
     # intervals of any length: the density times the length, in steps of one
     samples = RaySamples(rays, middle, 1.0, n)
-    weights = compositing_weights(density * (ends - starts).flatten(), samples)
+    weights = composite(density * (ends - starts).flatten(), samples)[0]
     opacity = accumulate(weights, torch.ones(n * k, 1), samples)
     picture = accumulate(weights, rgb, samples) + 1 - opacity
     folder.assert_within(weights.view(n, k), recorded["render.weights"], FEATURES)
