@@ -77,11 +77,13 @@ def timed(code: Path, config: Config) -> Timing:
             "--data", str(config.video.absolute()), "--output-dir", str(out),
             "--viewer.quit-on-train-completion", "True",
         ]  # fmt: skip
+        # libraries are compiled to bytecode once on a machine, and not in every run
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         began, began_wall = time.monotonic(), time.time()
         subprocess.run(
             command, check=True, cwd=out, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            env={**os.environ, **threads, "PYTHONPATH": str(code)},
+            env={**kept, **threads, "PYTHONPATH": str(code)},
         )  # fmt: skip
         wall = time.monotonic() - began
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
