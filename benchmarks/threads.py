@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 import tyro
 
-from sv4d_ns.field import hash_grid, occupancy, volume_rendering
 from sv4d_ns.fitting.fit import FitOptions, GridFit
 from sv4d_ns.utils import threads
 from sv4d_ns.utils.files import atomic_path
 from sv4d_ns.views.grid import ViewGrid
 
 SCHEDULE, MIDDLE = 2400, 1000
-WAYS = ((1, 1), (2, 2), (1, 2), (1, 4))
-"""torch's threads, the kernels' threads."""
+WAYS = ((1, 1), (2, 2), (1, 2), (1, 4), (1, None))
+"""torch's threads, and those of the project's own work; None is as a run chooses (`threads.useful_threads`)."""
 
 
 def main(grid: Path, /, out: Path, steps: int = 20, rounds: int = 2, busy_steps: int = 4) -> None:
@@ -50,11 +49,12 @@ def main(grid: Path, /, out: Path, steps: int = 20, rounds: int = 2, busy_steps:
         path.write_text(f"    python benchmarks/threads.py GRID ({os.cpu_count()} cores)\n\n{text}\n")
 
 
-def measured(fit: GridFit, way: tuple[int, int], steps: int) -> tuple[float, float]:
+def measured(fit: GridFit, way: tuple[int, int | None], steps: int) -> tuple[float, float]:
     """Seconds on the wall and of processor time of a step."""
-    of_torch, of_kernels = way
-    for module in (threads, hash_grid, occupancy, volume_rendering):
-        module.workers = lambda: of_kernels  # type: ignore[attr-defined]
+    of_torch, ours = way
+    threads._all_workers = lambda: os.cpu_count() or 1  # type: ignore[assignment]
+    chosen = ours or threads.useful_threads()
+    threads._all_workers = lambda: chosen  # type: ignore[assignment]
     threads._pool.cache_clear()
     with_threads = fit.copy()
     torch.set_num_threads(of_torch)
@@ -83,11 +83,13 @@ def spin() -> None:
         pass
 
 
-def table(rows: dict[tuple[int, int], list[tuple[float, float]]]) -> str:
+def table(rows: dict[tuple[int, int | None], list[tuple[float, float]]]) -> str:
     """Milliseconds a step."""
-    lines = ["| torch | kernels | idle: wall, ms | idle: CPU, ms | busy: wall, ms |", "|---|---|---|---|---|"]
-    for (of_torch, of_kernels), (idle, busy) in rows.items():
-        lines.append(f"| {of_torch} | {of_kernels} | {1e3 * idle[0]:.0f} | {1e3 * idle[1]:.0f} | {1e3 * busy[0]:.0f} |")
+    lines = ["| torch | our own | idle: wall, ms | idle: CPU, ms | busy: wall, ms |", "|---|---|---|---|---|"]
+    for (of_torch, ours), (idle, busy) in rows.items():
+        lines.append(
+            f"| {of_torch} | {ours or 'chosen'} | {1e3 * idle[0]:.0f} | {1e3 * idle[1]:.0f} | {1e3 * busy[0]:.0f} |"
+        )
     return "\n".join(lines)
 
 

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
 
+from sv4d_ns.plugin import base_trainer
 from sv4d_ns.utils import threads
 
 
@@ -71,3 +73,33 @@ def test_useful_threads_is_one_or_all():
     before = torch.get_num_threads()
     assert threads.useful_threads() in (1, threads.workers())
     assert torch.get_num_threads() == before
+
+
+def test_a_limit_holds_for_all_threads_and_ends_with_its_block(monkeypatch):
+    monkeypatch.setattr(threads, "_all_workers", lambda: 3)
+    threads._pool.cache_clear()
+    seen = []
+    with threads.at_most(1), pytest.raises(KeyError), threads.at_most(5):
+        other = threading.Thread(target=lambda: seen.append(threads.workers()))
+        other.start()
+        other.join()
+        raise KeyError
+    assert seen == [1] and threads.workers() == 3
+    with threads.at_most(1):
+        names = set()
+        threads.run_in_threads([lambda: names.add(threading.current_thread().name)] * 4)
+    assert names == {threading.current_thread().name}
+
+
+def test_a_step_takes_the_threads_that_other_programs_leave(monkeypatch):
+    answers = [1, 3]
+    monkeypatch.setattr(base_trainer, "useful_threads", lambda: answers.pop(0))
+    monkeypatch.setattr(threads, "_all_workers", lambda: 3)
+    trainer = object.__new__(base_trainer.FieldTrainer)
+    trainer._threads, trainer._useful = ExitStack(), None
+    found = []
+    for step in range(base_trainer.LOOK_EVERY - 1, base_trainer.LOOK_EVERY + 2):
+        trainer.begin_step(step)
+        found.append((threads.workers(), torch.get_num_threads()))
+        trainer._threads.close()
+    assert found == [(1, 1), (3, 1), (3, 1)] and threads.workers() == 3

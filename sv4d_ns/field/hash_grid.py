@@ -314,7 +314,8 @@ def _scatter(x: np.ndarray, table: np.ndarray, levels: GridLevels, grad: np.ndar
 
 def _both(x: np.ndarray, table: np.ndarray, levels: GridLevels, grad: np.ndarray) -> tuple[Tensor, Tensor]:
     """`_pull_back` and `_scatter`, each level's cells found once."""
-    edges = [round(i * len(levels.scale) / workers()) for i in range(workers() + 1)]
+    count = workers()
+    edges = [round(i * len(levels.scale) / count) for i in range(count + 1)]
     groups = [(a, b) for a, b in pairwise(edges) if a < b]
     grad_x, grad_table = torch.zeros(len(groups), *x.shape), torch.zeros(table.shape)
     pulled, scattered = grad_x.numpy(), grad_table.numpy()

@@ -41,7 +41,7 @@ from sv4d_ns.utils.devices import DeviceChoice, choose_device
 from sv4d_ns.utils.errors import InputError, NotFiniteError, interrupts_handled_by, leave, one_sentence_errors
 from sv4d_ns.utils.files import TEMPORARY
 from sv4d_ns.utils.progress import TrainingBar, say
-from sv4d_ns.utils.threads import torch_threads, useful_threads
+from sv4d_ns.utils.threads import at_most, torch_threads, useful_threads
 from sv4d_ns.video.sources import local_path, source_name
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 open_paths_of_other_systems()
 expect_unreadable_configs()
 
+LOOK_EVERY = 50
+"""Steps after which a run looks again whether other programs keep cores busy."""
 DEFAULT_VIEWS = 8
 """Novel views of every model's own ring, for the estimate of a run's time."""
 
@@ -314,6 +316,8 @@ class FieldTrainer(Trainer):
         self._in_step = False
         self._interrupted = False
         self._threads = ExitStack()
+        self._useful: int | None = None
+        """Threads that a step may use, as the machine last had them free."""
 
     def train_iteration(self, step: int) -> Any:
         """nerfstudio's; what it returns is only written down, and writers warn of values that ask for gradients."""
@@ -323,6 +327,9 @@ class FieldTrainer(Trainer):
     def begin_step(self, step: int) -> None:
         """The first thing done in a step: an interrupt waits for the step's end, for half a step cannot be repeated."""
         self._in_step = True
+        if step % LOOK_EVERY == 0 or self._useful is None:
+            self._useful = useful_threads()
+        self._threads.enter_context(at_most(self._useful))
         self._threads.enter_context(torch_threads(self.threads_of(step)))
 
     def end_step(self, step: int) -> None:

@@ -16,11 +16,28 @@ from typing import Any
 
 import torch
 
+_limits: list[int] = []
+
+
+def workers() -> int:
+    """Threads to work on: as many as torch had when it was first asked (processors, or OMP_NUM_THREADS), and no more
+    than `at_most` allows."""
+    return min([_all_workers(), *_limits])
+
 
 @lru_cache(maxsize=1)
-def workers() -> int:
-    """Threads to work on: as many as torch had when it was first asked (processors, or OMP_NUM_THREADS)."""
+def _all_workers() -> int:
     return torch.get_num_threads()
+
+
+@contextmanager
+def at_most(count: int) -> Iterator[None]:
+    """Work on no more threads inside, in all threads of this process."""
+    _limits.append(count)
+    try:
+        yield
+    finally:
+        _limits.remove(count)
 
 
 @contextmanager
@@ -58,8 +75,8 @@ def run_in_threads(tasks: Sequence[Callable[[], Any]]) -> None:
                 return
             task()
 
-    helpers = min(workers(), len(waiting)) - 1
-    futures = [_pool(workers() - 1).submit(work) for _ in range(helpers)]
+    at_once = workers()  # asked once: another thread may limit it meanwhile
+    futures = [_pool(at_once - 1).submit(work) for _ in range(min(at_once, len(waiting)) - 1)]
     try:
         work()
     finally:
