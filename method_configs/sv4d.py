@@ -16,8 +16,6 @@ prepare_nerfstudios_command()
 method = MethodSpecification(
     config=SV4DTrainerConfig(
         method_name="sv4d",
-        # every schedule (frames, rates, residual, stage 2) is in shares of this
-        max_num_iterations=2400,
         steps_per_save=200,
         # pseudo ground truth is all there is; ns-eval measures it when asked
         steps_per_eval_batch=0,

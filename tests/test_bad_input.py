@@ -251,7 +251,7 @@ NAN = float("nan")
 IMPOSSIBLE: dict[str, list[Any]] = {
     "experiment-name": ["../elsewhere", ""],
     "timestamp": ["../../elsewhere", "/tmp/elsewhere"],
-    "max-num-iterations": [0, -1],
+    "max-num-iterations": [-1],
     "steps-per-save": [-5],
     "machine.num-devices": [0, 2],
     "machine.num-machines": [2],

@@ -14,7 +14,8 @@ from sv4d_ns.method_configs.sv4d import method
 
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.plugin import render_outputs as channels
-from sv4d_ns.plugin.trainer import SV4DTrainerConfig
+from sv4d_ns.plugin.trainer import STEPS as WHOLE_LENGTH
+from sv4d_ns.plugin.trainer import STEPS_OF_BUNDLED, SV4DTrainerConfig
 from sv4d_ns.runs.layout import checkpoint_steps, newest_views, release_run
 from sv4d_ns.training_data.procedural import creature, render
 from sv4d_ns.views.grid import ViewGrid
@@ -52,7 +53,7 @@ def short_config(output_dir: Path, **changes) -> SV4DTrainerConfig:
     config.pipeline.datamanager.synthesis_steps = 2
     config.pipeline.datamanager.train_num_rays_per_batch = 256
     config.vis = "tensorboard"
-    return replace(config, output_dir=output_dir, max_num_iterations=STEPS, steps_per_save=4, **changes)
+    return replace(config, **{"output_dir": output_dir, "max_num_iterations": STEPS, "steps_per_save": 4, **changes})
 
 
 def run(config: SV4DTrainerConfig) -> Path:
@@ -95,6 +96,20 @@ def test_a_longer_run_refines_later_and_a_continued_one_where_it_did(finished: P
     continued.max_num_iterations = 100
     continued._spread_schedules()
     assert continued.pipeline.refine_steps == (REFINE_AT,)
+
+
+def test_the_length_follows_from_who_makes_the_views(finished: Path, video: Path, tmp_path: Path) -> None:
+    def length(**changes: object) -> int:
+        config = short_config(tmp_path, max_num_iterations=0, **changes)
+        config.settle()
+        return int(config.max_num_iterations)
+
+    assert length(data=video) == STEPS_OF_BUNDLED
+    assert length(data=finished / "views") == WHOLE_LENGTH
+    assert length(load_dir=finished / "nerfstudio_models") == STEPS
+    config = short_config(tmp_path, data=video, max_num_iterations=7)
+    config.settle()
+    assert config.max_num_iterations == 7
 
 
 def test_checkpoints_load_with_weights_only(finished: Path) -> None:

@@ -11,6 +11,7 @@ from sv4d_ns.plugin.base_trainer import (
     FieldTrainer,
     FieldTrainerConfig,
 )
+from sv4d_ns.plugin.datamanager import is_grid
 from sv4d_ns.plugin.estimate import Work, sv4d_work
 from sv4d_ns.plugin.help import first_in_help
 from sv4d_ns.plugin.model import SV4DModelConfig
@@ -22,6 +23,10 @@ from sv4d_ns.utils.progress import say
 
 __all__ = ["AutoMachineConfig", "SV4DTrainer", "SV4DTrainerConfig"]  # older runs' config.yml names all three here
 
+STEPS = 2400
+"""Length of a run's schedule."""
+STEPS_OF_BUNDLED = 2000
+"""The same with the bundled model's views, which have less to tell (benchmarks/results/fit_steps.md)."""
 REFINE_AT = 0.64
 """Share of the schedule after which stage 2 begins: every frame has just had its time in the growing window."""
 
@@ -32,10 +37,15 @@ class SV4DTrainerConfig(FieldTrainerConfig):
     """`FieldTrainerConfig` of a run with stages."""
 
     _target: type = field(default_factory=lambda: SV4DTrainer)
+    max_num_iterations: int = 0
+    """Steps of the whole optimisation; 0 takes 2400, or 2000 where the bundled model makes the views, or as many as the
+    run had that is continued."""
 
     def settle(self) -> None:
-        """Choose who evaluates the hash grid, which decides what its table means: a run that goes on from another has
-        that one's."""
+        """Choose the run's length, and who evaluates the hash grid, which decides what its table means: a run that goes
+        on from another has that one's."""
+        if self.max_num_iterations == 0:
+            self.max_num_iterations = self._default_steps()
         model: Any = self.pipeline.model
         if model.encoding != "auto":
             return
@@ -52,6 +62,21 @@ class SV4DTrainerConfig(FieldTrainerConfig):
 
             on_gpu = tinycudann_works()
         model.encoding = "tinycudann" if on_gpu else "numba"
+
+    def _default_steps(self) -> int:
+        source = self.source_run()
+        if source is not None:
+            from sv4d_ns.runs.open import recorded_setting
+
+            recorded = recorded_setting(source, "max_num_iterations")
+            return recorded if isinstance(recorded, int) else STEPS
+        datamanager: Any = self.pipeline.datamanager
+        if datamanager.data is None or is_grid(datamanager.data):
+            return STEPS
+        from sv4d_ns.synthesis.choice import choose_model
+
+        model, _ = choose_model(datamanager.synthesis, choose_device(self.chosen_device())[0])
+        return STEPS_OF_BUNDLED if model == "bundled" else STEPS
 
     def stage_1(self) -> Path | None:
         """Where the end of stage 1 is shared with runs that differ in stage 2 only; None where nobody can share it.
