@@ -45,19 +45,19 @@ class Work:
 
 
 # CPU seconds of ns-train on the sample video with OMP_NUM_THREADS=1 (tests/data/step_seconds_*.json)
-STATIC_STEP, MOVING_STEP = 0.055, 0.105
+STATIC_STEP, MOVING_STEP = 0.048, 0.062
 """Of a step of sv4d while one frame is fitted, and from then on."""
 STATIC_UNTIL = 0.12
 """Share of the schedule (`sampling.ScheduleConfig`)."""
-VIEW_SECONDS = 0.067
+VIEW_SECONDS = 0.05
 """Of a generated picture of the bundled model."""
-ROUND_SECONDS = 0.13
+ROUND_SECONDS = 0.092
 """Of a picture of stage 2, rendered, refined and kept."""
 WARM_STEP, DISTILLING_STEP = 0.11, 2.45
 """Of a step of 4diffusion with an SV4D model behind it: while views are fitted, and distilling."""
 FIRST_DISTILLING, GROWN_AT = 0.7, 0.3
 """A distilling step costs this share at first, and the whole from this share of them on: the field fills up."""
-START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 17.0, 6.0, 5.8
+START_SECONDS, SHEET_SECONDS, MOVIE_SECONDS = 10.0, 2.6, 3.0
 """From the estimate to the first step, without the views; of the contact sheet and what is said of the result; of each
 movie."""
 SPACE_SHEET_SECONDS, SPACE_MOVIE_SECONDS = 10.0, 4.6
