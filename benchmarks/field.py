@@ -29,6 +29,7 @@ import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sv4d_ns.field.compositing import RaySamples, composite, spread
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig, mlp
 from sv4d_ns.field.images import render_rgba
 from sv4d_ns.field.occupancy import OccupancyGrid
@@ -410,6 +411,13 @@ def roofline(samples: int = 1 << 17) -> dict[str, Any]:
     measured("density head", lambda: field.density_head(features), io, density_flops, (2 * io, 2 * density_flops))
     io = 4 * (geometry + 3)
     measured("colour head", lambda: field.color_head(codes), io, color_flops, (2 * io, 2 * color_flops))
+    rays = samples // 12 + 1
+    distances = torch.rand(rays, 12).cumsum(1).flatten()[:samples]
+    packed = RaySamples(torch.arange(samples) // 12, distances, 0.02, rays)
+    density = (60 * torch.rand(samples)).requires_grad_()
+    for backend, name in (("numba", ""), ("torch", " in torch")):
+        measured(f"compositing{name}", lambda b=backend: composite(density, packed, b)[0], 24, 10, (24, 8))  # type: ignore[misc]
+        measured(f"distortion{name}", lambda b=backend: spread(density, packed, b), 24, 40, (8, 1))  # type: ignore[misc]
     adam = torch.optim.Adam([field.encoding.table], fused=True)
     field.encoding.table.grad = torch.randn_like(field.encoding.table)
     numbers = field.encoding.table.numel()
