@@ -127,7 +127,7 @@ def sampled(pipeline: BundledVideoPipeline, clip: Clip, steps: int, chroma: bool
     ).frames  # fmt: skip
     if chroma:
         straight = torch.from_numpy(made).movedim(-1, 2)
-        made = with_chroma_of(clip.pictures[:, 0], straight, clip.plan).movedim(2, -1).numpy()
+        made = torch.stack([*with_chroma_of(clip.pictures[:, 0], straight, clip.plan)]).movedim(2, -1).numpy()
     made[..., :3] = made[..., :3] * made[..., 3:] + 1.0 - made[..., 3:]
     return made  # type: ignore[no-any-return]
 

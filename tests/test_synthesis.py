@@ -164,7 +164,7 @@ def test_unseen_sides_get_the_inputs_chroma_and_keep_their_brightness_and_silhou
     plan = ViewPlan.ring((90.0, 180.0))
     rgba = torch.rand(2, 2, 4, 8, 8)
     rgba[:, :, :3] = 0.3 + 0.1 * rgba[:, :, :3]
-    found = with_chroma_of(frames, rgba, plan)
+    found = torch.stack(list(with_chroma_of(frames, rgba, plan)))
     torch.testing.assert_close(found[:, :, 3], rgba[:, :, 3])
     torch.testing.assert_close(found[:, :, :3].mean(2), rgba[:, :, :3].mean(2))
 
@@ -181,5 +181,5 @@ def test_unseen_sides_get_the_inputs_chroma_and_keep_their_brightness_and_silhou
 def test_a_view_without_an_object_is_left_alone() -> None:
     rgba = torch.full((1, 1, 4, 4, 4), 0.5)
     rgba[:, :, 3] = 0
-    found = with_chroma_of(np.zeros((1, 4, 4, 4), np.uint8), rgba, ViewPlan.ring((180.0,)))
+    found = torch.stack(list(with_chroma_of(np.zeros((1, 4, 4, 4), np.uint8), rgba, ViewPlan.ring((180.0,)))))
     torch.testing.assert_close(found, rgba)
