@@ -327,6 +327,7 @@ class FieldTrainer(Trainer):
     def begin_step(self, step: int) -> None:
         """The first thing done in a step: an interrupt waits for the step's end, for half a step cannot be repeated."""
         self._in_step = True
+        self._threads.close()  # of a step that was not finished
         if step % LOOK_EVERY == 0 or self._useful is None:
             self._useful = useful_threads()
         self._threads.enter_context(at_most(self._useful))
@@ -416,6 +417,7 @@ class FieldTrainer(Trainer):
             except KeyboardInterrupt:
                 self._stop(total)
             finally:
+                self._threads.close()
                 self.config.max_num_iterations = total
 
     def _train_with_one_way_back(self, total: int) -> None:

@@ -52,7 +52,7 @@ _DATAMANAGER = "pipeline.datamanager."
 LIMITS = (
     Limit("experiment-name", _is_name, "a name for a folder, without '..'"),
     Limit("timestamp", _is_name, "a name for a folder, without '..'"),
-    Limit("max-num-iterations", _between(1, 10**8), "1 step or more, or 0 for the usual number"),
+    Limit("max-num-iterations", _between(0, 10**8), "1 step or more, or 0 for the usual number"),
     Limit("steps-per-save", _between(0, 10**8), "the steps between checkpoints, or 0 for one at the end only"),
     Limit("machine.num-devices", _between(1, 1), "1: a run uses one device"),
     Limit("machine.num-machines", _between(1, 1), "1: a run uses one machine"),
