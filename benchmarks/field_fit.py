@@ -109,7 +109,7 @@ class FitConfig:
     lr_deformation: float = LEARNING_RATES["deformation"]
     lr_appearance: float = LEARNING_RATES["appearance"]
     lr_density_residual: float = LEARNING_RATES["density_residual"]
-    occupancy_every: int = 2
+    occupancy_every: int = 4
     canonical: Literal["largest", "first"] = "largest"
     hull_margin: float | None = None
     occupancy_threshold: float = 0.05

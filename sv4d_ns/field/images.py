@@ -14,6 +14,7 @@ from sv4d_ns.geometry.rays import picture_rays
 from sv4d_ns.metrics.images import pooled_iou, pooled_psnr
 from sv4d_ns.utils.callbacks import Progress
 from sv4d_ns.utils.images import labelled, over_white, resize_rgba
+from sv4d_ns.utils.threads import torch_threads
 from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
@@ -92,10 +93,11 @@ def render_grid(
     c2w, focal = grid.plan.c2w()[1:], grid.plan.focal_px(size)
     total = grid.num_frames * grid.num_views
     renders = np.empty((grid.num_frames, grid.num_views, size, size, 4), np.uint8)
-    for frame, time in enumerate(grid.times):
-        for view in range(grid.num_views):
-            renders[frame, view] = render_rgba(field, occupancy, c2w[view], focal, size, float(time))
-            progress(frame * grid.num_views + view + 1, total)
+    with torch_threads(1):  # rays are spread over threads already
+        for frame, time in enumerate(grid.times):
+            for view in range(grid.num_views):
+                renders[frame, view] = render_rgba(field, occupancy, c2w[view], focal, size, float(time))
+                progress(frame * grid.num_views + view + 1, total)
     return renders
 
 

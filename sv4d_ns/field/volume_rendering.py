@@ -25,7 +25,7 @@ from sv4d_ns.field.motion import Moments
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.utils.devices import upload
 from sv4d_ns.utils.split import run_split
-from sv4d_ns.utils.threads import run_in_threads, torch_threads, workers
+from sv4d_ns.utils.threads import run_in_threads, workers
 
 FAR_DEPTH = 1e3
 """Depth of rays that meet nothing. Large, because viewers composite by depth and a small value would hide the rest."""
@@ -367,14 +367,13 @@ def render_rays_chunked(
     """Whole images without gradients: "rgb" [n, 3], "alpha" [n], "depth" [n], and the size of the visible
     deformation, "motion" [n] (world units)."""
     parts: dict[str, list[Tensor]] = {"rgb": [], "alpha": [], "depth": [], "motion": []}
-    with torch_threads(1):  # rays are spread over threads already; two for each operation take 1.8 times as long
-        for start in range(0, origins.shape[0], chunk):
-            piece = slice(start, start + chunk)
-            within = None if bounds is None else (bounds[0][piece], bounds[1][piece])
-            out = render_rays(
-                field, occupancy, origins[piece], directions[piece], times[piece], n_samples, background, bounds=within
-            )
-            motion = accumulate(out.weights, out.deformation.norm(dim=-1, keepdim=True), out.samples)[:, 0]
-            for name, value in (("rgb", out.rgb), ("alpha", out.alpha), ("depth", out.depth), ("motion", motion)):
-                parts[name].append(value)
+    for start in range(0, origins.shape[0], chunk):
+        piece = slice(start, start + chunk)
+        within = None if bounds is None else (bounds[0][piece], bounds[1][piece])
+        out = render_rays(
+            field, occupancy, origins[piece], directions[piece], times[piece], n_samples, background, bounds=within
+        )
+        motion = accumulate(out.weights, out.deformation.norm(dim=-1, keepdim=True), out.samples)[:, 0]
+        for name, value in (("rgb", out.rgb), ("alpha", out.alpha), ("depth", out.depth), ("motion", motion)):
+            parts[name].append(value)
     return {name: torch.cat(values) for name, values in parts.items()}

@@ -328,10 +328,11 @@ class FieldTrainer(Trainer):
         """The first thing done in a step: an interrupt waits for the step's end, for half a step cannot be repeated."""
         self._in_step = True
         self._threads.close()  # of a step that was not finished
+        of_torch = self.threads_of(step)  # which may look by itself, at all threads
         if step % LOOK_EVERY == 0 or self._useful is None:
             self._useful = useful_threads()
         self._threads.enter_context(at_most(self._useful))
-        self._threads.enter_context(torch_threads(self.threads_of(step)))
+        self._threads.enter_context(torch_threads(of_torch))
 
     def end_step(self, step: int) -> None:
         """The last thing done in a step: advance the training bar, and stop here if Ctrl-C was pressed meanwhile."""
