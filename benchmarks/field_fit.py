@@ -154,7 +154,7 @@ def fit(
         )
     occupancy.carve(hull_views(train), config.hull_margin)
     field.confine(occupancy.hull[canonical])
-    flow = surface_flow(train, occupancy.half_extent) if weights.scene_flow else None
+    flow = surface_flow(train, occupancy.half_extent, canonical) if weights.scene_flow else None
     log(f"carve {time.perf_counter() - start:.2f} s, hull share {occupancy.hull.float().mean():.4f}")
     groups = field.parameter_groups()
     optimizer = torch.optim.Adam(

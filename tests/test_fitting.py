@@ -183,7 +183,7 @@ def test_one_frame_and_a_frame_without_object_can_be_fitted(frames: int, empty_f
     field = DeformableField(DeformableFieldConfig(keyframes=frames, **sizes))
     occupancy = OccupancyGrid(frames, resolution=16)
     occupancy.carve(hull_views(views))
-    flow = surface_flow(views, occupancy.half_extent)
+    flow = surface_flow(views, occupancy.half_extent, 0)
     sampler = BatchSampler(views, BatchConfig(rays=64, patches=0), ScheduleConfig(), 0)
     for step in range(5):
         window = apply_schedule(field, occupancy, flow, ScheduleConfig(), step, 5, 1)
@@ -202,7 +202,7 @@ def test_a_short_fit_finds_the_moving_ball() -> None:
     field = DeformableField(DeformableFieldConfig(keyframes=4, **sizes))
     occupancy = OccupancyGrid(4, resolution=32)
     occupancy.carve(hull_views(views))
-    flow = surface_flow(views, occupancy.half_extent)
+    flow = surface_flow(views, occupancy.half_extent, 0)
     sampler = BatchSampler(views, BatchConfig(rays=128, patches=1), ScheduleConfig(), 0)
     rates = {"encoding": 2e-2, "heads": 1e-2, "deformation": 2e-2, "appearance": 2e-2, "density_residual": 1e-2}
     groups = [{"params": p, "lr": rates[name]} for name, p in field.parameter_groups().items()]

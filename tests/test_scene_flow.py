@@ -40,7 +40,7 @@ def ball(views: int = 8, frames: int = 2, turn_deg: float = 0.0) -> list[SimpleN
 
 
 def test_a_moving_ball_is_followed() -> None:
-    found = SceneFlow(ball(), half_extent=0.57).matches(0, 1)
+    found = SceneFlow(ball(), half_extent=0.57, start=0).matches(0, 1)
     sure = found.weight > 0.3
     assert sure.float().mean() > 0.3
     missed = (found.after - found.before - SPEED).norm(dim=-1)[sure]
@@ -48,7 +48,7 @@ def test_a_moving_ball_is_followed() -> None:
 
 
 def test_points_before_are_on_the_surface_and_a_turning_ball_turns_them() -> None:
-    found = SceneFlow(ball(turn_deg=8.0), half_extent=0.57).matches(0, 1)
+    found = SceneFlow(ball(turn_deg=8.0), half_extent=0.57, start=0).matches(0, 1)
     assert ((found.before.norm(dim=-1) - RADIUS).abs() < 0.05).float().mean() > 0.95
     angle = np.radians(8.0)
     turn = torch.tensor([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]).float()
@@ -59,16 +59,16 @@ def test_points_before_are_on_the_surface_and_a_turning_ball_turns_them() -> Non
 
 
 def test_the_same_pair_is_found_again_and_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow = SceneFlow(ball(), half_extent=0.57)
+    flow = SceneFlow(ball(), half_extent=0.57, start=0)
     first = flow.matches(0, 1)
-    assert torch.equal(SceneFlow(ball(), half_extent=0.57).matches(0, 1).after, first.after)
+    assert torch.equal(SceneFlow(ball(), half_extent=0.57, start=0).matches(0, 1).after, first.after)
     monkeypatch.setattr("sv4d_ns.fitting.scene_flow.optical_flow", lambda *_: pytest.fail("asked twice"))
     assert flow.matches(0, 1) is first
 
 
 def test_points_are_drawn_by_their_weight_and_none_where_there_is_nothing() -> None:
     views = ball()
-    found = SceneFlow(views, half_extent=0.57).matches(0, 1)
+    found = SceneFlow(views, half_extent=0.57, start=0).matches(0, 1)
     rng = np.random.default_rng(0)
     before, after = found.draw(4000, rng)
     assert before.shape == after.shape == (4000, 3)
@@ -76,5 +76,5 @@ def test_points_are_drawn_by_their_weight_and_none_where_there_is_nothing() -> N
     assert not moved & {tuple(row) for row in before.tolist()}
     for view in views:
         view.alpha[1] = 0
-    empty = SceneFlow(views, half_extent=0.57).matches(1, 0)
+    empty = SceneFlow(views, half_extent=0.57, start=0).matches(1, 0)
     assert len(empty.before) == 0 and len(empty.draw(10, rng)[0]) == 0

@@ -73,7 +73,8 @@ class GridFit:
         views = train_views(grid, self.device, options.leave_out)
         self.occupancy.carve(hull_views(views))
         self.field.confine(self.occupancy.hull[self.canonical])
-        self.flow = surface_flow(views, self.occupancy.half_extent) if options.losses.scene_flow else None
+        half_extent = self.occupancy.half_extent
+        self.flow = surface_flow(views, half_extent, self.canonical) if options.losses.scene_flow else None
         self.sampler = BatchSampler(views, BatchConfig(rays=options.rays), ScheduleConfig(), options.seed)
 
     def run(self, until: int | None = None, on_step: Callable[[int, int], None] | None = None) -> "GridFit":

@@ -6,6 +6,10 @@ put on the visual hull of its frame; the flow of all views that see that point i
 robust least squares. Our own design; the ingredients are scene flow from several cameras (Vedula et al. 1999) and dense
 inverse search (Kroeger et al. 2016, as OpenCV has it). Nothing here depends on the field, so a resumed run finds
 the same displacements again.
+
+Flow loses what moves or turns far between two pictures. Where views disagree for that reason, the flow is looked for
+again from a guess: as the surface moved from the frame before, or as what could be followed around a place says
+(`local_motion.py`). The next picture is drawn back along the guess, so that flow has only what is left to find.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sv4d_ns.fitting.local_motion import locally_rigid
 from sv4d_ns.geometry.rays import project, sample_picture
 from sv4d_ns.utils.devices import upload
 
@@ -46,6 +51,14 @@ RESIDUAL_PIXELS = 0.7
 """Views whose flow contradicts the displacement by more than this count little."""
 ROUNDS = 8
 """Of the robust least squares."""
+SURE = 0.6
+"""Mean weight of matches from which on nothing better is looked for."""
+GUESSES, GAIN = 3, 0.01
+"""How often matches may become the next guess, each time better by so much mean weight than without."""
+GUESS_SIDE = 128
+"""Pixels a side of the picture a guess is spread in from the points that it is known at."""
+GUESS_SPREAD = (1.25, 4.0, 16.0)
+"""Standard deviations of the Gaussians that spread it, in those pixels; a wider one only speaks where none does yet."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,11 @@ class Matches:
     def _edges(self) -> Float[np.ndarray, " m"]:
         """Running sums of the weights; fetched once, because each fetch waits for the device."""
         return self.weight.cpu().double().cumsum(0).numpy()
+
+    @cached_property
+    def confidence(self) -> float:
+        """Mean weight."""
+        return float(self.weight.mean()) if len(self.weight) else 0.0
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
         """Some of them, by their weight: where they are before and after; none if no view knows anything."""
@@ -104,11 +122,63 @@ def optical_flow(first: np.ndarray, second: np.ndarray) -> Float[np.ndarray, "h 
     return flow
 
 
-class SceneFlow:
-    """Displacements between neighbouring frames; each pair is worked out when it is first asked for."""
+def spread_guess(
+    uv: Float[Tensor, "m 2"], guess: Float[Tensor, "m 2"], weight: Float[Tensor, " m"], height: int, width: int
+) -> Float[np.ndarray, "h w 2"]:
+    """A picture's flow from what it is at some places (shares of width and height): normalised convolution (Knutsson
+    and Westin 1993) at several widths."""
+    import cv2
 
-    def __init__(self, views: Sequence[TrainView], half_extent: float, seed: int = 0) -> None:
-        self.views, self.half_extent, self.seed = list(views), half_extent, seed
+    sums = np.zeros((GUESS_SIDE, GUESS_SIDE, 3), np.float32)
+    column, row = (uv * GUESS_SIDE).long().clamp(0, GUESS_SIDE - 1).cpu().numpy().T
+    np.add.at(sums, (row, column), torch.cat([guess * weight[:, None], weight[:, None]], 1).cpu().numpy())
+    spread = sums.mean((0, 1)) * 1e-6 + 1e-12 * np.array([0, 0, 1], np.float32)
+    for number, width_of in enumerate(GUESS_SPREAD):
+        spread = spread + 1e-2**number * cv2.GaussianBlur(sums, (0, 0), width_of)
+    return cv2.resize(spread[..., :2] / spread[..., 2:], (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def guided_flow(
+    first: np.ndarray, second: np.ndarray, guess: Float[np.ndarray, "h w 2"]
+) -> tuple[Float[np.ndarray, "h w 2"], Float[np.ndarray, " h w"]]:
+    """Optical flow near a guess, and by how much the way there and back misses; all in shares of the width."""
+    import cv2
+
+    width = first.shape[1]
+    column, row = np.meshgrid(*(np.arange(side, dtype=np.float32) for side in first.shape[::-1]))
+
+    def moved(picture: np.ndarray, flow: np.ndarray, border: int) -> np.ndarray:
+        return cv2.remap(
+            picture, column + width * flow[..., 0], row + width * flow[..., 1], cv2.INTER_LINEAR, borderMode=border
+        )
+
+    drawn_back = moved(second, guess, cv2.BORDER_CONSTANT)
+    there, back = optical_flow(first, drawn_back), optical_flow(drawn_back, first)
+    missed = there + moved(back, there, cv2.BORDER_REPLICATE)
+    return there + moved(guess, there, cv2.BORDER_REPLICATE), np.linalg.norm(missed, axis=-1)
+
+
+@dataclass(frozen=True)
+class _Surface:
+    """Points of a frame's hull, and how the views see them."""
+
+    x: Float[Tensor, "n 3"]
+    uv: list[Float[Tensor, "n 2"]]
+    """In every view, shares of its width and height."""
+    sees: list[Float[Tensor, " n"]]
+
+
+class SceneFlow:
+    """Displacements between neighbouring frames; each pair is worked out when it is first asked for.
+
+    Args:
+        views: pictures of one object.
+        half_extent: of the box it lives in.
+        start: the frame from which frames are followed outward, the canonical one.
+    """
+
+    def __init__(self, views: Sequence[TrainView], half_extent: float, start: int, seed: int = 0) -> None:
+        self.views, self.half_extent, self.start, self.seed = list(views), half_extent, start, seed
         self._pairs: dict[tuple[int, int], Matches] = {}
 
     def matches(self, known: int, new: int) -> Matches:
@@ -116,6 +186,41 @@ class SceneFlow:
         if (known, new) not in self._pairs:
             self._pairs[known, new] = self._find(known, new)
         return self._pairs[known, new]
+
+    def _find(self, known: int, new: int) -> Matches:
+        surface = self._surface(known)
+        found = self._follow(surface, known, new, torch.zeros_like(surface.x))
+        if found.confidence >= SURE or not len(found.before):
+            return found
+        guesses = [locally_rigid(surface.x, found.before, found.before, found.after, found.weight)]
+        if known != self.start:
+            earlier = self.matches(2 * known - new, known)
+            guesses.append(locally_rigid(surface.x, earlier.after, earlier.before, earlier.after, earlier.weight))
+        tries = [self._follow(surface, known, new, guess) for guess in guesses]
+        found = max([found, *tries], key=lambda matches: matches.confidence)
+        for _ in range(GUESSES):
+            guess = locally_rigid(surface.x, found.before, found.before, found.after, found.weight)
+            again = self._follow(surface, known, new, guess)
+            if again.confidence < found.confidence + GAIN:
+                break
+            found = again
+        return found
+
+    def _follow(self, surface: _Surface, known: int, new: int, guess: Float[Tensor, "n 3"]) -> Matches:
+        """Matches by the flow of all views, looked for around a guess of each point's displacement."""
+        x = surface.x
+        jacobians, flows, weights = [], [], []
+        for view, uv, sees in zip(self.views, surface.uv, surface.sees, strict=True):
+            first, second = (grey(view.rgb[frame], view.alpha[frame]) for frame in (known, new))
+            height, width = first.shape
+            expected = (self._uv(view, x + guess)[0] - uv) * uv.new_tensor([1.0, height / width])
+            flow, missed = guided_flow(first, second, spread_guess(uv, expected, sees + 1e-3, height, width))
+            found = sample_picture(torch.from_numpy(np.dstack([flow, missed])).to(x), uv)
+            weights.append(sees * torch.exp(-((PIXELS / CYCLE_PIXELS * found[:, 2]) ** 2)))
+            jacobians.append(PIXELS * self._jacobian(view, x + guess))
+            flows.append(PIXELS * (found[:, :2] - expected))
+        moved, weight = _triangulate(*(torch.stack(parts, 1) for parts in (jacobians, flows, weights)))
+        return Matches(x, x + guess + moved, weight)
 
     def _uv(self, view: TrainView, x: Tensor) -> tuple[Tensor, Tensor]:
         height, width = view.alpha.shape[1:]
@@ -130,8 +235,9 @@ class SceneFlow:
             )
         return inside
 
-    def _surface(self, frame: int) -> tuple[Tensor, Tensor]:
-        """Hull points of pixels drawn from all views, and the number of the view each is a pixel of."""
+    def _surface(self, frame: int) -> _Surface:
+        """Hull points of pixels drawn from all views; a view sees its own, and those that no other point is in front
+        of."""
         rng = np.random.default_rng([self.seed, frame, 6])
         points, owners = [], []
         for number, view in enumerate(self.views):
@@ -143,10 +249,11 @@ class SceneFlow:
             x = self._first_inside(frame, view, torch.from_numpy(xy).to(view.alpha))
             points.append(x)
             owners.append(torch.full((len(x),), number, device=x.device))
-        if not points:
-            empty = torch.zeros(0, 3, device=self.views[0].alpha.device)
-            return empty, empty[:, 0].long()
-        return torch.cat(points), torch.cat(owners)
+        x = torch.cat([*points, torch.zeros(0, 3, device=self.views[0].alpha.device)])
+        owner = torch.cat([*owners, torch.zeros(0, dtype=torch.long, device=x.device)])
+        places = [self._uv(view, x) for view in self.views]
+        sees = [_sees(uv, depth, owner == number) for number, (uv, depth) in enumerate(places)]
+        return _Surface(x, [uv for uv, _ in places], sees)
 
     def _rays(self, view: TrainView, xy: Tensor) -> tuple[Tensor, Tensor]:
         height, width = view.alpha.shape[1:]
@@ -166,32 +273,6 @@ class SceneFlow:
         hit = inside.any(1)
         return x[hit, inside[hit].int().argmax(1)]
 
-    def _find(self, known: int, new: int) -> Matches:
-        x, owner = self._surface(known)
-        jacobians, flows, weights = [], [], []
-        for number, view in enumerate(self.views):
-            first, second = grey(view.rgb[known], view.alpha[known]), grey(view.rgb[new], view.alpha[new])
-            there, back = (
-                torch.from_numpy(flow).to(x) for flow in (optical_flow(first, second), optical_flow(second, first))
-            )
-            uv, depth = self._uv(view, x)
-            flow = sample_picture(there, uv)
-            aspect = flow.new_tensor([1.0, first.shape[1] / first.shape[0]])
-            cycle = PIXELS * (flow + sample_picture(back, uv + flow * aspect)).norm(dim=-1)
-            weights.append(torch.exp(-((cycle / CYCLE_PIXELS) ** 2)) * self._sees(view, number, owner, uv, depth))
-            jacobians.append(PIXELS * self._jacobian(view, x))
-            flows.append(PIXELS * flow)
-        return _triangulate(x, *(torch.stack(parts, 1) for parts in (jacobians, flows, weights)))
-
-    def _sees(self, view: TrainView, number: int, owner: Tensor, uv: Tensor, depth: Tensor) -> Tensor:
-        """1 where a view sees a point, else 0: its own pixels', and those that no other point is in front of."""
-        side = VISIBILITY_SIDE
-        nearest = torch.full((side * side,), torch.inf, device=depth.device)
-        cell = (uv * side).long().clamp(0, side - 1)
-        index = cell[:, 1] * side + cell[:, 0]
-        nearest.scatter_reduce_(0, index, depth, "amin")
-        return ((owner == number) | (depth < nearest[index] + MEETING)).to(depth)
-
     def _jacobian(self, view: TrainView, x: Tensor) -> Float[Tensor, "n 2 3"]:
         """Of the projection (shares of the width) in the point."""
         rotation = view.c2w[:3, :3].to(x)
@@ -203,17 +284,27 @@ class SceneFlow:
         return torch.stack([right, down], 1) @ rotation.T
 
 
+def _sees(
+    uv: Float[Tensor, "n 2"], depth: Float[Tensor, " n"], own: Bool[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """1 where a view sees a point, else 0."""
+    side = VISIBILITY_SIDE
+    nearest = torch.full((side * side,), torch.inf, device=depth.device)
+    cell = (uv * side).long().clamp(0, side - 1)
+    index = cell[:, 1] * side + cell[:, 0]
+    nearest.scatter_reduce_(0, index, depth, "amin")
+    return (own | (depth < nearest[index] + MEETING)).to(depth)
+
+
 def _triangulate(
-    x: Float[Tensor, "n 3"],
-    jacobian: Float[Tensor, "n v 2 3"],
-    flow: Float[Tensor, "n v 2"],
-    weight: Float[Tensor, "n v"],
-) -> Matches:
-    """The displacements that explain the flow of all views best: least squares, reweighted by Geman and McClure."""
-    if not len(x):
-        return Matches(x, x, x[:, 0])
+    jacobian: Float[Tensor, "n v 2 3"], flow: Float[Tensor, "n v 2"], weight: Float[Tensor, "n v"]
+) -> tuple[Float[Tensor, "n 3"], Float[Tensor, " n"]]:
+    """The displacements that explain the flow of all views best, and how well the views agree: least squares,
+    reweighted by Geman and McClure."""
+    if not len(flow):
+        return flow.new_zeros(0, 3), flow.new_zeros(0)
     # so little that it only keeps a point which one view alone sees from moving along its ray
-    prior = 1e-3 * torch.eye(3, device=x.device) * jacobian[:, :, 0].square().sum(-1).mean()
+    prior = 1e-3 * torch.eye(3, device=flow.device) * jacobian[:, :, 0].square().sum(-1).mean()
     current = weight
     for _ in range(ROUNDS):
         normal = torch.einsum("nv,nvki,nvkj->nij", current, jacobian, jacobian) + prior
@@ -223,4 +314,4 @@ def _triangulate(
         current = weight / (1 + (missed / RESIDUAL_PIXELS) ** 2) ** 2
     # 1 where two views or more see the point and all of them agree
     agreeing = current.sum(1)
-    return Matches(x, x + moved, (agreeing / 2).clamp(max=1) * agreeing / weight.sum(1).clamp(min=1))
+    return moved, (agreeing / 2).clamp(max=1) * agreeing / weight.sum(1).clamp(min=1)

@@ -152,13 +152,14 @@ def hull_views(views: list[TrainView]) -> list[HullView]:
     ]
 
 
-def surface_flow(views: list[TrainView], half_extent: float) -> SceneFlow | None:
-    """How the surface moves from frame to frame by the optical flow of the trusted views; None if they are too few.
+def surface_flow(views: list[TrainView], half_extent: float, canonical: int) -> SceneFlow | None:
+    """How the surface moves from frame to frame, outward from the canonical one, by the optical flow of the trusted
+    views; None if they are too few.
 
     Generated views that contradict each other have no surface in common that could be followed.
     """
     trusted = [view for view in views if view.trusted]
-    return SceneFlow(trusted, half_extent) if len(trusted) >= FLOW_VIEWS else None
+    return SceneFlow(trusted, half_extent, canonical) if len(trusted) >= FLOW_VIEWS else None
 
 
 def closed(alpha: Float[Tensor, "t h w"], radius: int = 3) -> Float[Tensor, "t h w"]:

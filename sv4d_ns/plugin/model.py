@@ -85,7 +85,7 @@ class SV4DModel(FieldModel):
         views = self.views_to_fit(grid)
         self.occupancy.carve(hull_views(views))
         if self.config.losses.scene_flow:
-            self._flow = surface_flow(views, self.occupancy.half_extent)
+            self._flow = surface_flow(views, self.occupancy.half_extent, self.canonical_frame)
         # other frames are to be explained by motion, not by matter the canonical frame has no room for
         self.field.confine(self.occupancy.hull[self.canonical_frame])
 
