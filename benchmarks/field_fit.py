@@ -191,7 +191,7 @@ def fit(
         profile.lap("optimizer")
         if step % 250 == 249:
             log(f"step {step + 1} {time.perf_counter() - start:.0f} s cpu {time.process_time() - cpu:.0f} s "
-                f"window {window.first}-{window.last} samples/ray {len(out.weights) / len(batch.alpha):.1f} "
+                f"{len(window)} frames, samples/ray {len(out.weights) / len(batch.alpha):.1f} "
                 + " ".join(f"{k} {v.item():.5f}" for k, v in parts.items()))  # fmt: skip
     steps = step + 1
     report = {

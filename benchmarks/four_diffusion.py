@@ -168,7 +168,7 @@ def run_steps(case: Case, fit: Fit, arm: str, steps: range, total: int) -> None:
         if objective is not None:
             terms = objective.terms(step - steps.start)
         else:
-            batch = sampler.draw(step, Window(0, FRAMES - 1), 0)
+            batch = sampler.draw(step, Window.whole(FRAMES), 0)
             rendered = render_rays(
                 fit.field,
                 fit.occupancy,

@@ -54,7 +54,7 @@ def test_the_input_view_counts_fully_and_generated_pixels_by_confidence_and_angl
 
 def test_a_batch_follows_from_seed_and_step_and_stays_in_its_window() -> None:
     views, config = train_views(grid(5), "cpu"), BatchConfig(rays=128, patches=2)
-    draw = lambda seed, step: BatchSampler(views, config, ScheduleConfig(), seed).draw(step, Window(1, 3), 2)  # noqa: E731
+    draw = lambda seed, step: BatchSampler(views, config, ScheduleConfig(), seed).draw(step, Window((1, 2, 3)), 2)  # noqa: E731
     first, again, other = draw(0, 7), draw(0, 7), draw(0, 8)
     assert torch.equal(first.rgb, again.rgb) and torch.equal(first.origins, again.origins)
     assert not torch.equal(first.origins, other.origins) or not torch.equal(first.directions, other.directions)
@@ -65,7 +65,7 @@ def test_a_batch_follows_from_seed_and_step_and_stays_in_its_window() -> None:
 
 def test_half_of_the_single_rays_look_through_the_input_camera() -> None:
     views = train_views(grid(), "cpu")
-    batch = BatchSampler(views, BatchConfig(rays=200, patches=0), ScheduleConfig(), 0).draw(0, Window(0, 2), 1)
+    batch = BatchSampler(views, BatchConfig(rays=200, patches=0), ScheduleConfig(), 0).draw(0, Window.whole(3), 1)
     from_input = (batch.origins - views[0].c2w[:3, 3]).norm(dim=-1) < 1e-5
     assert float(from_input.float().mean()) >= 0.5
 
@@ -76,7 +76,7 @@ def test_rays_of_a_point_cloud_repeat_none():
     counts = {}
     for spread in (False, True):
         sampler = BatchSampler(views, BatchConfig(rays=4000, patches=0, spread=spread), ScheduleConfig(), 0)
-        batches = [sampler.draw(step, Window(0, 0), 0) for step in range(3)]
+        batches = [sampler.draw(step, Window.whole(1), 0) for step in range(3)]
         rays = torch.cat([torch.cat([batch.origins, batch.directions], dim=-1) for batch in batches])
         counts[spread] = len(torch.unique(rays, dim=0))
         middle = batches[0].directions
@@ -93,7 +93,7 @@ def test_a_step_looks_through_four_cameras(orthogonal: bool) -> None:
     sampler = BatchSampler(views, config, ScheduleConfig(), 0)
     spreads = []
     for step in range(8):
-        eyes = sampler.draw(step, Window(0, 1), 0).origins.unique(dim=0)
+        eyes = sampler.draw(step, Window.whole(2), 0).origins.unique(dim=0)
         assert len(eyes) == 4 or not orthogonal
         spreads.append(float(eyes.mean(0).norm()))
     assert (max(spreads) < 0.8) == orthogonal, "quarter turns surround the object, chance does not always"
@@ -101,7 +101,7 @@ def test_a_step_looks_through_four_cameras(orthogonal: bool) -> None:
 
 def test_targets_stand_on_the_step_s_background() -> None:
     views = train_views(grid(), "cpu")
-    batch = BatchSampler(views, BatchConfig(rays=400, patches=0), ScheduleConfig(), 0).draw(3, Window(0, 2), 1)
+    batch = BatchSampler(views, BatchConfig(rays=400, patches=0), ScheduleConfig(), 0).draw(3, Window.whole(3), 1)
     empty = batch.alpha == 0
     assert empty.any() and (~empty).any()
     torch.testing.assert_close(batch.rgb[empty], batch.background.expand(int(empty.sum()), 3))
@@ -151,7 +151,7 @@ def test_views_of_one_object_are_trusted_and_contradicting_or_doubted_ones_are_n
     views = train_views(doubted, "cpu")
     assert views[0].trusted and not any(view.trusted for view in views[1:])
     share = BatchSampler(train_views(true, "cpu"), BatchConfig(rays=600, patches=0), ScheduleConfig(), 0)
-    batch = share.draw(0, Window(0, 3), 0)
+    batch = share.draw(0, Window.whole(4), 0)
     from_input = (batch.origins - views[0].c2w[:3, 3]).norm(dim=-1) < 1e-5
     assert 0 < from_input.float().mean() < 0.5
 
@@ -167,7 +167,7 @@ def test_a_view_that_shows_nothing_is_left_out_and_one_view_is_enough() -> None:
     assert len(views) == 2
     occupancy = OccupancyGrid(2, resolution=16)
     occupancy.carve(hull_views(views))
-    batch = BatchSampler(views, BatchConfig(rays=64, patches=2), ScheduleConfig(), 0).draw(0, Window(0, 1), 0)
+    batch = BatchSampler(views, BatchConfig(rays=64, patches=2), ScheduleConfig(), 0).draw(0, Window.whole(2), 0)
     assert set(batch.view.tolist()) == {0, 1} and occupancy.hull.any()
 
 
@@ -237,7 +237,7 @@ def test_terms_that_take_turns_are_asked_every_other_step_and_twice_as_much() ->
     torch.nn.init.uniform_(field.motion.keyframes[1], -0.1, 0.1)
     occupancy = OccupancyGrid(4, resolution=32)
     occupancy.carve(hull_views(views))
-    batch = BatchSampler(views, BatchConfig(rays=256, patches=2), ScheduleConfig(), 0).draw(0, Window(1, 1), 0)
+    batch = BatchSampler(views, BatchConfig(rays=256, patches=2), ScheduleConfig(), 0).draw(0, Window((1,)), 0)
     out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 64, batch.background)
     even, odd = (
         loss_terms(field, occupancy, None, out, batch, LossWeights(registration=0.5), 0, step) for step in (0, 1)
@@ -255,7 +255,7 @@ def test_sparsity_pulls_at_what_is_seen_of_views_that_contradict_each_other() ->
     field = DeformableField(DeformableFieldConfig(keyframes=4, levels=4, max_resolution=64))
     occupancy = OccupancyGrid(4, resolution=32)
     occupancy.carve(hull_views(views))
-    true = BatchSampler(views, BatchConfig(rays=256, patches=0), ScheduleConfig(), 0).draw(0, Window(0, 3), 0)
+    true = BatchSampler(views, BatchConfig(rays=256, patches=0), ScheduleConfig(), 0).draw(0, Window.whole(4), 0)
     out = render_rays(field, occupancy, true.origins, true.directions, true.times, 64, true.background)
     assert true.agreeing and "sparsity" not in loss_terms(field, occupancy, None, out, true, LossWeights(), 0, 0)
     density = torch.full_like(out.density, field.config.max_density, requires_grad=True)
@@ -282,7 +282,7 @@ def test_visibility_is_computed_when_asked_and_kept_in_between(monkeypatch: pyte
     monkeypatch.setattr("sv4d_ns.fitting.batch_sampler.view_weights", seen)
     sampler.update_visibility(None, None, 1)  # type: ignore[arg-type]
     for step in range(5):
-        sampler.draw(step, Window(0, 1), 0)
+        sampler.draw(step, Window.whole(2), 0)
     assert calls == [5]  # all generated views at once, and not for the rays of a step
     assert torch.equal(sampler.views[0].weight, before[0])
     for view, old in zip(sampler.views[1:], before[1:], strict=True):

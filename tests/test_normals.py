@@ -81,7 +81,7 @@ def test_the_normal_loss_turns_the_surface_towards_the_estimate(tmp_path: Path, 
     optimizer = torch.optim.Adam(field.parameters(), lr=1e-2)
     values = []
     for step in range(80):
-        batch = sampler.draw(step, Window(0, 0), 0)
+        batch = sampler.draw(step, Window.whole(1), 0)
         out = render_rays(field, occupancy, batch.origins, batch.directions, batch.times, 48, batch.background)
         terms = loss_terms(field, occupancy, None, out, batch, only, 0, step)
         optimizer.zero_grad()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sv4d_ns.fitting.batch_sampler import PixelSampler, orthogonal_views, sample_frames
+from sv4d_ns.fitting.frame_order import FrameOrder
 from sv4d_ns.fitting.registration import Admission
 from sv4d_ns.fitting.schedule import ScheduleConfig, Window, admissions, frame_window
 from sv4d_ns.utils.errors import InputError
@@ -18,62 +19,89 @@ from sv4d_ns.utils.randomness import generator, uniform
 CONFIG = ScheduleConfig()
 
 
-def test_admitted_frames_start_from_the_neighbour_nearer_to_the_canonical_frame() -> None:
-    admitted = admissions(Window(4, 6), Window(2, 7), 5)
+def span(first: int, last: int, *newest: int) -> Window:
+    return Window(tuple(range(first, last + 1)), newest)
+
+
+def test_admitted_frames_start_from_the_one_before_them() -> None:
+    outward = FrameOrder.outward(10, 5)
+    admitted = admissions(span(4, 6), span(2, 7), outward)
     assert admitted == [Admission(3, 4), Admission(7, 6), Admission(2, 3)]
-    assert admissions(Window(5, 5), Window(4, 6), 5) == [Admission(4, 5), Admission(6, 5)]
-    assert admissions(Window(0, 9), Window(0, 9), 5) == []
+    assert admissions(span(5, 5), span(4, 6), outward) == [Admission(4, 5), Admission(6, 5)]
+    assert admissions(span(0, 9), span(0, 9), outward) == []
+    loop = FrameOrder((0, 0, 1, 4, 0))
+    assert admissions(Window((0,)), Window.whole(5), loop) == [
+        Admission(1, 0), Admission(4, 0), Admission(2, 1), Admission(3, 4),
+    ]  # fmt: skip
 
 
 @given(n=st.integers(1, 60), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_window_grows_from_the_canonical_frame_to_the_whole_clip(n: int, data: st.DataObject) -> None:
     canonical = data.draw(st.integers(0, n - 1))
-    windows = [frame_window(f, n, canonical, CONFIG) for f in np.linspace(0, 1, 101)]
-    assert windows[0] == Window(canonical, canonical)
-    assert windows[-1] == Window(0, n - 1)
-    assert all(w.first <= canonical <= w.last for w in windows)
+    order = FrameOrder.outward(n, canonical)
+    windows = [frame_window(f, order, CONFIG) for f in np.linspace(0, 1, 101)]
+    assert windows[0] == Window((canonical,))
+    assert windows[-1] == Window.whole(n)
     for a, b in pairwise(windows):
-        assert b.first <= a.first and b.last >= a.last
+        assert set(a.frames) <= set(b.frames)
     full = next(f for f, w in zip(np.linspace(0, 1, 101), windows, strict=True) if len(w) == n)
     assert full <= CONFIG.full_window_at + 0.011
     for fraction, window in zip(np.linspace(0, 1, 101), windows, strict=True):
-        assert set(window.newest) <= {window.first, window.last} - {canonical}
+        assert set(window.newest) <= {window.frames[0], window.frames[-1]} - {canonical}
         growing = CONFIG.static_fraction <= fraction < CONFIG.full_window_at
         assert bool(window.newest) == (growing and n > 1)
 
 
+@given(parents=st.lists(st.integers(0, 40), min_size=1, max_size=40))
+def test_a_window_holds_each_frame_together_with_the_one_it_starts_from(parents: list[int]) -> None:
+    order = FrameOrder((0, *(min(parent, frame) for frame, parent in enumerate(parents))))
+    for fraction in np.linspace(0, 1, 31):
+        frames = frame_window(fraction, order, CONFIG).frames
+        assert {order.parents[frame] for frame in frames} <= set(frames)
+    assert frame_window(1.0, order, CONFIG) == Window.whole(len(order.parents))
+
+
 def test_a_side_that_waits_for_the_other_has_no_newest_frame() -> None:
     early = replace(CONFIG, static_fraction=0.0, full_window_at=1.0)
-    assert frame_window(0.3, 11, 2, early) == Window(0, 5, (5,))
-    assert frame_window(0.1, 11, 2, early) == Window(1, 3, (1, 3))
+    order = FrameOrder.outward(11, 2)
+    assert frame_window(0.3, order, early) == span(0, 5, 5)
+    assert frame_window(0.1, order, early) == span(1, 3, 1, 3)
 
 
 def test_canonical_frame_outside_the_clip_is_refused() -> None:
     with pytest.raises(InputError):
-        frame_window(0.5, 5, 5, CONFIG)
+        FrameOrder.outward(5, 5)
 
 
 def test_frames_are_in_the_window_and_favour_the_newest_and_the_canonical_one() -> None:
-    window = Window(0, 12, (12,))
+    window = span(0, 12, 12)
     draws = np.stack([sample_frames(generator(7, step), 4, window, 0, CONFIG) for step in range(2000)])
     assert draws.min() >= 0 and draws.max() <= 12
     share = np.stack([(draws == f).any(1) for f in range(13)]).mean(1)
     assert share[0] > 1.2 * share[5] and share[12] > 1.5 * share[5] and share[1:12].min() > 0.2
-    whole = np.stack([sample_frames(generator(7, step), 4, Window(0, 12), 6, CONFIG) for step in range(2000)])
+    whole = np.stack([sample_frames(generator(7, step), 4, span(0, 12), 6, CONFIG) for step in range(2000)])
     share = np.stack([(whole == f).any(1) for f in range(13) if f != 6]).mean(1)
     assert share.max() < 1.2 * share.min()  # nothing is new: all frames alike, the clip's ends too
-    alone = sample_frames(generator(7, 0), 4, Window(3, 3), 3, CONFIG)
+    alone = sample_frames(generator(7, 0), 4, span(3, 3), 3, CONFIG)
     assert alone.tolist() == [3, 3, 3, 3]
 
 
 def test_both_newest_frames_are_drawn_together_and_the_canonical_one_beside_them() -> None:
     always = replace(CONFIG, frontier_probability=1.0, canonical_probability=1.0)
     for step in range(20):
-        chosen = sample_frames(generator(0, step), 4, Window(3, 9, (3, 9)), 6, always)
+        chosen = sample_frames(generator(0, step), 4, span(3, 9, 3, 9), 6, always)
         assert {3, 6, 9} <= set(chosen.tolist())
-        assert set(sample_frames(generator(0, step), 1, Window(3, 9, (3, 9)), 6, always).tolist()) == {6}
-        assert {0, 9} <= set(sample_frames(generator(0, step), 3, Window(0, 9, (9,)), 0, always).tolist())
+        assert set(sample_frames(generator(0, step), 1, span(3, 9, 3, 9), 6, always).tolist()) == {6}
+        assert {0, 9} <= set(sample_frames(generator(0, step), 3, span(0, 9, 9), 0, always).tolist())
+
+
+def test_more_newest_frames_than_a_step_takes_are_drawn_by_chance() -> None:
+    always = replace(CONFIG, frontier_probability=1.0, canonical_probability=0.0)
+    window = span(0, 20, *range(10, 18))
+    draws = [sample_frames(generator(0, step), 4, window, 0, always).tolist() for step in range(40)]
+    assert all(len(set(chosen)) == 4 and set(chosen) <= set(window.newest) for chosen in draws)
+    assert {frame for chosen in draws for frame in chosen} == set(window.newest)
 
 
 def test_same_seed_and_step_give_the_same_draw_and_others_do_not() -> None:

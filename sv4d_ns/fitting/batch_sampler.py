@@ -33,11 +33,12 @@ def sample_frames(
 ) -> Int[np.ndarray, " count"]:
     """Frames for one step: the window's newest, one canonical now and then, the others uniform (without repetition
     among them while the window is large enough)."""
-    frames = np.arange(window.first, window.last + 1)
-    chosen = rng.choice(frames, count, replace=len(frames) < count)
+    chosen = rng.choice(window.frames, count, replace=len(window) < count)
     draw = rng.random(2)
     if draw[0] < config.frontier_probability:
-        chosen[: len(window.newest)] = window.newest[:count]
+        few = len(window.newest) <= count
+        newest = window.newest if few else rng.choice(window.newest, count, replace=False)
+        chosen[: len(newest)] = newest
     if draw[1] < config.canonical_probability:
         chosen[-1] = canonical
     return chosen

@@ -97,7 +97,7 @@ class GridFit:
             self.field, self.occupancy, self.flow, ScheduleConfig(), step, options.steps, options.occupancy_every
         )
         if options.visibility_every and len(window) > 1 and step % options.visibility_every == 0:
-            frame = window.first + step // options.visibility_every % len(window)
+            frame = window.in_turn(step // options.visibility_every)
             self.sampler.update_visibility(self.field, self.occupancy, frame)
         batch = self.sampler.draw(step, window, self.canonical)
         rendered = render_rays(

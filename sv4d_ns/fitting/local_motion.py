@@ -1,7 +1,7 @@
 """The motion of a cloud of points as one rigid motion around every place, found from matches of which many are wrong.
 
-What moves is mostly a few rigid parts, so what the points around a place agree on says where that place goes, those that
-could not be followed included. Procrustes' problem (Kabsch 1976) around nodes, reweighted after Geman and McClure;
+What moves is mostly a few rigid parts, so what the points around a place agree on says where that place goes, those
+that could not be followed included. Procrustes' problem (Kabsch 1976) around nodes, reweighted after Geman and McClure;
 points between nodes move as the nearest of them do (embedded deformation, Sumner et al. 2007, without its solver).
 """
 

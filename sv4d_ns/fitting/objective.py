@@ -183,9 +183,9 @@ def _band_terms(
 def _flow_terms(
     field: DeformableField, occupancy: OccupancyGrid, flow: SceneFlow, batch: Batch, seed: int, step: int
 ) -> dict[str, Tensor]:
-    """What the batch's frames owe to the surface's flow from their neighbours nearer to the canonical frame."""
-    canonical = round(field.config.canonical_time * max(batch.n_frames - 1, 1))
-    pairs = [Admission(frame, frame - (1 if frame > canonical else -1)) for frame in batch.frames if frame != canonical]
+    """What the batch's frames owe to the surface's flow from the frames they started from."""
+    parents = flow.order.parents
+    pairs = [Admission(frame, parents[frame]) for frame in batch.frames if parents[frame] != frame]
     if not pairs:
         return {}
     rng = randomness.generator(seed, step, 7)

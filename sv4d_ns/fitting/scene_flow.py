@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sv4d_ns.fitting.frame_order import FrameOrder, order_by_likeness
 from sv4d_ns.fitting.local_motion import locally_rigid
 from sv4d_ns.geometry.rays import project, sample_picture
 from sv4d_ns.utils.devices import upload
@@ -174,11 +175,12 @@ class SceneFlow:
     Args:
         views: pictures of one object.
         half_extent: of the box it lives in.
-        start: the frame from which frames are followed outward, the canonical one.
+        canonical: the frame that all others are followed from.
     """
 
-    def __init__(self, views: Sequence[TrainView], half_extent: float, start: int, seed: int = 0) -> None:
-        self.views, self.half_extent, self.start, self.seed = list(views), half_extent, start, seed
+    def __init__(self, views: Sequence[TrainView], half_extent: float, canonical: int, seed: int = 0) -> None:
+        self.views, self.half_extent, self.canonical, self.seed = list(views), half_extent, canonical, seed
+        self._plain: dict[tuple[int, int], Matches] = {}
         self._pairs: dict[tuple[int, int], Matches] = {}
 
     def matches(self, known: int, new: int) -> Matches:
@@ -187,14 +189,29 @@ class SceneFlow:
             self._pairs[known, new] = self._find(known, new)
         return self._pairs[known, new]
 
+    @cached_property
+    def order(self) -> FrameOrder:
+        """From which frame each is followed."""
+        return order_by_likeness(
+            self.views, self.canonical, lambda known, new: self._seen(known, new).confidence >= SURE
+        )
+
+    def _seen(self, known: int, new: int) -> Matches:
+        """Matches by flow alone, without a guess."""
+        if (known, new) not in self._plain:
+            surface = self._surface(known)
+            self._plain[known, new] = self._follow(surface, known, new, torch.zeros_like(surface.x))
+        return self._plain[known, new]
+
     def _find(self, known: int, new: int) -> Matches:
-        surface = self._surface(known)
-        found = self._follow(surface, known, new, torch.zeros_like(surface.x))
+        found = self._seen(known, new)
         if found.confidence >= SURE or not len(found.before):
             return found
+        surface = self._surface(known)
         guesses = [locally_rigid(surface.x, found.before, found.before, found.after, found.weight)]
-        if known != self.start:
-            earlier = self.matches(2 * known - new, known)
+        before = self.order.parents[known]
+        if known - before == new - known:
+            earlier = self.matches(before, known)
             guesses.append(locally_rigid(surface.x, earlier.after, earlier.before, earlier.after, earlier.weight))
         tries = [self._follow(surface, known, new, guess) for guess in guesses]
         found = max([found, *tries], key=lambda matches: matches.confidence)
@@ -284,9 +301,7 @@ class SceneFlow:
         return torch.stack([right, down], 1) @ rotation.T
 
 
-def _sees(
-    uv: Float[Tensor, "n 2"], depth: Float[Tensor, " n"], own: Bool[Tensor, " n"]
-) -> Float[Tensor, " n"]:
+def _sees(uv: Float[Tensor, "n 2"], depth: Float[Tensor, " n"], own: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
     """1 where a view sees a point, else 0."""
     side = VISIBILITY_SIDE
     nearest = torch.full((side * side,), torch.inf, device=depth.device)

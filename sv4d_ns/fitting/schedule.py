@@ -13,9 +13,9 @@ import torch
 
 from sv4d_ns.field.deformable import DeformableField
 from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.fitting.frame_order import FrameOrder
 from sv4d_ns.fitting.registration import Admission, init_frame_from_neighbour
 from sv4d_ns.fitting.scene_flow import SceneFlow
-from sv4d_ns.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,48 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Window:
-    """Inclusive range of frames."""
+    """Frames in use."""
 
-    first: int
-    last: int
+    frames: tuple[int, ...]
+    """In the order of their numbers."""
     newest: tuple[int, ...] = ()
     """Frames that came in last and are not fitted yet; none once the whole clip has had its time."""
 
+    @classmethod
+    def whole(cls, frames: int) -> Window:
+        """All frames of a clip."""
+        return cls(tuple(range(frames)))
+
     def __len__(self) -> int:
-        return self.last - self.first + 1
+        return len(self.frames)
+
+    def in_turn(self, number: int) -> int:
+        """The frame whose turn it is when each has one after the other."""
+        return self.frames[number % len(self.frames)]
 
 
-def frame_window(fraction: float, n_frames: int, canonical: int, config: ScheduleConfig) -> Window:
-    """Frames in use at `fraction` of the stage: only `canonical`, then growing evenly to both sides until the whole
-    clip is in. A side that reaches its end waits for the other."""
-    if not 0 <= canonical < n_frames:
-        raise InputError(f"the canonical frame {canonical} is not among the clip's {n_frames} frames.")
+def frame_order(flow: SceneFlow | None, frames: int, canonical: int) -> FrameOrder:
+    """From which frame each one's motion is found: as the surface's flow says, else from its neighbour in time."""
+    return FrameOrder.outward(frames, canonical) if flow is None else flow.order
+
+
+def frame_window(fraction: float, order: FrameOrder, config: ScheduleConfig) -> Window:
+    """Frames in use at `fraction` of the stage: only the canonical one, then those that are found from it, then those
+    that are found from these, until the whole clip is in."""
     span = config.full_window_at - config.static_fraction
     grown = (fraction - config.static_fraction) / span if span > 0 else float(fraction >= config.static_fraction)
-    reach = 0 if grown < 0 else 1 + math.floor(grown * max(canonical, n_frames - 1 - canonical))
-    first, last = canonical - reach, canonical + reach
-    newest = tuple(frame for frame in (first, last) if 0 <= frame < n_frames and reach)
-    return Window(max(first, 0), min(last, n_frames - 1), newest)
+    reach = 0 if grown < 0 else 1 + math.floor(grown * max(order.depths))
+    depths = list(enumerate(order.depths))
+    return Window(
+        frames=tuple(frame for frame, depth in depths if depth <= reach),
+        newest=tuple(frame for frame, depth in depths if depth == reach and reach),
+    )
 
 
-def admissions(before: Window, now: Window, canonical: int) -> list[Admission]:
-    """Frames of `now` that `before` has not, nearest to the canonical frame first."""
-    outward = [(f, -1) for f in range(before.first - 1, now.first - 1, -1)]
-    outward += [(f, 1) for f in range(before.last + 1, now.last + 1)]
-    outward.sort(key=lambda pair: abs(pair[0] - canonical))
-    return [Admission(frame, frame - direction) for frame, direction in outward]
+def admissions(before: Window, now: Window, order: FrameOrder) -> list[Admission]:
+    """Frames of `now` that `before` has not, each after the one it starts from."""
+    new = sorted(set(now.frames) - set(before.frames), key=lambda frame: (order.depths[frame], frame))
+    return [Admission(frame, order.parents[frame]) for frame in new]
 
 
 def apply_schedule(
@@ -80,21 +92,21 @@ def apply_schedule(
 ) -> Window:
     """Bring field and occupancy grid to `step` of `total_steps` and return the frames in use there.
 
-    Frames new to the window start from their neighbour's motion, and every `occupancy_every` steps the occupancy grid
-    looks at one of the window's moments. Follows from the step alone, so a resumed run
-    continues as it would have.
+    Frames new to the window start from the motion of the one before them, and every `occupancy_every` steps the
+    occupancy grid looks at one of the window's moments. Follows from the step alone, so a resumed run continues as it
+    would have.
     """
     frames = occupancy.bins
     canonical = occupancy.nearest_bin(field.config.canonical_time)
     fraction = min(step / total_steps, 1.0)
-    window = frame_window(fraction, frames, canonical, schedule)
+    order = frame_order(flow, frames, canonical)
+    window = frame_window(fraction, order, schedule)
     if step > 0:
-        before = frame_window(min((step - 1) / total_steps, 1.0), frames, canonical, schedule)
-        for admitted in admissions(before, window, canonical):
+        before = frame_window(min((step - 1) / total_steps, 1.0), order, schedule)
+        for admitted in admissions(before, window, order):
             init_frame_from_neighbour(field, occupancy, flow, admitted, step)
     if fraction >= schedule.residual_from and field.density_residual is not None:
         field.open_residual()
     if step % occupancy_every == 0:
-        frame = window.first + step // occupancy_every % len(window)
-        occupancy.update(field, frame, torch.Generator().manual_seed(step))
+        occupancy.update(field, window.in_turn(step // occupancy_every), torch.Generator().manual_seed(step))
     return window

@@ -495,7 +495,7 @@ class SV4DDataManager(VanillaDataManager):
         rays = self.train_pixel_sampler.num_rays_per_batch
         if self._export_sampler is None or self._export_sampler.config.rays != rays:
             self._export_sampler = self._make_sampler(rays=rays, patches=0, spread=True)
-        return _ray_bundle(self._export_sampler.draw(self.train_count, Window(0, 0), 0))
+        return _ray_bundle(self._export_sampler.draw(self.train_count, Window.whole(1), 0))
 
 
 def _with_targets(batch: "Batch") -> tuple[RayBundle, dict[str, Any]]:

@@ -76,7 +76,7 @@ class FourDiffusionModel(FieldModel):
         """All frames."""
         from sv4d_ns.fitting.schedule import Window
 
-        return Window(0, self.num_frames - 1)
+        return Window.whole(self.num_frames)
 
     def before_step(self, step: int) -> None:
         """Look at one more moment of the empty space."""

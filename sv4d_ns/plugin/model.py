@@ -66,9 +66,10 @@ class SV4DModel(FieldModel):
 
     def frame_window(self, step: int) -> "Window":
         """Frames in use at `step` (progressive frame sampling)."""
-        from sv4d_ns.fitting.schedule import frame_window
+        from sv4d_ns.fitting.schedule import frame_order, frame_window
 
-        return frame_window(self.fraction(step), self.num_frames, self.canonical_frame, self.schedule)
+        order = frame_order(self._flow, self.num_frames, self.canonical_frame)
+        return frame_window(self.fraction(step), order, self.schedule)
 
     def before_step(self, step: int) -> None:
         """Bring the field's schedule, the motion's flow and the occupancy grid to a step."""

@@ -78,7 +78,7 @@ class SV4DPipeline(FieldPipeline):
         window = self.field_model.frame_window(step)
         if len(window) == 1:
             return  # the static phase: the surface is still being found
-        frame = window.first + step // self.config.visibility_every % len(window)
+        frame = window.in_turn(step // self.config.visibility_every)
         self.datamanager.batch_sampler().update_visibility(self.field_model.field, self.field_model.occupancy, frame)
 
     def _refine_views(self, trainer: "SV4DTrainer", number: int, step: int) -> None:
