@@ -61,14 +61,19 @@ class FrameOrder:
         return self.depths.index(0)
 
 
+USUAL_STEP = 75
+"""Percentile of the differences of neighbours up to which any two frames are alike."""
+
+
 def order_by_likeness(
     views: Sequence[TrainView], canonical: int, is_followed: Callable[[int, int], bool]
 ) -> FrameOrder:
-    """Each frame from where the way to the canonical one is shortest: to neighbours in time, and to frames that look no
-    less alike than neighbours there do.
+    """Each frame from where the way to the canonical one is shortest: over neighbours in time, and over frames that
+    look no less alike than neighbours do.
 
     Args:
-        is_followed: whether motion can be found from a frame to one that is not its neighbour.
+        is_followed: whether motion can be found from a frame to one that is not its neighbour; asked of as many pairs
+            as there are frames, because it costs as much as following them.
     """
     from scipy.sparse.csgraph import dijkstra
 
@@ -78,18 +83,21 @@ def order_by_likeness(
         return FrameOrder.outward(len(frames), canonical)
     steps = difference[frames[1:], frames[:-1]]
     largest = np.maximum(np.append(steps, 0), np.append(0, steps))  # of each frame to a neighbour
+    alike = np.maximum(np.minimum(largest[:, None], largest), np.percentile(steps, USUAL_STEP))
     apart = np.abs(frames[:, None] - frames)
-    usable = (apart == 1) | ((apart > 1) & (difference <= np.minimum(largest[:, None], largest)))
+    usable = (apart == 1) | ((apart > 1) & (difference <= alike))
     # a held pose has differences of zero, which scipy takes for no edge
     cost = difference + PER_FRAME * np.median(steps) + 1e-9
+    tried: dict[tuple[int, int], bool] = {}
     while True:
         parents = dijkstra(np.where(usable, cost, 0.0), indices=canonical, return_predecessors=True)[1]
         parents[canonical] = canonical
-        lost = [(a, b) for b, a in enumerate(parents.tolist()) if abs(a - b) > 1 and not is_followed(a, b)]
-        if not lost:
+        far = [(a, b) for b, a in enumerate(parents.tolist()) if abs(a - b) > 1 and not tried.get((a, b))]
+        if not far:
             return FrameOrder(tuple(parents.tolist()))
-        for a, b in lost:
-            usable[a, b] = usable[b, a] = False
+        for a, b in far:
+            tried[a, b] = len(tried) < len(frames) and is_followed(a, b)
+            usable[a, b] = usable[b, a] = tried[a, b]
 
 
 def _differences(views: Sequence[TrainView]) -> Float[np.ndarray, "t t"]:
