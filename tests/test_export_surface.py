@@ -1,4 +1,4 @@
-"""What the film makes of the surface: outlines, what is drawn inside them, mended skin, cut webs, filled tails."""
+"""What the film makes of the surface: outlines, what is drawn inside them, mended skin, filled tails."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
 from sv4d_ns.export.make import without
-from sv4d_ns.export.surface.carving import carved, completed, silhouettes
 from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
+from sv4d_ns.export.surface.silhouettes import completed, silhouettes
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
 
@@ -156,58 +156,6 @@ def grid_of(inside, resolution=64):
     x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
     low = np.full(3, -0.57)
     return OpacityGrid(np.where(inside(x, y, z), 0.9, 0.0), low, -low, 0.03)
-
-
-def everywhen(positions):
-    return np.ones(len(positions), dtype=bool)
-
-
-def legs(gap):
-    """A body on two legs, `gap` from the middle each."""
-    parts = [
-        trimesh.creation.box((0.2, 0.5, 0.2), trimesh.transformations.translation_matrix((0, 0, 0.25))),
-        *(
-            trimesh.creation.box((0.2, 0.12, 0.5), trimesh.transformations.translation_matrix((0, side * gap, -0.1)))
-            for side in (-1, 1)
-        ),
-    ]
-    merged = trimesh.util.concatenate(parts)
-    return np.asarray(merged.vertices), np.asarray(merged.faces)
-
-
-def test_a_web_between_legs_is_cut_and_the_legs_stay():
-    def inside(x, y, z):
-        body = (np.abs(x) < 0.1) & (np.abs(y) < 0.25) & (z > 0.15) & (z < 0.35)
-        return body | ((np.abs(x) < 0.1) & (np.abs(y) < 0.17) & (z > -0.35) & (z < 0.2))  # legs and the web between
-
-    grid = grid_of(inside)
-    axis = np.linspace(-0.57, 0.57, 64)
-    nodes = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)[grid.values > 0.5]
-    still, film = np.stack([nodes] * 3), [filmed(*legs(0.11), frame) for frame in range(3)]
-    result, share = carved(grid, grid.values, 0.5, nodes, still, everywhen(still), film)
-    y, z = nodes[:, 1], nodes[:, 2]
-    kept = result[grid.values > 0.5] > 0.5
-    assert not kept[(np.abs(y) < 0.02) & (z < 0.05) & (z > -0.3)].any()
-    assert kept[(np.abs(np.abs(y) - 0.11) < 0.03) & (np.abs(z) < 0.3) & (np.abs(nodes[:, 0]) < 0.07)].all()
-    assert 0.02 < share < 0.4
-    guesses = np.zeros(len(still), bool)
-    assert carved(grid, grid.values, 0.5, nodes, still, guesses, film)[1] == 0  # a guess speaks against nothing
-
-
-def test_what_the_film_needs_is_not_cut_for_a_slip_of_the_motion():
-    def inside(x, y, z):
-        return (np.abs(x) < 0.1) & (np.abs(y) < 0.1) & (np.abs(z) < 0.35)
-
-    grid = grid_of(inside)
-    axis = np.linspace(-0.57, 0.57, 64)
-    nodes = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)[grid.values > 0.5]
-    box = trimesh.creation.box((0.2, 0.2, 0.7))
-    film = [filmed(np.asarray(box.vertices), np.asarray(box.faces), frame) for frame in range(6)]
-    positions = np.stack([nodes] * 6)
-    positions[4:, nodes[:, 2] < -0.2] += [0.0, 0.2, 0.0]  # in two frames of six the foot is put beside the leg
-    result, share = carved(grid, grid.values, 0.5, nodes, positions, everywhen(positions), film)
-    assert share == 0
-    assert (result[grid.values > 0.5] > 0.5).all()
 
 
 def test_a_tail_of_fog_is_filled_where_the_film_shows_it():

@@ -23,7 +23,6 @@ from sv4d_ns.export.colour.texture import Atlas, bake, bake_many, unwrap
 from sv4d_ns.export.formats.asset import AnimatedMesh, Flipbook, RootMotion, Texture, animated_mesh, with_texture
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.root_motion import root_motion
-from sv4d_ns.export.surface.carving import carved, completed, silhouettes
 from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
     OpacityGrid,
@@ -41,6 +40,7 @@ from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import refitted, registered
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
+from sv4d_ns.export.surface.silhouettes import completed, silhouettes
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
@@ -72,10 +72,6 @@ FULL_WEIGHT = 0.05
 
 FILM_FULL = 0.03
 """Weight from which a place shows the film alone: the sharpest frame sees it at 72 degrees."""
-PROBE_FACES = 10_000
-"""Faces of the surface whose motion says what the film contradicts: nodes of the grid move like what is around them."""
-WELL_KNOWN = 0.03
-"""Share of vertices without a known place from which a frame says nothing against the canonical shape."""
 FINE_VIDEO = 384
 """Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
 for each pixel of an object that fills the picture, on either side of it."""
@@ -123,8 +119,6 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     """The canonical mesh and where its vertices are at every frame."""
     frames, film = run.views.num_frames, input_pictures(run.views)
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
-    if run.deforms:
-        solid = _carved(run, grid, solid, level, film, terminal)
     surface = _surface(solid, level, grid, options, terminal)
     terminal.say(
         f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
@@ -181,26 +175,6 @@ def _solid(
         grid = opacity_grid(still, resolution, run.possible(time), advance)
     solid, level = solid_and_level(grid)
     return grid, completed(grid, solid, level, film), level
-
-
-def _carved(
-    run: FinishedRun,
-    grid: OpacityGrid,
-    solid: Float[np.ndarray, "r r r"],
-    level: float,
-    film: Sequence[Picture],
-    terminal: "Terminal",
-) -> Float[np.ndarray, "r r r"]:
-    """`solid` without what the field's motion takes out of the film's silhouettes."""
-    from sv4d_ns.export.terminal import BarsAlone
-
-    probe = surface_of(solid, level, grid, PROBE_FACES)
-    tracks = _motion(run, probe, grid, len(solid), BarsAlone(terminal))
-    known = tracks.guessed.mean(axis=1) < WELL_KNOWN
-    solid, cut = carved(grid, solid, level, probe.vertices, tracks.positions, known, film)
-    if cut:
-        terminal.say(f"{cut:.2%} of the matter would stand outside the film's silhouettes; it was cut away")
-    return solid
 
 
 def _motion(

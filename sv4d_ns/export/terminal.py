@@ -24,13 +24,3 @@ class Terminal:
             show(0, total)
             yield lambda: show(next(done), total)
             show(total, total)
-
-
-class BarsAlone(Terminal):
-    """The bars of another terminal; the findings are of work that is not kept."""
-
-    def __init__(self, shown: Terminal):
-        self.bar = shown.bar  # type: ignore[method-assign]
-
-    def say(self, line: str) -> None:
-        """Nothing."""

@@ -14,8 +14,8 @@ from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import splu
 
-from sv4d_ns.export.surface.carving import Silhouette
 from sv4d_ns.export.surface.extraction import vertex_graph
+from sv4d_ns.export.surface.silhouettes import Silhouette
 
 STRETCH = 2.5
 """Times its rest length from which an edge counts as drawn out."""

@@ -1,0 +1,108 @@
+"""What the input video's silhouettes say about the canonical shape.
+
+The input camera saw the object in every frame, so its silhouettes are the truth there. Rays of the canonical frame that
+the video shows full and the density leaves empty are filled (a thin tail whose density is fog), on the nodes of the
+opacity grid, before a surface is cut out of it. Own design.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import ndimage
+
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.surface.extraction import OpacityGrid
+from sv4d_ns.geometry.rays import project_array
+
+FOG = 0.02
+"""Opacity from which a node of an empty ray says where along the ray the object is."""
+SLOPE = 1.0
+"""Steepest way, depth over width, from the object to what is filled: fog far before or behind it is a stray."""
+
+
+@dataclass(frozen=True, eq=False)
+class Silhouette:
+    """One frame's silhouette as signed distances."""
+
+    picture: Picture
+    distance: Float[np.ndarray, "s s"]
+    """Shares of the picture's width from each pixel to the outline, positive outside."""
+
+    def at(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
+        """Signed distance of world points in the picture; beyond its edge as at the edge."""
+        size = len(self.distance)
+        pixels, _ = project_array(points, self.picture.c2w, self.picture.fov_focal * size, size)
+        return ndimage.map_coordinates(self.distance, pixels[:, ::-1].T - 0.5, order=1, mode="nearest")
+
+
+def silhouettes(film: Sequence[Picture]) -> list[Silhouette]:
+    """The silhouettes of one picture per frame, in the order of the frames."""
+    result = []
+    for picture in sorted(film, key=lambda one: one.frame):
+        inside = picture.rgba[..., 3] >= 128
+        outward, inward = (ndimage.distance_transform_edt(part) for part in (~inside, inside))
+        result.append(Silhouette(picture, (outward - inward) / len(inside)))
+    return result
+
+
+def completed(
+    grid: OpacityGrid, solid: Float[np.ndarray, "r r r"], level: float, film: Picture
+) -> Float[np.ndarray, "r r r"]:
+    """`solid` with matter on rays of the canonical frame that the film shows full and that miss its largest piece.
+
+    It is put where along the ray the density is highest, no farther from the depth of the nearest full ray than a way
+    of `SLOPE` leads, or at that depth where there is no density; and as thick as the silhouette is wide there.
+
+    Args:
+        solid: smoothed opacity on the nodes of `grid`.
+        film: the input camera's picture at the canonical frame.
+    """
+    size = len(film.rgba)
+    pixels, depth = project_array(_nodes(grid), film.c2w, film.fov_focal * size, size)
+    column, row = (np.floor(pixels).astype(np.int64).clip(0, size - 1)).T
+    ray = row * size + column
+    values = solid.ravel()
+    inside = film.rgba[..., 3] >= 128
+    # a node covers what its cell does
+    reach = max(1, round(grid.spacing.max() * film.fov_focal * size / np.median(depth)))
+    pieces, _ = ndimage.label(solid > level)
+    body = pieces.ravel() == np.bincount(pieces.ravel())[1:].argmax() + 1
+    count = np.bincount(ray[body], minlength=size * size).reshape(size, size)
+    full = ndimage.binary_dilation(count > 0, iterations=reach)
+    empty = inside & ~full
+    if not empty.any() or not (inside & full).any():
+        return solid
+    empty = ndimage.binary_dilation(empty, iterations=2 * reach) & inside
+    middle = np.bincount(ray[body], depth[body], size * size).reshape(size, size) / np.maximum(count, 1)
+    far, nearest = ndimage.distance_transform_edt(count == 0, return_indices=True)
+    start = middle[tuple(nearest)]
+    per_pixel = start / (film.fov_focal * size)
+    fog = _depths(values, depth, ray, size, reach)
+    along = np.where(np.isfinite(fog), fog, start).clip(
+        start - SLOPE * far * per_pixel, start + SLOPE * far * per_pixel
+    )
+    along = ndimage.uniform_filter(np.where(empty, along, start), 2 * reach + 1)
+    half = np.maximum(ndimage.distance_transform_edt(inside) * per_pixel, 0.75 * grid.spacing.max())
+    filled = empty.ravel()[ray] & (np.abs(depth - along.ravel()[ray]) < half.ravel()[ray])
+    return np.where(filled.reshape(solid.shape), np.maximum(solid, 0.5 + 0.5 * level), solid)
+
+
+def _depths(values: np.ndarray, depth: np.ndarray, ray: np.ndarray, size: int, reach: int) -> np.ndarray:
+    """Depth of each pixel's most opaque node, infinite where all are below `FOG`; nodes count for pixels around."""
+    some = np.flatnonzero(values > FOG)
+    order = some[np.argsort(values[some])]
+    along, greatest = np.full(size * size, np.inf), np.zeros(size * size)
+    along[ray[order]], greatest[ray[order]] = depth[order], values[order]  # the last one of each pixel is the greatest
+    best = greatest.reshape(size, size)
+    highest = ndimage.maximum_filter(best, 2 * reach + 1)
+    place = ndimage.distance_transform_edt((best < highest) | (best == 0), return_distances=False, return_indices=True)
+    return np.where(highest > 0, along.reshape(size, size)[tuple(place)], np.inf)
+
+
+def _nodes(grid: OpacityGrid) -> Float[np.ndarray, "m 3"]:
+    axes = [
+        np.linspace(low, high, count) for low, high, count in zip(grid.low, grid.high, grid.values.shape, strict=True)
+    ]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
