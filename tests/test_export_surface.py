@@ -84,11 +84,11 @@ def rod():
     return np.asarray(mesh.vertices), np.asarray(mesh.faces)
 
 
-def test_drawn_out_skin_keeps_its_shape_and_follows_its_neighbours():
+def test_skin_thrown_out_of_the_silhouette_keeps_its_shape_and_follows_its_neighbours():
     vertices, faces = rod()
     moved = np.add(vertices, [0.0, 0.0, 0.1])
     torn = moved.copy()
-    torn[vertices[:, 1] > 0.3] += [0.0, -0.1, 0.35]  # the end is sent elsewhere: the skin between is drawn out
+    torn[vertices[:, 1] > 0.3] += [0.0, -0.1, 0.35]  # the end is sent where the object is not
     film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
     result, changed = mended(np.stack([vertices, torn]), np.zeros((2, len(vertices)), bool), vertices, faces, film, 0)
     assert not changed[0].any() and changed[1][vertices[:, 1] > 0.3].all()
@@ -134,7 +134,7 @@ def test_a_guess_is_carried_by_the_skin_around_it():
     moved = np.add(vertices, [0.0, 0.0, 0.1])
     guessed = np.zeros((2, len(vertices)), bool)
     guessed[1, vertices[:, 1] > 0.3] = True
-    shifted = moved + np.where(guessed[1][:, None], [0.0, 0.0, 0.02], 0.0)  # too little to be drawn out
+    shifted = moved + np.where(guessed[1][:, None], [0.0, 0.0, 0.02], 0.0)
     film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
     result, changed = mended(np.stack([vertices, shifted]), guessed, vertices, faces, film, 0)
     assert changed[1][guessed[1]].all()

@@ -180,7 +180,7 @@ def _solid(
 def _motion(
     run: FinishedRun, surface: CanonicalMesh, grid: OpacityGrid, resolution: int, terminal: "Terminal"
 ) -> Tracks:
-    """Where the field's motion takes a surface, drawn-out skin mended."""
+    """Where the field's motion takes a surface, what leaves the silhouettes taken back."""
     diagonal = float(np.linalg.norm(grid.high - grid.low))
     tracks = _followed(run, surface, diagonal, resolution, terminal)
     if not run.deforms:
@@ -191,7 +191,7 @@ def _motion(
     )
     if changed.any():
         terminal.say(
-            f"{changed.mean():.2%} of the vertex positions were drawn out or stood apart; their skin was mended"
+            f"{changed.mean():.2%} of the vertex positions were unknown or off the film's silhouettes; their skin was mended"
         )
     return replace(tracks, positions=positions.astype(np.float32))
 

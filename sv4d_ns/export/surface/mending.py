@@ -1,9 +1,9 @@
-"""Stretched skin mended: where motion draws triangles out, they keep their shape instead.
+"""Skin mended where motion throws it out of the film's silhouettes, or where nothing is known of its place.
 
-A fitted deformation may send neighbouring matter to different limbs. The faces between are drawn out to a sheet, and
-what hangs on the wrong end of it stands where the object is not. Such vertices are taken back frame by frame: the skin
+A fitted deformation may send matter to where the object is not. Such vertices are taken back frame by frame: the skin
 around them carries them along as rigidly as it can (Sorkine & Alexa 2007, as-rigid-as-possible surface modelling),
-starting from the neighbouring frame.
+starting from the neighbouring frame. Triangles that are drawn out stay: a motion found on a grid stretches what it
+moves, and holding them together holds limbs back (benchmarks/results/export_cuts.md).
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,6 @@ from scipy.sparse.linalg import splu
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.export.surface.silhouettes import Silhouette
 
-STRETCH = 2.5
-"""Times its rest length from which an edge counts as drawn out."""
-LEAST_LENGTH = 0.008
-"""World units below which no edge is drawn out, whatever it was at rest."""
 OUTSIDE = 0.03
 """Shares of the picture's width outside the film's silhouette from which a vertex is where the object is not."""
 RINGS = 2
@@ -122,32 +118,6 @@ class RigidSkin:
         return result
 
 
-def bad_vertices(
-    rest: Float[np.ndarray, "n 3"],
-    x: Float[np.ndarray, "n 3"],
-    faces: Int[np.ndarray, "f 3"],
-    silhouette: Silhouette | None,
-) -> Bool[np.ndarray, " n"]:
-    """Vertices of drawn-out edges, those that hang on the mesh by such only, and those far out of the silhouette."""
-    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    length, before = (np.linalg.norm(y[edges[:, 0]] - y[edges[:, 1]], axis=-1) for y in (x, rest))
-    drawn = length > np.maximum(STRETCH * before, LEAST_LENGTH)
-    bad = np.zeros(len(x), dtype=bool)
-    bad[edges[drawn]] = True
-    whole = edges[~bad[edges].any(axis=1)]
-    count = len(x)
-    intact = sparse.coo_matrix((np.ones(len(whole)), (whole[:, 0], whole[:, 1])), (count, count))
-    _, island = csgraph.connected_components(intact, directed=False)
-    _, part = csgraph.connected_components(vertex_graph(faces, count), directed=False)
-    sizes = np.bincount(island)
-    largest = np.zeros(part.max() + 1, dtype=np.int64)
-    np.maximum.at(largest, part, sizes[island])
-    bad |= sizes[island] < largest[part]
-    if silhouette is not None:
-        bad |= silhouette.at(x) > OUTSIDE
-    return bad
-
-
 def mended(
     positions: Float[np.ndarray, "t n 3"],
     guessed: Bool[np.ndarray, "t n"],
@@ -156,7 +126,7 @@ def mended(
     silhouettes: Sequence[Silhouette],
     first: int,
 ) -> tuple[Float[np.ndarray, "t n 3"], Bool[np.ndarray, "t n"]]:
-    """Positions without drawn-out skin, and which vertices were solved again at each frame.
+    """Positions within the silhouettes, and which vertices were solved again at each frame.
 
     Args:
         guessed: vertices of whose place nothing is known (a frame of nothing else is taken as it is).
@@ -174,7 +144,7 @@ def mended(
         *((i, i + 1) for i in range(first - 1, -1, -1)),
     ]
     for frame, neighbour in order:
-        bad = bad_vertices(rest, positions[frame], faces, silhouettes[frame])
+        bad = silhouettes[frame].at(positions[frame]) > OUTSIDE
         if not guessed[frame].all():
             bad |= guessed[frame]
         if not bad.any() or bad.all():
