@@ -191,7 +191,7 @@ def _motion(
     )
     if changed.any():
         terminal.say(
-            f"{changed.mean():.2%} of the vertex positions were unknown or off the film's silhouettes; their skin was mended"
+            f"{changed.mean():.2%} of the vertex positions were unknown or off the silhouettes; their skin was mended"
         )
     return replace(tracks, positions=positions.astype(np.float32))
 
