@@ -8,7 +8,7 @@ import torch
 
 from sv4d_ns.fitting.frame_order import FrameOrder, order_by_likeness
 from sv4d_ns.fitting.local_motion import locally_rigid
-from sv4d_ns.fitting.scene_flow import SURE, SceneFlow, guided_flow, spread_guess
+from sv4d_ns.fitting.scene_flow import SURE, Matches, SceneFlow, guided_flow, spread_guess
 from sv4d_ns.geometry.cameras import ViewPlan
 
 SIZE, RADIUS, SPEED = 96, 0.25, torch.tensor([0.03, 0.06, 0.04])
@@ -187,3 +187,18 @@ def test_alike_is_not_enough_where_motion_cannot_be_found() -> None:
     assert order_by_likeness(views, 0, never) == FrameOrder.outward(6, 0)
     assert asked and all(abs(a - b) > 1 for a, b in asked)
     assert SceneFlow(views, half_extent=0.57, canonical=0).matches(0, 5).confidence >= SURE
+
+
+def test_a_clip_of_many_frames_can_be_asked_for_its_last_pair_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = SceneFlow([], half_extent=0.57, canonical=0)
+    flow.__dict__["order"] = FrameOrder.outward(1500, 0)
+    point, asked = torch.zeros(1, 3), []
+    monkeypatch.setattr(flow, "_surface", lambda frame: SimpleNamespace(x=point))
+
+    def follow(surface: object, known: int, new: int, guess: torch.Tensor) -> Matches:
+        asked.append((known, new))
+        return Matches(point, point, torch.zeros(1))
+
+    monkeypatch.setattr(flow, "_follow", follow)
+    assert len(flow.matches(1498, 1499).before) == 1
+    assert set(asked) == {(frame, frame + 1) for frame in range(1499)}

@@ -185,9 +185,21 @@ class SceneFlow:
 
     def matches(self, known: int, new: int) -> Matches:
         """Surface points of frame `known` and where they are in frame `new`."""
-        if (known, new) not in self._pairs:
-            self._pairs[known, new] = self._find(known, new)
+        wanted: list[tuple[int, int]] = []
+        pair: tuple[int, int] | None = (known, new)
+        while pair is not None and pair not in self._pairs:  # no recursion: a clip may have a thousand frames
+            wanted.append(pair)
+            pair = self._earlier(*pair)
+        for pair in reversed(wanted):
+            self._pairs[pair] = self._find(*pair)
+            self._plain.pop(pair, None)
         return self._pairs[known, new]
+
+    def _earlier(self, known: int, new: int) -> tuple[int, int] | None:
+        """The pair whose motion goes on in this one, if that is needed and there is one."""
+        before = self.order.parents[known]
+        goes_on = known - before == new - known and self._seen(known, new).confidence < SURE
+        return (before, known) if goes_on else None
 
     @cached_property
     def order(self) -> FrameOrder:
@@ -209,9 +221,9 @@ class SceneFlow:
             return found
         surface = self._surface(known)
         guesses = [locally_rigid(surface.x, found.before, found.before, found.after, found.weight)]
-        before = self.order.parents[known]
-        if known - before == new - known:
-            earlier = self.matches(before, known)
+        earlier_pair = self._earlier(known, new)
+        if earlier_pair is not None:
+            earlier = self._pairs[earlier_pair]
             guesses.append(locally_rigid(surface.x, earlier.after, earlier.before, earlier.after, earlier.weight))
         tries = [self._follow(surface, known, new, guess) for guess in guesses]
         found = max([found, *tries], key=lambda matches: matches.confidence)
