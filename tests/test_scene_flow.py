@@ -202,3 +202,12 @@ def test_a_clip_of_many_frames_can_be_asked_for_its_last_pair_first(monkeypatch:
     monkeypatch.setattr(flow, "_follow", follow)
     assert len(flow.matches(1498, 1499).before) == 1
     assert set(asked) == {(frame, frame + 1) for frame in range(1499)}
+
+
+def test_a_clip_that_stands_still_has_an_order() -> None:
+    views = ball(frames=5)
+    for view in views:
+        for values in (view.rgb, view.alpha):
+            values[:] = values[:1].clone()
+    order = SceneFlow(views, half_extent=0.57, canonical=2).order
+    assert order.canonical == 2 and all(0 <= parent < 5 for parent in order.parents)

@@ -75,6 +75,7 @@ def order_by_likeness(
         is_followed: whether motion can be found from a frame to one that is not its neighbour; asked of as many pairs
             as there are frames, because it costs as much as following them.
     """
+    from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import dijkstra
 
     difference = _differences(views)
@@ -86,11 +87,12 @@ def order_by_likeness(
     alike = np.maximum(np.minimum(largest[:, None], largest), np.percentile(steps, USUAL_STEP))
     apart = np.abs(frames[:, None] - frames)
     usable = (apart == 1) | ((apart > 1) & (difference <= alike))
-    # a held pose has differences of zero, which scipy takes for no edge
-    cost = difference + PER_FRAME * np.median(steps) + 1e-9
+    cost = difference + PER_FRAME * np.median(steps)
     tried: dict[tuple[int, int], bool] = {}
     while True:
-        parents = dijkstra(np.where(usable, cost, 0.0), indices=canonical, return_predecessors=True)[1]
+        # a sparse matrix has edges of cost zero too: those of a pose that is held
+        edges = csr_matrix((cost[usable], usable.nonzero()), cost.shape)
+        parents = dijkstra(edges, indices=canonical, return_predecessors=True)[1]
         parents[canonical] = canonical
         far = [(a, b) for b, a in enumerate(parents.tolist()) if abs(a - b) > 1 and not tried.get((a, b))]
         if not far:
