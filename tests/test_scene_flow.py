@@ -168,7 +168,7 @@ def test_a_clip_that_comes_back_is_followed_from_both_ends() -> None:
         for values in (view.rgb, view.alpha):
             values[4:] = values[:4].flip(0)
     order = SceneFlow(views, half_extent=0.57, canonical=0).order
-    assert order.canonical == 0 and order.parents[7] == 0 and max(order.depths) <= 4
+    assert order.depths[0] == 0 and order.parents[7] == 0 and max(order.depths) <= 4
     straight = SceneFlow(ball(frames=6), half_extent=0.57, canonical=2).order
     assert straight == FrameOrder.outward(6, 2)
 
@@ -210,4 +210,4 @@ def test_a_clip_that_stands_still_has_an_order() -> None:
         for values in (view.rgb, view.alpha):
             values[:] = values[:1].clone()
     order = SceneFlow(views, half_extent=0.57, canonical=2).order
-    assert order.canonical == 2 and all(0 <= parent < 5 for parent in order.parents)
+    assert order.depths[2] == 0 and all(0 <= parent < 5 for parent in order.parents)

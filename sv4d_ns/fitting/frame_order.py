@@ -56,10 +56,6 @@ class FrameOrder:
             depths.append(depth)
         return tuple(depths)
 
-    @property
-    def canonical(self) -> int:
-        return self.depths.index(0)
-
 
 USUAL_STEP = 75
 """Percentile of the differences of neighbours up to which any two frames are alike."""

@@ -30,7 +30,7 @@ FLOW_POINTS = 1024
 
 @dataclass(frozen=True)
 class Admission:
-    """A frame that enters the window, and the neighbour it starts from."""
+    """A frame that enters the window, and the one in it that it starts from."""
 
     new: int
     known: int
@@ -57,8 +57,8 @@ REGISTRATION_RATE = 0.02
 def init_frame_from_neighbour(
     field: DeformableField, occupancy: OccupancyGrid, flow: SceneFlow | None, frame: Admission, seed: int
 ) -> None:
-    """Start a new frame's motion: its neighbour's, moved as the hulls' middles did, then registered to its own hull and
-    to where the views' optical flow says its surface came from.
+    """Start a new frame's motion: that of the frame it is found from (`FrameOrder`), moved as the hulls' middles did,
+    then registered to its own hull and to where the views' optical flow says its surface came from.
 
     Costs about a second, once per frame. Pixels could not do this: they pull on what already overlaps them.
     """
