@@ -24,7 +24,6 @@ from sv4d_ns.diffusion.bundled import load_bundled_pipeline
 from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
 from sv4d_ns.diffusion_training.evaluate import Scores, as_floats, held_out_clip, score, table
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.synthesis.bundled import with_chroma_of
 from sv4d_ns.utils.files import atomic_path
 
 SIZE = 64
@@ -51,8 +50,8 @@ class Config:
     """Show them as films that are cropped around their object do; by default as renders do, looking at its middle."""
     steps: tuple[int, ...] = (1,)
     """Numbers of sampling steps."""
-    chroma: bool = True
-    """With the input's chroma on sides not seen, as a run has them; without, as the model paints them."""
+    recolour: bool = True
+    """Hidden sides in the colours that the input shows, as a run has them; without, as the model paints them."""
     threads: int = 1
     """CPU threads."""
     sheet: Path | None = None
@@ -119,15 +118,12 @@ def _read(path: Path) -> UInt8[np.ndarray, "h w 4"]:
     return (np.concatenate([colour, blocks[..., 3:]], axis=-1).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def sampled(pipeline: BundledVideoPipeline, clip: Clip, steps: int, chroma: bool) -> np.ndarray:
+def sampled(pipeline: BundledVideoPipeline, clip: Clip, steps: int, recolour: bool) -> np.ndarray:
     """All views of a clip, [t, v, h, w, 4] in [0, 1], RGB on white."""
     made = pipeline(
         clip.pictures[:, 0], clip.plan.azimuths_deg, clip.plan.elevations_deg, clip.plan.input_elevation_deg,
-        num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
+        num_inference_steps=steps, recolour=recolour, generator=torch.Generator().manual_seed(0),
     ).frames  # fmt: skip
-    if chroma:
-        straight = torch.from_numpy(made).movedim(-1, 2)
-        made = torch.stack([*with_chroma_of(clip.pictures[:, 0], straight, clip.plan)]).movedim(2, -1).numpy()
     made[..., :3] = made[..., :3] * made[..., 3:] + 1.0 - made[..., 3:]
     return made  # type: ignore[no-any-return]
 
@@ -164,7 +160,7 @@ def main(config: Config) -> None:
     }
     for steps in config.steps:
         name = f"{steps} step{'s' if steps > 1 else ''}"
-        makers[name] = partial(sampled, pipeline, steps=steps, chroma=config.chroma)
+        makers[name] = partial(sampled, pipeline, steps=steps, recolour=config.recolour)
     sets: dict[str, list[Clip]] = {}
     if config.creatures:
         sets[f"{config.creatures} held-out creatures"] = list(creatures(config.creatures))

@@ -14,7 +14,6 @@ from sv4d_ns.diffusion.sv4d.grid import GeneratedGrid, GridOptions
 from sv4d_ns.diffusion.sv4d.windows import ViewReferences, WindowStride
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.synthesis.base import from_model_space, to_model_space
-from sv4d_ns.synthesis.bundled import with_chroma_of
 from sv4d_ns.synthesis.choice import load_synthesizer
 from sv4d_ns.synthesis.sv4d import DiffusionSynthesizer, fitting_offload, refine_sigma
 from sv4d_ns.utils.errors import InputError
@@ -156,30 +155,3 @@ def test_stage_2_starts_at_its_noise_level_and_leaves_the_schedule_as_it_was(
     assert asked == [(3, tmp_path, pytest.approx(refine_sigma(scheduler.config, 0.5)))]
     assert synthesizer.pipeline.scheduler is scheduler
     assert views.confidence.flatten()[0] == round(255 * 0.8**2)
-
-
-def test_unseen_sides_get_the_inputs_chroma_and_keep_their_brightness_and_silhouettes() -> None:
-    frames = np.zeros((2, 8, 8, 4), np.uint8)
-    frames[:, 2:6, 2:6] = (90, 60, 120, 255)
-    plan = ViewPlan.ring((90.0, 180.0))
-    rgba = torch.rand(2, 2, 4, 8, 8)
-    rgba[:, :, :3] = 0.3 + 0.1 * rgba[:, :, :3]
-    found = torch.stack(list(with_chroma_of(frames, rgba, plan)))
-    torch.testing.assert_close(found[:, :, 3], rgba[:, :, 3])
-    torch.testing.assert_close(found[:, :, :3].mean(2), rgba[:, :, :3].mean(2))
-
-    def chroma(view: int, of: torch.Tensor) -> torch.Tensor:
-        colour, alpha = of[:, view, :3], of[:, view, 3:]
-        mean = (colour * alpha).sum((0, 2, 3)) / alpha.sum()
-        return mean - mean.mean()
-
-    wanted = torch.tensor([0.0, -30.0, 30.0]) / 255
-    torch.testing.assert_close(chroma(1, found), wanted, atol=1e-5, rtol=0)
-    torch.testing.assert_close(chroma(0, found), (wanted + chroma(0, rgba)) / 2, atol=1e-5, rtol=0)
-
-
-def test_a_view_without_an_object_is_left_alone() -> None:
-    rgba = torch.full((1, 1, 4, 4, 4), 0.5)
-    rgba[:, :, 3] = 0
-    found = torch.stack(list(with_chroma_of(np.zeros((1, 4, 4, 4), np.uint8), rgba, ViewPlan.ring((180.0,)))))
-    torch.testing.assert_close(found, rgba)

@@ -1,6 +1,5 @@
 """`ViewSynthesizer` around the bundled model, whose views are renders of one volume a moment."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,34 +95,7 @@ class BundledSynthesizer:
             callback_on_step_end=on_step, return_dict=False, **options,
         )[0]  # fmt: skip
         progress(total, total)
-        moments = with_chroma_of(frames, rgba, plan)
-        return from_model_space(torch.cat([on_white(moment), moment[:, 3:]], dim=1) for moment in moments)
-
-
-def with_chroma_of(
-    frames: UInt8[np.ndarray, "t s s 4"], rgba: Float[Tensor, "t v 4 h w"], plan: ViewPlan
-) -> Iterator[Float[Tensor, "v 4 h w"]]:
-    """Views whose mean colour over the clip differs from the input's no more than in brightness, the less so the
-    nearer their camera is to the input's; straight colours, a moment at a time.
-
-    The model paints sides that it cannot see with a mean over all objects, which is greyer than any of them. Own
-    design, measured in benchmarks/results/bundled_chroma.md.
-    """
-    pixels = torch.from_numpy(frames)[:, None].movedim(-1, 2)
-    missing = _mean_colour(moment.to(rgba) / 255 for moment in pixels) - _mean_colour(rgba)
-    directions = torch.nn.functional.normalize(torch.from_numpy(plan.c2w()[:, :3, 3]).to(rgba), dim=-1)
-    away = (1 - directions[1:] @ directions[0]) / 2
-    shift = away[:, None] * (missing - missing.mean(-1, keepdim=True))
-    for moment in rgba:
-        colour, alpha = moment.split([3, 1], dim=1)
-        yield torch.cat([(colour + shift[:, :, None, None]).clamp(0, 1), alpha], 1)
-
-
-def _mean_colour(moments: Iterable[Float[Tensor, "v 4 h w"]]) -> Float[Tensor, "v 3"]:
-    """Of each view's object over all moments; grey where there is none."""
-    sums = torch.stack([torch.cat([m[:, :3] * m[:, 3:], m[:, 3:]], 1).sum((2, 3)) for m in moments]).sum(0)
-    colour, covered = sums.split([3, 1], dim=1)
-    return torch.where(covered > 0, colour / covered.clamp(min=1e-6), 0.5)
+        return from_model_space(torch.cat([on_white(moment), moment[:, 3:]], dim=1) for moment in rgba)
 
 
 def on_white(rgba: Float[Tensor, "v 4 h w"]) -> Float[Tensor, "v 3 h w"]:

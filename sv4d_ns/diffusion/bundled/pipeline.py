@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sv4d_ns.diffusion.bundled.frustum import Frustum, pixel_directions, relative_poses
 from sv4d_ns.diffusion.bundled.network import TIME_REACH, VolumeDenoiser
 from sv4d_ns.diffusion.bundled.pictures import continued, premultiplied
+from sv4d_ns.diffusion.bundled.recolouring import in_colours_of_the_input
 from sv4d_ns.diffusion.bundled.rendering import Volume, render_rays
 from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, look_at_cameras
 from sv4d_ns.utils.devices import upload
@@ -92,6 +93,7 @@ class BundledVideoPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         initial_views: UInt8[np.ndarray, "t v p p 4"] | None = None,
         strength: float = 1.0,
+        recolour: bool = True,
         generator: torch.Generator | None = None,
         output_type: str = "np",
         return_dict: bool = True,
@@ -112,6 +114,8 @@ class BundledVideoPipeline(DiffusionPipeline):
             num_inference_steps: noise levels; the pipeline's by default.
             initial_views: pictures from the cameras asked for that noise is added to (SDEdit); None starts from noise.
             strength: how much noise is added to them, as a share of the logarithmic range, (0, 1].
+            recolour: show hidden sides in the colours that the input shows (`in_colours_of_the_input`), not as the
+                network paints them.
             generator: of the noise.
             output_type: "np", "pt", "pil", or "latent" for the volumes alone.
             return_dict: a `BundledPipelineOutput`, else a tuple.
@@ -148,6 +152,8 @@ class BundledVideoPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {"views": views} if "views" in callback_on_step_end_tensor_inputs else {}
                 views = callback_on_step_end(self, step, sigma, tensors).get("views", views)
+        if recolour:
+            volumes = in_colours_of_the_input(volumes, frustum)
         made = None if output_type == "latent" else self._pictures(volumes, asked, size or side, frustum, output_type)
         self.maybe_free_model_hooks()
         return BundledPipelineOutput(frames=made, volumes=volumes) if return_dict else (made, volumes)

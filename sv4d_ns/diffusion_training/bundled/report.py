@@ -31,8 +31,8 @@ def sample_sheet(model: VolumeDenoiser, path: Path) -> None:
         for steps in (1, 3):
             generator = torch.Generator().manual_seed(index)
             made = pipeline(
-                pictures[:, 0], SHEET_AZIMUTHS, (0.0,) * 4, num_inference_steps=steps, generator=generator,
-                return_dict=False,
+                pictures[:, 0], SHEET_AZIMUTHS, (0.0,) * 4, num_inference_steps=steps, recolour=False,
+                generator=generator, return_dict=False,
             )[0][0]  # fmt: skip
             shown += [*(made[..., :3] * made[..., 3:] + 1 - made[..., 3:])]
         rows.append(np.concatenate(shown, axis=1))
