@@ -18,6 +18,7 @@ from sv4d_ns.export.surface.extraction import (
     frozen,
     opacity_grid,
 )
+from sv4d_ns.geometry.rotations import nearest_rotation
 from sv4d_ns.utils.errors import InputError
 
 SURFACE_SAMPLES = 100_000
@@ -166,10 +167,9 @@ def fitted_similarity(made: Sequence[Surface], truth: Sequence[Surface], iterati
 def umeyama(source: Float[np.ndarray, "n 3"], target: Float[np.ndarray, "n 3"]) -> Similarity:
     """The similarity with the least squared distance between moved source and target points (Umeyama 1991)."""
     a, b = source - source.mean(0), target - target.mean(0)
-    u, spread, vt = np.linalg.svd(b.T @ a / len(a))
-    proper = np.diag([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
-    rotation = u @ proper @ vt
-    scale = float((spread * np.diag(proper)).sum() / max((a**2).sum() / len(a), 1e-12))
+    product = b.T @ a / len(a)
+    rotation = nearest_rotation(product)
+    scale = float((rotation * product).sum() / max((a**2).sum() / len(a), 1e-12))
     return Similarity(scale, rotation, target.mean(0) - scale * rotation @ source.mean(0))
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
 
+from sv4d_ns.geometry.rotations import nearest_rotation
 from sv4d_ns.utils.compiled import njit
 
 INFLUENCES = 4
@@ -197,15 +198,8 @@ def _with_bones_added(
 def _rigid(rest: np.ndarray, moved: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rotations [t 3 3] and offsets [t 3] that carry points best to where they are at each frame (Kabsch)."""
     centre, centres = rest.mean(axis=0), moved.mean(axis=1)
-    rotation = _nearest_rotation(np.einsum("tni,nj->tij", moved - centres[:, None], rest - centre))
+    rotation = nearest_rotation(np.einsum("tni,nj->tij", moved - centres[:, None], rest - centre))
     return rotation, centres - np.einsum("tij,j->ti", rotation, centre)
-
-
-def _nearest_rotation(matrices: np.ndarray) -> np.ndarray:
-    u, _, vt = np.linalg.svd(matrices)
-    sign = np.linalg.det(u @ vt)
-    u[..., :, 2] *= sign[..., None]
-    return u @ vt
 
 
 def _solve_bones(
@@ -236,7 +230,7 @@ def _solve_bones(
         centres = (share[:, None] * target).sum(axis=1) / total
         p = share[:, None] * (rest[which] - centre)
         q = target - share[:, None] * centres[:, None]
-        rotation = _nearest_rotation(np.einsum("tni,nj->tij", q, p))
+        rotation = nearest_rotation(np.einsum("tni,nj->tij", q, p))
         rotations[:, bone] = rotation
         offsets[:, bone] = centres - np.einsum("tij,j->ti", rotation, centre)
         made[:, which] += carried(bone, which) - own

@@ -16,6 +16,7 @@ from scipy.sparse.linalg import splu
 
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.export.surface.silhouettes import Silhouette
+from sv4d_ns.geometry.rotations import nearest_rotation
 
 OUTSIDE = 0.03
 """Shares of the picture's width outside the film's silhouette from which a vertex is where the object is not."""
@@ -68,9 +69,7 @@ class RigidSkin:
         before, after = rest[own] - rest[rows.indices], x[own] - x[rows.indices]
         products = np.einsum("ei,ej->eij", after, before).reshape(-1, 9)
         gather = sparse.csr_matrix((np.ones(len(one)), (one, np.arange(len(one)))), (len(which), len(one)))
-        u, _, vt = np.linalg.svd((gather @ products).reshape(-1, 3, 3))
-        u[:, :, 2] *= np.linalg.det(u @ vt)[:, None]
-        return u @ vt
+        return nearest_rotation((gather @ products).reshape(-1, 3, 3))
 
     def filled(
         self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], known: Bool[np.ndarray, " n"]
