@@ -127,7 +127,7 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     tracks = _motion(run, surface, grid, options.resolution, terminal)
     positions = tracks.positions
     with terminal.bar("fitting the outlines", frames) as advance:
-        positions = fitted_to_outlines(positions, surface.faces, film, advance=advance)
+        positions = fitted_to_outlines(positions, surface.faces, film, advance)
     with terminal.bar("fitting what is on them", frames) as advance:
         colors = _film_at_vertices(film, positions, surface.faces)
         positions = fitted_to_film(positions, surface.faces, film, colors, advance)

@@ -189,27 +189,42 @@ def fitted_to_outlines(
     positions: Float[np.ndarray, "t n 3"],
     faces: Int[np.ndarray, "f 3"],
     film: Sequence[Picture],
-    rounds: Sequence[tuple[float, float]] = ROUNDS,
     advance: Callable[[], None] | None = None,
 ) -> Float[np.ndarray, "t n 3"]:
     """Positions whose outline at the film's camera is the film's, frame by frame.
 
     Args:
         film: one picture per frame, all of one camera.
-        rounds: (stiffness, reach) of each round.
         advance: called once per frame.
+    """
+
+    def pulls(x: np.ndarray, picture: Picture, outline: Outline, reach: float, last: bool) -> Pulls:
+        found = outline_pulls(_drawn(x, faces, picture, RASTER), outline, reach)
+        return found if last else _with_slack(found)
+
+    return _fitted(positions, faces, film, ROUNDS, pulls, advance)
+
+
+def _fitted(
+    positions: Float[np.ndarray, "t n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    film: Sequence[Picture],
+    rounds: Sequence[tuple[float, float]],
+    pulls_of: Callable[[np.ndarray, Picture, Outline, float, bool], Pulls],
+    advance: Callable[[], None] | None,
+) -> Float[np.ndarray, "t n 3"]:
+    """Positions moved as a membrane, in rounds of (its weight, longest pull) for each frame.
+
+    Args:
+        pulls_of: from positions, a frame, its outline, the longest pull and whether this is the last round.
     """
     membrane = Membrane(faces, positions.shape[1])
     result = np.empty_like(positions)
 
     def fit(picture: Picture) -> None:
-        x = positions[picture.frame].astype(np.float64)
-        outline = film_outline(picture)
+        x, outline = positions[picture.frame].astype(np.float64), film_outline(picture)
         for number, (stiffness, reach) in enumerate(rounds, start=1):
-            coverage = rasterise(*project_array(x, picture.c2w, picture.fov_focal * RASTER, RASTER), faces, RASTER)
-            pulls = outline_pulls(coverage, outline, reach)
-            if number < len(rounds):
-                pulls = _with_slack(pulls)
+            pulls = pulls_of(x, picture, outline, reach, number == len(rounds))
             if len(pulls.face):
                 x = membrane.moved(x, picture.c2w, picture.fov_focal, pulls, stiffness)
         result[picture.frame] = x
@@ -218,6 +233,11 @@ def fitted_to_outlines(
 
     results_of([partial(fit, picture) for picture in film])
     return result
+
+
+def _drawn(x: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], picture: Picture, size: int) -> Coverage:
+    """Where a mesh is seen at a picture's camera."""
+    return rasterise(*project_array(x, picture.c2w, picture.fov_focal * size, size), faces, size)
 
 
 # ------------------------------------------------------------------------------------------------------ inside them
@@ -276,26 +296,14 @@ def fitted_to_film(
         colors: sRGB in [0, 1] of the vertices, as all frames together show them.
         advance: called once per frame.
     """
-    membrane, shades = Membrane(faces, positions.shape[1]), _luminance(colors)
-    result = np.empty_like(positions)
+    shades = _luminance(colors)
 
-    def fit(picture: Picture) -> None:
-        x, size = positions[picture.frame].astype(np.float64), len(picture.rgba)
-        outline = film_outline(picture)
-        for stiffness, reach in TEXTURE_ROUNDS:
-            fine, plain = (
-                rasterise(*project_array(x, picture.c2w, picture.fov_focal * side, side), faces, side)
-                for side in (RASTER, size)
-            )
-            pulls = _joined(outline_pulls(fine, outline, reach), texture_pulls(plain, shades, faces, picture, reach))
-            if len(pulls.face):
-                x = membrane.moved(x, picture.c2w, picture.fov_focal, pulls, stiffness)
-        result[picture.frame] = x
-        if advance is not None:
-            advance()
+    def pulls(x: np.ndarray, picture: Picture, outline: Outline, reach: float, last: bool) -> Pulls:
+        around = outline_pulls(_drawn(x, faces, picture, RASTER), outline, reach)
+        inside = texture_pulls(_drawn(x, faces, picture, len(picture.rgba)), shades, faces, picture, reach)
+        return _joined(around, inside)
 
-    results_of([partial(fit, picture) for picture in film])
-    return result
+    return _fitted(positions, faces, film, TEXTURE_ROUNDS, pulls, advance)
 
 
 def _joined(*parts: Pulls) -> Pulls:
