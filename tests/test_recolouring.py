@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import torch
 
+from sv4d_ns.diffusion.bundled import recolouring
 from sv4d_ns.diffusion.bundled.frustum import Frustum
-from sv4d_ns.diffusion.bundled.recolouring import in_colours_of_the_input
+from sv4d_ns.diffusion.bundled.recolouring import in_colours_of_the_input, in_seen_colours
 from sv4d_ns.diffusion.bundled.rendering import Volume
-from sv4d_ns.views import recolouring
-from sv4d_ns.views.recolouring import in_seen_colours
 
 RED, BLUE = torch.tensor([0.8, 0.1, 0.1]), torch.tensor([0.1, 0.1, 0.8])
 

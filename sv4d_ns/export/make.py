@@ -17,7 +17,7 @@ from sv4d_ns.export.colour.baking import (
     gather,
     vertices_as_points,
 )
-from sv4d_ns.export.colour.film import FilmColors, film_colors, mirrored, to_film
+from sv4d_ns.export.colour.film import FilmColors, film_colors, levelled, mirrored
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.colour.texture import Atlas, bake, bake_many, unwrap
 from sv4d_ns.export.formats.asset import AnimatedMesh, Flipbook, RootMotion, Texture, animated_mesh, with_texture
@@ -385,7 +385,7 @@ def _layers(
     color = filled(color, np.where(known, np.maximum(weight, 1e-6), 0), mesh.faces)
     if film is None:
         return Layers(under, color, mesh.faces)
-    return Layers(under, color, mesh.faces, film, to_film(*film.at_corners, color, surface.vertices, mesh.faces))
+    return Layers(under, color, mesh.faces, film, levelled(*film.at_corners, color, mesh.faces))
 
 
 def _grown(chosen: Bool[np.ndarray, " n"], faces: Int[np.ndarray, "f 3"], rings: int) -> Bool[np.ndarray, " n"]:

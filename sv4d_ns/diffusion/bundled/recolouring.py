@@ -1,14 +1,27 @@
-"""Hidden parts of a volume in the colours that the input picture shows. Own design, see docs/deviations.md."""
+"""Hidden parts of a volume in the colours that the input picture shows. Own design, see docs/deviations.md.
+
+A model that paints sides it cannot see hedges: its colours there are means of what could be, greyer than any object.
+But an object's far side is nearly always in the colours of its near one, so a guess only decides between those.
+"""
 
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn import functional as F
 
 from sv4d_ns.diffusion.bundled.frustum import Frustum, cell_points
 from sv4d_ns.diffusion.bundled.rendering import Volume
-from sv4d_ns.views.recolouring import in_seen_colours
 
+REACH = 0.15
+"""Distance, as a share of the object's size, over which a seen colour's weight falls to exp(-1/2)."""
+LIKENESS = 0.2
+"""Difference between a guess and a seen colour, sRGB in [0, 1], over which it falls as much."""
+MOST_SEEN = 2000
+"""Seen places that are looked at, evenly over those there are."""
+AT_ONCE = 4096
+"""Guesses that are compared with all of them together."""
 SOLID = 0.6
 """Opacity of the ray through a cell's column from which its pixel's colour is the object's."""
 MATTER = 0.02
@@ -23,24 +36,58 @@ def in_colours_of_the_input(volumes: Volume, frustum: Frustum) -> Volume:
     return replace(volumes, colour=torch.stack([_recoloured(*moment, frustum) for moment in moments]))
 
 
-def _recoloured(density: torch.Tensor, colour: torch.Tensor, image: torch.Tensor, frustum: Frustum) -> torch.Tensor:
+def _recoloured(
+    density: Float[Tensor, "d h w"], colour: Float[Tensor, "3 i j k"], image: Float[Tensor, "3 s s"], frustum: Frustum
+) -> Float[Tensor, "3 i j k"]:
     """The colour grid of one moment."""
-    fine, coarse = len(density), colour.shape[1]
-    density, colour = density.float(), colour.float()
-    points = cell_points(frustum, fine, density.device)
+    density, colour, coarse = density.float(), colour.float(), colour.shape[1]
+    seen = _seen(density, image, frustum)
+    if len(seen[0]) < FEWEST_SEEN:
+        return colour
+    near_matter = F.adaptive_max_pool3d(F.max_pool3d(density[None], 3, 1, 1), (coarse,) * 3)[0] > MATTER
+    places = cell_points(frustum, coarse, density.device)[near_matter]
+    size = float((places.amax(0) - places.amin(0)).norm())
+    result = colour.clone()
+    result[:, near_matter] = in_seen_colours(places, colour[:, near_matter].T, *seen, size).T
+    return result
+
+
+def _seen(
+    density: Float[Tensor, "d h w"], image: Float[Tensor, "3 s s"], frustum: Frustum
+) -> tuple[Float[Tensor, "m 3"], Float[Tensor, "m 3"]]:
+    """Where the input camera sees the object (at the mean depth of a column's light), and the picture's colours."""
+    points = cell_points(frustum, len(density), density.device)
     before = torch.cumsum(density, 0) - density
     weight = torch.exp(-before) * (1.0 - torch.exp(-density))
     opacity = weight.sum(0)
     solid = opacity > SOLID
-    if int(solid.sum()) < FEWEST_SEEN:
-        return colour
     depth = (weight * points[..., 2]).sum(0) / opacity.clamp(min=1e-6)
-    surface = (points[0] / points[0, ..., 2:] * depth[..., None])[solid]
-    pixels = F.interpolate(image[None].float(), (fine, fine), mode="bilinear", antialias=True, align_corners=False)
-    near_matter = F.adaptive_max_pool3d(F.max_pool3d(density[None], 3, 1, 1), (coarse,) * 3)[0] > MATTER
-    places = cell_points(frustum, coarse, density.device)[near_matter]
-    size = float((places.amax(0) - places.amin(0)).norm())
-    seen = pixels[0].movedim(0, -1)[solid]
-    result = colour.clone()
-    result[:, near_matter] = in_seen_colours(places, colour[:, near_matter].T, surface, seen, size).T
-    return result
+    places = points[0] / points[0, ..., 2:] * depth[..., None]
+    pixels = F.interpolate(image[None].float(), solid.shape, mode="bilinear", antialias=True, align_corners=False)
+    return places[solid], pixels[0].movedim(0, -1)[solid]
+
+
+def in_seen_colours(
+    places: Float[Tensor, "n 3"],
+    guesses: Float[Tensor, "n 3"],
+    seen_places: Float[Tensor, "m 3"],
+    seen_colours: Float[Tensor, "m 3"],
+    size: float,
+) -> Float[Tensor, "n 3"]:
+    """Each guess replaced by a mean of the seen colours, in which those near by and like it count most: a joint
+    bilateral filter (Petschnigg et al. 2004) from the seen places to the others.
+
+    Args:
+        places: of the guesses.
+        guesses: sRGB in [0, 1], as the result.
+        seen_places: at least one.
+        size: diagonal of the object's box, in the places' units.
+    """
+    some = torch.linspace(0, len(seen_places) - 1, min(len(seen_places), MOST_SEEN), device=places.device).long()
+    seen_places, seen_colours = seen_places[some], seen_colours[some]
+    found = []
+    for place, guess in zip(places.split(AT_ONCE), guesses.split(AT_ONCE), strict=True):
+        apart = torch.cdist(place, seen_places) / (REACH * size)
+        unlike = torch.cdist(guess, seen_colours) / LIKENESS
+        found.append(torch.softmax(-(apart.square() + unlike.square()) / 2, dim=1) @ seen_colours)
+    return torch.cat(found)

@@ -2,8 +2,8 @@
 
 The frames that show a place best decide; a frame that contradicts them (a reflection, a slip of the motion, a limb in
 front) has no say, and differences of exposure between frames are taken out. Where the camera never looked, another
-layer of colours goes on, in the film's own colours; the step that is left at the border is spread over a few vertices,
-so that no seam shows (a screened Poisson equation on the mesh, as Bhat et al. 2008 for pictures).
+layer of colours goes on, brought to the film's level along the border and fading back to its own away from it, so that
+no seam shows (a screened Poisson equation on the mesh, as Bhat et al. 2008 for pictures).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
@@ -21,7 +20,6 @@ from sv4d_ns.export.colour.baking import DepthMaps, Picture, SurfacePoints, gath
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.utils.compiled import njit
 from sv4d_ns.utils.split import results_of
-from sv4d_ns.views.recolouring import in_seen_colours
 
 CONTENDERS = 0.3
 """Share of the best picture's weight from which another picture of the same place counts."""
@@ -36,7 +34,9 @@ MEASURABLE = (0.08, 0.95)
 SEEN = 0.02
 """Weight from which the film's colour of a vertex is compared with the other layer's."""
 FADE = 0.1
-"""Screening of the step at the border of what the film shows: it has fallen to 1/e after about three vertices."""
+"""Screening of the correction beside what the film shows: it has fallen to 1/e after about three vertices. What
+differs there is mostly detail that ends (an eye), not light that goes on: carried on over ten vertices it costs the far
+sides of runs on true views 0.1 to 1.2 dB."""
 SYMMETRIC = 0.02
 """Mean distance of a shape to its mirror image, as a share of its box's diagonal, up to which it is symmetric."""
 MIRROR_ANGLES = 36
@@ -213,41 +213,29 @@ def _agreed(colors, weights, gains):  # type: ignore[no-untyped-def]
 # ------------------------------------------------------------------------------------------------- the other layer
 
 
-def to_film(
+def levelled(
     film: Float[np.ndarray, "n 3"],
     weight: Float[np.ndarray, " n"],
     under: Float[np.ndarray, "n 3"],
-    vertices: Float[np.ndarray, "n 3"],
     faces: Int[np.ndarray, "f 3"],
 ) -> Float[np.ndarray, "n 3"]:
-    """What to add to the other layer at each vertex so that it has the film's colours, and meets them where they end.
+    """What to add to the other layer at each vertex so that it meets the film's colours where they end.
 
     Args:
         weight: of the film at the vertices.
         under: the other layer's vertex colours.
     """
     known = weight > SEEN
-    if not known.any():
-        return np.zeros_like(under)
-    if known.all():
-        return film - under
-    places, guesses, seen = (torch.from_numpy(x.astype(np.float32)) for x in (vertices, under, film))
-    size = float(np.linalg.norm(np.ptp(vertices, axis=0)))
-    recoloured = in_seen_colours(places, guesses, places[known], seen[known], size).numpy()
-    return recoloured + _continued(film - recoloured, known, faces) - under
-
-
-def _continued(
-    step: Float[np.ndarray, "n 3"], known: Bool[np.ndarray, " n"], faces: Int[np.ndarray, "f 3"]
-) -> Float[np.ndarray, "n 3"]:
-    """Known vertices' values, and what is left of them a few vertices on."""
-    graph = vertex_graph(faces, len(step))
-    laplacian = (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph).tocsr()[~known]
-    system = laplacian[:, ~known] + FADE * sparse.identity(int((~known).sum()))
+    correction = np.where(known[:, None], film - under, 0.0)
+    free = np.flatnonzero(~known)
+    if not known.any() or not len(free):
+        return correction
+    graph = vertex_graph(faces, len(film))
+    laplacian = (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph).tocsr()[free]
+    system = laplacian[:, free] + FADE * sparse.identity(len(free))
     solver = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
-    result = step.copy()
-    result[~known] = solver.solve(-laplacian[:, known] @ step[known])
-    return result
+    correction[free] = solver.solve(-laplacian[:, known] @ correction[known])
+    return correction
 
 
 def mirrored(
