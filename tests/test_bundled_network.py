@@ -107,6 +107,28 @@ def test_the_pipeline_is_saved_and_opened(small: VolumeDenoiser, tmp_path: Path)
     np.testing.assert_array_equal(first, second)
 
 
+def test_both_ways_of_asking_show_backs_in_the_inputs_colour(small: VolumeDenoiser) -> None:
+    pipeline = BundledVideoPipeline(small)
+    film = picture()
+    film[..., :3] = (200, 40, 40)
+    ring = {"azimuths_deg": (180.0,), "elevations_deg": (0.0,)}
+    red = torch.tensor([200.0, 40.0, 40.0]) / 255
+
+    def far_off(views: torch.Tensor) -> float:
+        """Of premultiplied colours, where anything is."""
+        colour, alpha = views[0, 0, :3], views[0, 0, 3:]
+        return float((colour - alpha * red[:, None, None]).abs().max())
+
+    def made(recolour: bool) -> torch.Tensor:
+        views = pipeline(film, **ring, recolour=recolour, output_type="pt", return_dict=False)[0]
+        return torch.cat([views[:, :, :3] * views[:, :, 3:], views[:, :, 3:]], 2)
+
+    assert far_off(made(False)) > 0.1 and far_off(made(True)) < 0.02
+    told = (pipeline.denoise_views(film, torch.zeros(1, 1, 4, 32, 32), 1.5, **ring) + 1) / 2
+    alpha = told[:, :, 3:]
+    assert far_off(torch.cat([told[:, :, :3] - 1 + alpha, alpha], 2)) < 0.02
+
+
 def test_the_pipeline_takes_and_gives_pil_and_calls_back(small: VolumeDenoiser) -> None:
     pipeline = BundledVideoPipeline(small)
     frames = [Image.fromarray(frame, "RGBA") for frame in picture(frames=2)]

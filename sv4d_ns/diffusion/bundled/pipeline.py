@@ -173,7 +173,8 @@ class BundledVideoPipeline(DiffusionPipeline):
     ) -> Float[Tensor, "t v 4 s s"]:
         """The clean views (RGB on white and alpha in [-1, 1]) predicted from noised ones at one noise level.
 
-        Args as in a call; `noised` are views in that space plus noise of standard deviation `sigma`.
+        Hidden sides are recoloured. Args as in a call; `noised` are views in that space plus noise of standard
+        deviation `sigma`.
         """
         frustum, device = Frustum(radius, fov_deg), self._execution_device
         elevations = input_elevation_deg + np.array([0.0, *elevations_deg])
@@ -183,6 +184,7 @@ class BundledVideoPipeline(DiffusionPipeline):
         frames = upload(_resized(premultiplied(video), side), device)
         image = upload(continued(video), device).movedim(-1, 1)
         volumes = self._denoise(frames, image, input_elevation_deg, upload(noised, device), sigma, poses, frustum)
+        volumes = in_colours_of_the_input(volumes, frustum)
         return to_diffusion_space(render_views(volumes, poses, side, frustum))
 
     def check_inputs(
