@@ -9,10 +9,11 @@ from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
 from sv4d_ns.export.make import without
-from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks
+from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
+from sv4d_ns.export.surface.webs import agreement, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
 
@@ -196,3 +197,48 @@ def test_the_lowest_point_of_the_clip_is_the_ground(height):
     assert np.ptp(placed.positions[..., 2], axis=1).max() == pytest.approx(height or 0.6, rel=1e-5)
     back = (placed.positions - np.array([0, 0, placement.lift])) / placement.scale
     np.testing.assert_allclose(back, positions, atol=1e-5)
+
+
+def blocks(bridge: bool) -> tuple[OpacityGrid, np.ndarray]:
+    """Two blocks side by side, and where they touch."""
+    nodes = np.linspace(-0.4, 0.4, 65)
+    x, y, z = np.meshgrid(nodes, nodes, nodes, indexing="ij")
+    solid = (np.abs(x) < 0.1) & (np.abs(z) < 0.2) & (np.abs(y) < 0.25) & (np.abs(y) > 0.04)
+    if bridge:
+        solid |= (np.abs(x) < 0.05) & (np.abs(z) < 0.06) & (np.abs(y) < 0.05)
+    opacity = ndimage.gaussian_filter(solid.astype(np.float64), 0.7)
+    return OpacityGrid(opacity, np.full(3, -0.4), np.full(3, 0.4), 0.01), opacity
+
+
+def parted(vertices):
+    """Both frames: as they are, and with the right block drawn away to the side."""
+    share = np.clip((vertices[:, 1:2] + 0.05) / 0.1, 0, 1)
+    return np.stack([vertices, vertices + share * [0.0, 0.12, 0.0]])
+
+
+def test_a_web_over_the_films_background_is_found_and_the_matter_that_it_hung_on_cut():
+    grid, solid = blocks(bridge=True)
+    surface = surface_of(solid, 0.5, grid)
+    apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
+    film = [
+        filmed(surface.vertices, surface.faces, 0),  # where the blocks touch, the film shows it
+        filmed(parted(apart.vertices)[1], apart.faces, 1),
+    ]
+    positions = parted(surface.vertices)
+    web = webs(surface, positions, silhouettes(film))
+    middle = surface.vertices[surface.faces].mean(axis=1)
+    assert web.sum() > 20 and np.abs(middle[web, 1]).max() < 0.06
+    again = surface_of(without_webs(solid, 0.5, grid, surface, web), 0.5, grid)
+    pieces = trimesh.Trimesh(again.vertices, again.faces, process=False).split(only_watertight=True)
+    assert len(pieces) == 2
+    before = agreement(positions, surface.faces, film)
+    assert agreement(parted(again.vertices), again.faces, film) > before + 0.003
+
+
+def test_drawn_out_skin_that_the_film_shows_is_no_web():
+    grid, solid = blocks(bridge=True)
+    surface = surface_of(solid, 0.5, grid)
+    positions = parted(surface.vertices)
+    film = [filmed(x, surface.faces, frame) for frame, x in enumerate(positions)]
+    assert not webs(surface, positions, silhouettes(film)).any()
+    assert agreement(positions, surface.faces, film) > 0.97

@@ -41,6 +41,7 @@ from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import refitted, registered
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
+from sv4d_ns.export.surface.webs import agreement, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
@@ -75,6 +76,11 @@ FILM_FULL = 0.03
 FINE_VIDEO = 384
 """Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
 for each pixel of an object that fills the picture, on either side of it."""
+
+FEWEST_IN_WEBS = 5
+"""Faces in webs below which the mesh is not made again."""
+WORTH_CUTTING = 0.001
+"""What cutting webs must add to the IoU with the film's silhouettes: less is chance, and what is cut may be matter."""
 
 MOST_MOMENTS = 32
 """Pictures of an animated texture; of a longer clip, neighbouring frames share one."""
@@ -117,26 +123,59 @@ def _restored_motion(run: FinishedRun, options: Options, terminal: "Terminal") -
 
 def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> tuple[CanonicalMesh, Tracks]:
     """The canonical mesh and where its vertices are at every frame."""
-    frames, film = run.views.num_frames, input_pictures(run.views)
+    film = input_pictures(run.views)
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
-    surface = _surface(solid, level, grid, options, terminal)
-    terminal.say(
-        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
-        f"{surface.dropped_parts} floating parts dropped"
-    )
-    tracks = _motion(run, surface, grid, options.resolution, terminal)
-    positions = tracks.positions
-    with terminal.bar("fitting the outlines", frames) as advance:
-        positions = fitted_to_outlines(positions, surface.faces, film, advance)
-    with terminal.bar("fitting what is on them", frames) as advance:
-        colors = _film_at_vertices(film, positions, surface.faces)
-        positions = fitted_to_film(positions, surface.faces, film, colors, advance)
+    surface, tracks = _outlined(run, _surface(solid, level, grid, options, terminal), grid, options, terminal)
+    if run.deforms:
+        surface, tracks = _without_webs(run, (surface, tracks), (grid, solid, level), options, terminal)
+    with terminal.bar("fitting what is on them", len(film)) as advance:
+        colors = _film_at_vertices(film, tracks.positions, surface.faces)
+        positions = fitted_to_film(tracks.positions, surface.faces, film, colors, advance)
     tracks = replace(tracks, positions=positions.astype(np.float32))
     stray = strays(tracks.positions, surface.faces, silhouettes(film))
     if not stray.any():
         return surface, tracks
     terminal.say(f"pieces of {stray.mean():.1%} of the vertices left the film's silhouettes; they were dropped")
     return without(surface, tracks, stray)
+
+
+def _outlined(
+    run: FinishedRun, surface: CanonicalMesh, grid: OpacityGrid, options: Options, terminal: "Terminal"
+) -> tuple[CanonicalMesh, Tracks]:
+    """A surface and its way, its outlines on the film's."""
+    film = input_pictures(run.views)
+    terminal.say(
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
+        f"{surface.dropped_parts} floating parts dropped"
+    )
+    tracks = _motion(run, surface, grid, options.resolution, terminal)
+    with terminal.bar("fitting the outlines", len(film)) as advance:
+        positions = fitted_to_outlines(tracks.positions, surface.faces, film, advance)
+    return surface, replace(tracks, positions=positions.astype(np.float32))
+
+
+def _without_webs(
+    run: FinishedRun,
+    made: tuple[CanonicalMesh, Tracks],
+    canonical: tuple[OpacityGrid, Float[np.ndarray, "r r r"], float],
+    options: Options,
+    terminal: "Terminal",
+) -> tuple[CanonicalMesh, Tracks]:
+    """The surface and its way made again without its webs, if there are any and the film's silhouettes are met better
+    then; else as they are."""
+    (surface, tracks), (grid, solid, level), film = made, canonical, input_pictures(run.views)
+    web = webs(surface, tracks.positions, silhouettes(film))
+    if web.sum() < FEWEST_IN_WEBS:
+        return made
+    terminal.say(f"{web.mean():.1%} of the faces are webs over the film's background; made again without them:")
+    cut = without_webs(solid, level, grid, surface, web)
+    again = _outlined(run, _surface(cut, level, grid, options, terminal), grid, options, terminal)
+    before, after = (agreement(way.positions, mesh.faces, film) for mesh, way in (made, again))
+    kept = after >= before + WORTH_CUTTING
+    terminal.say(
+        f"IoU with the film's silhouettes {before:.4f} before, {after:.4f} after: {'cut' if kept else 'left uncut'}"
+    )
+    return again if kept else made
 
 
 def without(surface: CanonicalMesh, tracks: Tracks, dropped: Bool[np.ndarray, " n"]) -> tuple[CanonicalMesh, Tracks]:

@@ -1,0 +1,82 @@
+"""Skin that moments draw out to sheets over the film's background, and the matter of the canonical shape it hangs on.
+
+Limbs that touch in the canonical frame are one piece there; where the motion takes them apart, the skin between them
+becomes a web. The input camera's silhouettes are the truth in every frame, so where drawn-out skin lies on the
+film's background there is nothing, in any frame: what it was cut out of goes, and the mesh is made again. Own design,
+measured in benchmarks/results/export_cuts.md.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from scipy.spatial import cKDTree
+
+from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.colour.raster import rasterise
+from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid
+from sv4d_ns.export.surface.silhouettes import Silhouette
+from sv4d_ns.geometry.rays import project_array
+from sv4d_ns.utils.split import results_of
+
+DRAWN_OUT = 2.0
+"""Edge over its canonical length from which a face may be part of a web."""
+LONG = 0.006
+"""World units that such an edge has at least: the shortest edges of marching cubes are noise."""
+BESIDE = 0.008
+"""Shares of the picture's width around the silhouette that are no background yet: outlines fit no better."""
+RASTER = 512
+"""Pixels along the side of the pictures in which silhouettes are compared."""
+
+
+def webs(
+    surface: CanonicalMesh, positions: Float[np.ndarray, "t n 3"], shapes: Sequence[Silhouette]
+) -> Bool[np.ndarray, " f"]:
+    """Faces that are drawn out in a frame and there lie where the film shows background.
+
+    Args:
+        positions: of the surface's vertices, fitted to the film's outlines.
+        shapes: the film's silhouettes, one per frame.
+    """
+    rest = _edges(surface.vertices[surface.faces])
+    found = np.zeros(len(surface.faces), dtype=bool)
+    for x, shape in zip(positions, shapes, strict=True):
+        corners = x[surface.faces]
+        length = _edges(corners)
+        drawn_out = ((length > DRAWN_OUT * rest) & (length > LONG)).any(axis=1)
+        found |= drawn_out & (shape.at(corners.mean(axis=1)) > BESIDE)
+    return found
+
+
+def _edges(corners: Float[np.ndarray, "f 3 3"]) -> Float[np.ndarray, "f 3"]:
+    return np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=-1)
+
+
+def without_webs(
+    solid: Float[np.ndarray, "r r r"],
+    level: float,
+    grid: OpacityGrid,
+    surface: CanonicalMesh,
+    web: Bool[np.ndarray, " f"],
+) -> Float[np.ndarray, "r r r"]:
+    """`solid` without the nodes inside the surface to which a face of a web is nearest."""
+    inside = np.argwhere(solid > level)
+    nearest = cKDTree(surface.vertices[surface.faces].mean(axis=1)).query(grid.low + inside * grid.spacing)[1]
+    result = solid.copy()
+    result[tuple(inside[web[nearest]].T)] = 0.0
+    return result
+
+
+def agreement(positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3"], film: Sequence[Picture]) -> float:
+    """Intersection over union of the mesh's silhouettes and the film's, mean over the frames."""
+
+    def met(picture: Picture) -> float:
+        alpha = Image.fromarray(np.ascontiguousarray(picture.rgba[..., 3]))
+        inside = np.asarray(alpha.resize((RASTER, RASTER), Image.Resampling.BILINEAR)) >= 128
+        pixels = project_array(positions[picture.frame], picture.c2w, picture.fov_focal * RASTER, RASTER)
+        covered = rasterise(*pixels, faces, RASTER).face >= 0
+        return float((covered & inside).sum() / max((covered | inside).sum(), 1))
+
+    return float(np.mean(results_of([partial(met, picture) for picture in film])))
