@@ -1,10 +1,13 @@
 """What the film makes of the surface: outlines, what is drawn inside them, mended skin, filled tails."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import trimesh
 from scipy import ndimage
 
+from sv4d_ns.export import make
 from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
@@ -242,3 +245,25 @@ def test_drawn_out_skin_that_the_film_shows_is_no_web():
     film = [filmed(x, surface.faces, frame) for frame, x in enumerate(positions)]
     assert not webs(surface, positions, silhouettes(film)).any()
     assert agreement(positions, surface.faces, film) > 0.97
+
+
+@pytest.mark.parametrize("worth, pieces", [(0.001, 2), (0.9, 1)])
+def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monkeypatch, worth, pieces):
+    grid, solid = blocks(bridge=True)
+    apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
+    surface = surface_of(solid, 0.5, grid)
+    film = [filmed(surface.vertices, surface.faces, 0), filmed(parted(apart.vertices)[1], apart.faces, 1)]
+    said = []
+
+    def outlined(run, surface, *rest):
+        count = len(surface.vertices)
+        return surface, Tracks(parted(surface.vertices), np.zeros((2, count)), np.zeros((2, count), bool))
+
+    monkeypatch.setattr(make, "input_pictures", lambda views: film)
+    monkeypatch.setattr(make, "_outlined", outlined)
+    monkeypatch.setattr(make, "WORTH_CUTTING", worth)
+    run, terminal = SimpleNamespace(views=None), SimpleNamespace(say=said.append)
+    found, tracks = make._without_webs(run, outlined(run, surface), (grid, solid, 0.5), make.Options(), terminal)
+    assert tracks.positions.shape[1] == len(found.vertices)
+    assert len(trimesh.Trimesh(found.vertices, found.faces, process=False).split()) == pieces
+    assert said[-1].endswith("left uncut" if pieces == 1 else ": cut")
