@@ -13,31 +13,35 @@ RED, BLUE = torch.tensor([0.8, 0.1, 0.1]), torch.tensor([0.1, 0.1, 0.8])
 
 
 def test_a_guess_decides_between_the_seen_colours() -> None:
-    places = torch.zeros(2, 3)
+    places, both = torch.zeros(2, 3), torch.ones(2, dtype=torch.bool)
     guesses = torch.tensor([[0.6, 0.3, 0.3], [0.3, 0.3, 0.6]])
-    found = in_seen_colours(places, guesses, torch.zeros(2, 3), torch.stack([RED, BLUE]), 1.0)
+    found = in_seen_colours(places, guesses, torch.zeros(2, 3), torch.stack([RED, BLUE]), both, torch.tensor(1.0))
     assert (found[0] - RED).norm() < 0.35 * (guesses[0] - RED).norm()
     assert (found[1] - BLUE).norm() < 0.35 * (guesses[1] - BLUE).norm()
 
 
 def test_what_is_near_decides_where_the_guess_does_not() -> None:
-    guesses = torch.full((2, 3), 0.4)
+    guesses, both = torch.full((2, 3), 0.4), torch.ones(2, dtype=torch.bool)
     ends = torch.tensor([[-0.5, 0.0, 0.0], [0.5, 0.0, 0.0]])
-    found = in_seen_colours(ends, guesses, ends, torch.stack([RED, BLUE]), 1.0)
+    found = in_seen_colours(ends, guesses, ends, torch.stack([RED, BLUE]), both, torch.tensor(1.0))
     torch.testing.assert_close(found, torch.stack([RED, BLUE]), atol=1e-3, rtol=0)
 
 
-def test_far_from_everything_the_nearest_and_likest_is_left() -> None:
-    found = in_seen_colours(torch.full((1, 3), 1e3), torch.ones(1, 3), torch.zeros(1, 3), RED[None], 1.0)
+def test_far_from_everything_only_what_counts_is_taken() -> None:
+    seen, counts = torch.stack([RED, BLUE]), torch.tensor([True, False])
+    found = in_seen_colours(
+        torch.full((1, 3), 1e3), torch.ones(1, 3), torch.zeros(2, 3), seen, counts, torch.tensor(1.0)
+    )
     torch.testing.assert_close(found, RED[None])
 
 
 def test_many_places_are_compared_in_parts(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     places, guesses, seen = torch.rand(50, 3), torch.rand(50, 3), torch.rand(2, 30, 3)
-    whole = in_seen_colours(places, guesses, *seen, 1.0)
+    rest = (*seen, torch.rand(30) > 0.5, torch.tensor(1.0))
+    whole = in_seen_colours(places, guesses, *rest)
     monkeypatch.setattr(recolouring, "AT_ONCE", 7)
-    torch.testing.assert_close(in_seen_colours(places, guesses, *seen, 1.0), whole)
+    torch.testing.assert_close(in_seen_colours(places, guesses, *rest), whole)
 
 
 def slab(colour: torch.Tensor, moments: int = 1) -> Volume:
