@@ -199,7 +199,7 @@ def fitted_to_outlines(
     """
 
     def pulls(x: np.ndarray, picture: Picture, outline: Outline, reach: float, last: bool) -> Pulls:
-        found = outline_pulls(_drawn(x, faces, picture, RASTER), outline, reach)
+        found = outline_pulls(drawn(x, faces, picture, RASTER), outline, reach)
         return found if last else _with_slack(found)
 
     return _fitted(positions, faces, film, ROUNDS, pulls, advance)
@@ -235,7 +235,7 @@ def _fitted(
     return result
 
 
-def _drawn(x: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], picture: Picture, size: int) -> Coverage:
+def drawn(x: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], picture: Picture, size: int) -> Coverage:
     """Where a mesh is seen at a picture's camera."""
     return rasterise(*project_array(x, picture.c2w, picture.fov_focal * size, size), faces, size)
 
@@ -264,10 +264,10 @@ def texture_pulls(
     from sv4d_ns.fitting.scene_flow import optical_flow
 
     covered, inside = coverage.face >= 0, film.rgba[..., 3] >= 128
-    drawn = np.zeros(covered.shape)
-    drawn[covered] = np.einsum("kj,kj->k", coverage.barycentric[covered], shades[faces[coverage.face[covered]]])
+    painted = np.zeros(covered.shape)
+    painted[covered] = np.einsum("kj,kj->k", coverage.barycentric[covered], shades[faces[coverage.face[covered]]])
     shown = _luminance(film.rgba[..., :3] / 255.0)
-    flow = optical_flow(*(_on_black(value, alpha) for value, alpha in ((drawn, covered), (shown, inside))))
+    flow = optical_flow(*(_on_black(value, alpha) for value, alpha in ((painted, covered), (shown, inside))))
     slope = np.hypot(*np.gradient(ndimage.gaussian_filter(shown, 1.0)))
     both = ndimage.binary_erosion(covered & inside, iterations=INSIDE) & (np.linalg.norm(flow, axis=-1) < reach)
     weight = TEXTURE_WEIGHT * np.clip(slope[both] / STRUCTURE, 0.02, 1)
@@ -299,8 +299,8 @@ def fitted_to_film(
     shades = _luminance(colors)
 
     def pulls(x: np.ndarray, picture: Picture, outline: Outline, reach: float, last: bool) -> Pulls:
-        around = outline_pulls(_drawn(x, faces, picture, RASTER), outline, reach)
-        inside = texture_pulls(_drawn(x, faces, picture, len(picture.rgba)), shades, faces, picture, reach)
+        around = outline_pulls(drawn(x, faces, picture, RASTER), outline, reach)
+        inside = texture_pulls(drawn(x, faces, picture, len(picture.rgba)), shades, faces, picture, reach)
         return _joined(around, inside)
 
     return _fitted(positions, faces, film, TEXTURE_ROUNDS, pulls, advance)

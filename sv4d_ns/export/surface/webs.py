@@ -15,10 +15,9 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.colour.baking import Picture
-from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid
+from sv4d_ns.export.surface.outlines import RASTER, drawn
 from sv4d_ns.export.surface.silhouettes import Silhouette
-from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.split import results_of
 
 DRAWN_OUT = 2.0
@@ -27,8 +26,6 @@ LONG = 0.006
 """World units that such an edge has at least: the shortest edges of marching cubes are noise."""
 BESIDE = 0.008
 """Shares of the picture's width around the silhouette that are no background yet: outlines fit no better."""
-RASTER = 512
-"""Pixels along the side of the pictures in which silhouettes are compared."""
 
 
 def webs(
@@ -75,8 +72,7 @@ def agreement(positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3
     def met(picture: Picture) -> float:
         alpha = Image.fromarray(np.ascontiguousarray(picture.rgba[..., 3]))
         inside = np.asarray(alpha.resize((RASTER, RASTER), Image.Resampling.BILINEAR)) >= 128
-        pixels = project_array(positions[picture.frame], picture.c2w, picture.fov_focal * RASTER, RASTER)
-        covered = rasterise(*pixels, faces, RASTER).face >= 0
+        covered = drawn(positions[picture.frame], faces, picture, RASTER).face >= 0
         return float((covered & inside).sum() / max((covered | inside).sum(), 1))
 
     return float(np.mean(results_of([partial(met, picture) for picture in film])))
