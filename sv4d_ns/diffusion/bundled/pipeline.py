@@ -1,7 +1,7 @@
 """The bundled model as a diffusers pipeline: a video of one view in, any views at all moments out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -264,7 +264,8 @@ class BundledVideoPipeline(DiffusionPipeline):
                 )  # fmt: skip
             volume = self.denoiser.volume(logits, image[begin:end])
             parts.append(volume[first - begin : last - begin])
-        return Volume.join(parts)
+        # windows' pictures are not copied: samples share those of the video, which may be large
+        return replace(Volume.join(parts), image=image)
 
     def _pictures(
         self, volumes: Volume, poses: Float[Tensor, "v 4 4"], size: int, frustum: Frustum, output_type: str
