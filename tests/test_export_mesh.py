@@ -21,7 +21,7 @@ from sv4d_ns.export.surface.extraction import (
     vertex_graph,
     vertex_normals,
 )
-from sv4d_ns.export.surface.registration import UNSOLVED_BOUND, refitted, registered
+from sv4d_ns.export.surface.registration import UNSOLVED_BOUND, FrameSurface, refitted, registered
 from sv4d_ns.utils.errors import InputError
 
 DIAGONAL = 1.14 * np.sqrt(3)
@@ -240,24 +240,24 @@ def test_a_frame_without_an_inverse_is_fitted_to_its_own_surface(mesh):
     tracks = follow_vertices(field, mesh, times)
     assert tracks.guessed[-1].mean() > UNSOLVED_BOUND > tracks.guessed[:-1].mean(axis=1).max()
 
-    def surface(frame):
-        cut = canonical_mesh(opacity_grid(frozen(field, float(times[frame])), 64))
-        return cut.vertices, cut.faces
-
-    better, lines = refitted(tracks, mesh, surface, DIAGONAL)
+    cuts = [canonical_mesh(opacity_grid(frozen(field, float(time)), 64)) for time in times]
+    better, lines = refitted(tracks, mesh, [FrameSurface.of(cut.vertices, cut.faces) for cut in cuts], DIAGONAL)
     (line,) = lines
     assert "frame 3" in line and "--mode sequence" in line
     np.testing.assert_array_equal(better.positions[:-1], tracks.positions[:-1])
     expected = mesh.vertices + np.array([0, 0, 0.04])  # the whole object stands 4 cm higher
     assert np.abs((better.positions[-1] - expected).mean(axis=0)).max() < 0.012
-    samples = trimesh.sample.sample_surface(trimesh.Trimesh(*surface(3), process=False), 20_000, seed=0)[0]
+    samples = trimesh.sample.sample_surface(
+        trimesh.Trimesh(cuts[3].vertices, cuts[3].faces, process=False), 20_000, seed=0
+    )[0]
     assert cKDTree(samples).query(better.positions[-1])[0].mean() < 5e-3 * DIAGONAL
 
 
 def test_a_field_without_a_deformation_is_followed_by_its_surfaces(limb, mesh):
     times = np.linspace(0, 0.25, 4)  # the limb sinks by half a radian
     surfaces = [canonical_mesh(opacity_grid(frozen(limb, float(t)), 64)) for t in times]
-    tracks = registered(surfaces[1], 1, 4, lambda i: (surfaces[i].vertices, surfaces[i].faces), DIAGONAL)
+    own = [FrameSurface.of(surface.vertices, surface.faces) for surface in surfaces]
+    tracks = registered(surfaces[1], 1, own, DIAGONAL)
     np.testing.assert_array_equal(tracks.positions[1], surfaces[1].vertices)
     for frame, surface in enumerate(surfaces):
         solid = trimesh.Trimesh(surface.vertices, surface.faces, process=False)

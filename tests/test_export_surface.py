@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import trimesh
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from sv4d_ns.export import make
 from sv4d_ns.export.colour.baking import Picture
@@ -15,6 +16,7 @@ from sv4d_ns.export.make import without
 from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
+from sv4d_ns.export.surface.registration import FrameSurface, settled
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
 from sv4d_ns.export.surface.webs import agreement, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan
@@ -22,6 +24,8 @@ from sv4d_ns.geometry.rays import project_array
 
 PLAN = ViewPlan.ring((90.0,), 0.0)
 SIZE = 128
+DIAGONAL = 2.0
+"""Of the field's box."""
 
 
 def ball(scale=(0.3, 0.3, 0.3), subdivisions=4):
@@ -88,18 +92,68 @@ def rod():
     return np.asarray(mesh.vertices), np.asarray(mesh.faces)
 
 
-def test_skin_thrown_out_of_the_silhouette_keeps_its_shape_and_follows_its_neighbours():
+def surfaces_of(faces, *shapes):
+    """What the field is at the frames."""
+    return [FrameSurface.of(vertices, faces) for vertices in shapes]
+
+
+def nothing_guessed(vertices):
+    return np.zeros((2, len(vertices)), bool)
+
+
+def test_skin_thrown_off_the_fields_surface_keeps_its_shape_and_follows_its_neighbours():
     vertices, faces = rod()
     moved = np.add(vertices, [0.0, 0.0, 0.1])
     torn = moved.copy()
     torn[vertices[:, 1] > 0.3] += [0.0, -0.1, 0.35]  # the end is sent where the object is not
-    film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
-    result, changed = mended(np.stack([vertices, torn]), np.zeros((2, len(vertices)), bool), vertices, faces, film, 0)
+    own = surfaces_of(faces, vertices, moved)
+    result, changed = mended(np.stack([vertices, torn]), nothing_guessed(vertices), vertices, faces, own, 0, DIAGONAL)
     assert not changed[0].any() and changed[1][vertices[:, 1] > 0.3].all()
     assert np.abs(result[1] - moved).max() < 0.02
     edges = trimesh.Trimesh(vertices, faces, process=False).edges_unique
     rest, length = (np.linalg.norm(x[edges[:, 0]] - x[edges[:, 1]], axis=-1) for x in (vertices, result[1]))
     assert (length / rest).max() < 4
+
+
+def test_a_limb_of_unknown_motion_is_drawn_to_where_the_field_has_it():
+    vertices, faces = rod()
+    limb = vertices[:, 1] > 0.0
+    angle = 0.12 * np.clip(vertices[:, 1] / 0.1, 0, 1)[:, None]  # it turns about its root
+    turned = vertices @ np.diag([1.0, 0.0, 1.0]) + vertices[:, 1:2] * np.concatenate(
+        [np.zeros_like(angle), np.cos(angle), np.sin(angle)], axis=1
+    )
+    guessed = nothing_guessed(vertices)
+    guessed[1, limb] = True
+    positions = np.stack([vertices, np.where(limb[:, None], vertices, turned)])
+    own = surfaces_of(faces, vertices, turned)
+    tip = vertices[:, 1] > 0.35
+    assert own[1].distance(positions[1])[tip].mean() > 0.01 and cKDTree(positions[1]).query(turned)[0].max() > 0.045
+    result, changed = mended(positions, guessed, vertices, faces, own, 0, DIAGONAL)
+    assert changed[1][limb].all()
+    assert own[1].distance(result[1])[tip].mean() < 0.003
+    assert cKDTree(result[1]).query(turned)[0].max() < 0.031  # no place of it is without skin
+
+
+def test_a_moment_without_a_surface_is_left_as_the_motion_has_it():
+    vertices, faces = rod()
+    guessed = nothing_guessed(vertices)
+    guessed[1, :50] = True
+    moved = np.add(vertices, [0.0, 0.0, 0.1])
+    own = [*surfaces_of(faces, vertices), FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), int))]
+    positions = np.stack([vertices, moved])
+    result, changed = mended(positions, guessed, vertices, faces, own, 0, DIAGONAL)
+    np.testing.assert_array_equal(result, positions)
+    assert not changed.any()
+    np.testing.assert_array_equal(settled(positions, faces, own, DIAGONAL)[1], moved)
+
+
+def test_a_followed_mesh_settles_on_the_fields_surface_and_no_farther_than_it_may():
+    vertices, faces = ball()
+    larger = FrameSurface.of(vertices * 1.04, faces)
+    x = settled(vertices[None], faces, [larger], DIAGONAL)[0]
+    assert np.abs(np.linalg.norm(x, axis=-1) - 0.312).max() < 2e-3
+    much_larger = FrameSurface.of(vertices * 1.3, faces)
+    np.testing.assert_allclose(settled(vertices[None], faces, [much_larger], DIAGONAL)[0], vertices, atol=1e-9)
 
 
 def two_pieces():
@@ -110,11 +164,11 @@ def two_pieces():
     return together, np.concatenate([faces, other + len(vertices)]), small
 
 
-def test_a_piece_that_leaves_the_silhouette_stays_where_it_was():
+def test_a_piece_that_leaves_the_surface_stays_where_it_was():
     vertices, faces, small = two_pieces()
     away = vertices + np.where(small[:, None], [0.0, 0.1, 0.4], 0.0)
-    film = silhouettes([filmed(vertices, faces, 0), filmed(vertices, faces, 1)])
-    result, changed = mended(np.stack([vertices, away]), np.zeros((2, len(vertices)), bool), vertices, faces, film, 0)
+    own = surfaces_of(faces, vertices, vertices)
+    result, changed = mended(np.stack([vertices, away]), nothing_guessed(vertices), vertices, faces, own, 0, DIAGONAL)
     assert changed[1][small].all() and not changed[1][~small].any()
     assert np.abs(result[1] - vertices).max() < 1e-3
 
@@ -136,22 +190,22 @@ def test_a_piece_astray_in_the_end_is_dropped():
 def test_a_guess_is_carried_by_the_skin_around_it():
     vertices, faces = rod()
     moved = np.add(vertices, [0.0, 0.0, 0.1])
-    guessed = np.zeros((2, len(vertices)), bool)
+    guessed = nothing_guessed(vertices)
     guessed[1, vertices[:, 1] > 0.3] = True
     shifted = moved + np.where(guessed[1][:, None], [0.0, 0.0, 0.02], 0.0)
-    film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
-    result, changed = mended(np.stack([vertices, shifted]), guessed, vertices, faces, film, 0)
+    own = surfaces_of(faces, vertices, moved)
+    result, changed = mended(np.stack([vertices, shifted]), guessed, vertices, faces, own, 0, DIAGONAL)
     assert changed[1][guessed[1]].all()
     assert np.abs(result[1] - moved).max() < 1e-3
 
 
 def test_a_motion_without_faults_is_left_alone():
     vertices, faces = rod()
-    moved = np.add(vertices, [0.0, 0.05, 0.1])
-    film = silhouettes([filmed(vertices, faces, 0), filmed(moved, faces, 1)])
-    result, changed = mended(np.stack([vertices, moved]), np.zeros((2, len(vertices)), bool), vertices, faces, film, 0)
+    positions = np.stack([vertices, np.add(vertices, [0.0, 0.05, 0.1])])
+    own = surfaces_of(faces, *positions)
+    result, changed = mended(positions, nothing_guessed(vertices), vertices, faces, own, 0, DIAGONAL)
     assert not changed.any()
-    np.testing.assert_array_equal(result, np.stack([vertices, moved]))
+    np.testing.assert_array_equal(result, positions)
 
 
 def grid_of(inside, resolution=64):
@@ -255,15 +309,17 @@ def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monk
     film = [filmed(surface.vertices, surface.faces, 0), filmed(parted(apart.vertices)[1], apart.faces, 1)]
     said = []
 
-    def outlined(run, surface, *rest):
+    def followed(run, surface, *rest):
         count = len(surface.vertices)
         return surface, Tracks(parted(surface.vertices), np.zeros((2, count)), np.zeros((2, count), bool))
 
     monkeypatch.setattr(make, "input_pictures", lambda views: film)
-    monkeypatch.setattr(make, "_outlined", outlined)
+    monkeypatch.setattr(make, "_followed", followed)
+    monkeypatch.setattr(make, "_outlined", lambda run, made, terminal: made)
     monkeypatch.setattr(make, "WORTH_CUTTING", worth)
     run, terminal = SimpleNamespace(views=None), SimpleNamespace(say=said.append)
-    found, tracks = make._without_webs(run, outlined(run, surface), (grid, solid, 0.5), make.Options(), terminal)
+    made, canonical = followed(run, surface), (grid, solid, 0.5)
+    found, tracks = make._without_webs(run, made, made, canonical, [], make.Options(), terminal)
     assert tracks.positions.shape[1] == len(found.vertices)
     assert len(trimesh.Trimesh(found.vertices, found.faces, process=False).split()) == pieces
     assert said[-1].endswith("left uncut" if pieces == 1 else ": cut")

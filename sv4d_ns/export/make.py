@@ -38,13 +38,14 @@ from sv4d_ns.export.surface.extraction import (
 )
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
-from sv4d_ns.export.surface.registration import refitted, registered
+from sv4d_ns.export.surface.registration import FrameSurface, refitted, registered, settled
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
 from sv4d_ns.export.surface.webs import agreement, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
@@ -77,11 +78,14 @@ FINE_VIDEO = 384
 """Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
 for each pixel of an object that fills the picture, on either side of it."""
 
-FEWEST_IN_WEBS = 5
+FRAME_RESOLUTION = 96
+"""Nodes along the side of the grids that a moving field's surface at each frame is cut from: they correct what followed
+its motion, at half the time of 128."""
+
+FEWEST_IN_WEBS = 20
 """Faces in webs below which the mesh is not made again."""
 WORTH_CUTTING = 0.001
 """What cutting webs must add to the IoU with the film's silhouettes: less is chance, and what is cut may be matter."""
-
 MOST_MOMENTS = 32
 """Pictures of an animated texture; of a longer clip, neighbouring frames share one."""
 
@@ -125,9 +129,11 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     """The canonical mesh and where its vertices are at every frame."""
     film = input_pictures(run.views)
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
-    surface, tracks = _outlined(run, _surface(solid, level, grid, options, terminal), grid, options, terminal)
+    own = _own_surfaces(run, options.resolution, terminal)
+    made = _followed(run, _surface(solid, level, grid, options, terminal), own, terminal)
+    surface, tracks = _outlined(run, made, terminal)
     if run.deforms:
-        surface, tracks = _without_webs(run, (surface, tracks), (grid, solid, level), options, terminal)
+        surface, tracks = _without_webs(run, made, (surface, tracks), (grid, solid, level), own, options, terminal)
     with terminal.bar("fitting what is on them", len(film)) as advance:
         colors = _film_at_vertices(film, tracks.positions, surface.faces)
         positions = fitted_to_film(tracks.positions, surface.faces, film, colors, advance)
@@ -139,16 +145,38 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     return without(surface, tracks, stray)
 
 
-def _outlined(
-    run: FinishedRun, surface: CanonicalMesh, grid: OpacityGrid, options: Options, terminal: "Terminal"
+def _own_surfaces(run: FinishedRun, resolution: int, terminal: "Terminal") -> list[FrameSurface]:
+    """The field's own surface at every frame; where a motion says most, only as fine as it helps to correct it."""
+    surfaces = []
+    with terminal.bar("cutting the frames' own surfaces", run.views.num_frames) as advance:
+        for frame in range(run.views.num_frames):
+            finest = FRAME_RESOLUTION if run.deforms else resolution
+            try:
+                surfaces.append(FrameSurface.of(*surface_at(run, frame, min(resolution, finest))))
+            except InputError:  # nothing is there at that moment
+                if not run.deforms:
+                    raise
+                surfaces.append(FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64)))
+            advance()
+    return surfaces
+
+
+def _followed(
+    run: FinishedRun, surface: CanonicalMesh, own: Sequence[FrameSurface], terminal: "Terminal"
 ) -> tuple[CanonicalMesh, Tracks]:
-    """A surface and its way, its outlines on the film's."""
-    film = input_pictures(run.views)
+    """A surface and its way: where the field's motion takes it, on the field's own surface of each frame."""
     terminal.say(
         f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
         f"{surface.dropped_parts} floating parts dropped"
     )
-    tracks = _motion(run, surface, grid, options.resolution, terminal)
+    return surface, _motion(run, surface, own, terminal)
+
+
+def _outlined(
+    run: FinishedRun, made: tuple[CanonicalMesh, Tracks], terminal: "Terminal"
+) -> tuple[CanonicalMesh, Tracks]:
+    """A surface and its way, its outlines on the film's."""
+    (surface, tracks), film = made, input_pictures(run.views)
     with terminal.bar("fitting the outlines", len(film)) as advance:
         positions = fitted_to_outlines(tracks.positions, surface.faces, film, advance)
     return surface, replace(tracks, positions=positions.astype(np.float32))
@@ -156,26 +184,28 @@ def _outlined(
 
 def _without_webs(
     run: FinishedRun,
-    made: tuple[CanonicalMesh, Tracks],
+    followed: tuple[CanonicalMesh, Tracks],
+    outlined: tuple[CanonicalMesh, Tracks],
     canonical: tuple[OpacityGrid, Float[np.ndarray, "r r r"], float],
+    own: Sequence[FrameSurface],
     options: Options,
     terminal: "Terminal",
 ) -> tuple[CanonicalMesh, Tracks]:
-    """The surface and its way made again without its webs, if there are any and the film's silhouettes are met better
-    then; else as they are."""
-    (surface, tracks), (grid, solid, level), film = made, canonical, input_pictures(run.views)
+    """The outlined surface made again without the webs that it has before its outlines are fitted, if there are any and
+    the film's silhouettes are met better then; else as it is."""
+    (surface, tracks), (grid, solid, level), film = followed, canonical, input_pictures(run.views)
     web = webs(surface, tracks.positions, silhouettes(film))
     if web.sum() < FEWEST_IN_WEBS:
-        return made
+        return outlined
     terminal.say(f"{web.mean():.1%} of the faces are webs over the film's background; made again without them:")
-    cut = without_webs(solid, level, grid, surface, web)
-    again = _outlined(run, _surface(cut, level, grid, options, terminal), grid, options, terminal)
-    before, after = (agreement(way.positions, mesh.faces, film) for mesh, way in (made, again))
+    cut = _surface(without_webs(solid, level, grid, surface, web), level, grid, options, terminal)
+    again = _outlined(run, _followed(run, cut, own, terminal), terminal)
+    before, after = (agreement(way.positions, mesh.faces, film) for mesh, way in (outlined, again))
     kept = after >= before + WORTH_CUTTING
     terminal.say(
         f"IoU with the film's silhouettes {before:.4f} before, {after:.4f} after: {'cut' if kept else 'left uncut'}"
     )
-    return again if kept else made
+    return again if kept else outlined
 
 
 def without(surface: CanonicalMesh, tracks: Tracks, dropped: Bool[np.ndarray, " n"]) -> tuple[CanonicalMesh, Tracks]:
@@ -216,22 +246,32 @@ def _solid(
     return grid, completed(grid, solid, level, film), level
 
 
-def _motion(
-    run: FinishedRun, surface: CanonicalMesh, grid: OpacityGrid, resolution: int, terminal: "Terminal"
-) -> Tracks:
-    """Where the field's motion takes a surface, what leaves the silhouettes taken back."""
-    diagonal = float(np.linalg.norm(grid.high - grid.low))
-    tracks = _followed(run, surface, diagonal, resolution, terminal)
+def _motion(run: FinishedRun, surface: CanonicalMesh, own: Sequence[FrameSurface], terminal: "Terminal") -> Tracks:
+    """Where the field's motion puts the vertices, what leaves its surfaces taken back; or the fit to those alone."""
+    diagonal, frames = float((run.field.aabb[1] - run.field.aabb[0]).norm()), run.views.num_frames
     if not run.deforms:
+        with terminal.bar("fitting the frames", frames) as advance:
+            tracks = registered(surface, run.canonical_frame, own, diagonal, advance)
+        terminal.say(
+            "this run's field has no deformation: its mesh is fitted to each frame's own surface, to "
+            f"{tracks.residuals.mean():.3%} of the box's diagonal on average; --mode sequence writes those surfaces"
+        )
         return tracks
-    shapes = silhouettes(input_pictures(run.views))
+    with terminal.bar("following the vertices", frames) as advance:
+        tracks = follow_vertices(run.field, surface, run.views.times, advance)
+    terminal.say(tracks.summary())
+    tracks, lines = refitted(tracks, surface, own, diagonal)
+    for line in lines:
+        terminal.say(line)
     positions, changed = mended(
-        tracks.positions, tracks.guessed, surface.vertices, surface.faces, shapes, run.canonical_frame
+        tracks.positions, tracks.guessed, surface.vertices, surface.faces, own, run.canonical_frame, diagonal
     )
     if changed.any():
         terminal.say(
-            f"{changed.mean():.2%} of the vertex positions were unknown or off the silhouettes; their skin was mended"
+            f"{changed.mean():.2%} of the vertex positions were unknown or off the field's own surface; "
+            "their skin was mended"
         )
+    positions = settled(positions, surface.faces, own, diagonal)
     return replace(tracks, positions=positions.astype(np.float32))
 
 
@@ -244,32 +284,6 @@ def _film_at_vertices(
         vertices_as_points(faces, positions.shape[1]),
     )
     return filled(*film_colors(film, positions, normals, faces, corners).at_corners, faces)
-
-
-def _followed(
-    run: FinishedRun, surface: CanonicalMesh, diagonal: float, resolution: int, terminal: "Terminal"
-) -> Tracks:
-    """Where the field's motion, or the fit to its surfaces, puts the vertices."""
-    frames = run.views.num_frames
-
-    def own_surface(frame: int) -> tuple[np.ndarray, np.ndarray]:
-        return surface_at(run, frame, resolution)
-
-    if not run.deforms:
-        with terminal.bar("fitting the frames", frames) as advance:
-            tracks = registered(surface, run.canonical_frame, frames, own_surface, diagonal, advance)
-        terminal.say(
-            "this run's field has no deformation: its mesh is fitted to each frame's own surface, to "
-            f"{tracks.residuals.mean():.3%} of the box's diagonal on average; --mode sequence writes those surfaces"
-        )
-        return tracks
-    with terminal.bar("following the vertices", frames) as advance:
-        tracks = follow_vertices(run.field, surface, run.views.times, advance)
-    terminal.say(tracks.summary())
-    tracks, lines = refitted(tracks, surface, own_surface, diagonal)
-    for line in lines:
-        terminal.say(line)
-    return tracks
 
 
 def surface_at(

@@ -26,9 +26,7 @@ from sv4d_ns.utils.split import results_of
 
 RASTER = 512
 """Pixels along the side of the rasters the mesh's outline is read from."""
-ROUNDS = (
-    (30.0, 0.12), (10.0, 0.1), (3.0, 0.1), (1.0, 0.08), (0.3, 0.06), (0.1, 0.05), (0.1, 0.03), (0.1, 0.015)
-)  # fmt: skip
+ROUNDS = ((3.0, 0.1), (1.0, 0.08), (0.3, 0.06), (0.1, 0.05), (0.1, 0.03), (0.1, 0.015))
 """(weight of the membrane, longest pull as a share of the picture's width), from stiff and far to soft and near. That
 soft rounds reach far gives thin legs their length: 0.2 to 1.1 dB at the input camera on four runs."""
 SLACK = 0.5 / RASTER

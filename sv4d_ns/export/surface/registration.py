@@ -4,15 +4,18 @@ and in fields that have none.
 Non-rigid closest points (as Amberg et al. 2007, with a membrane energy on the increments instead of affine maps).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.surface.extraction import CanonicalMesh, Tracks, vertex_graph, vertex_normals
+from sv4d_ns.utils.split import results_of
 
 UNSOLVED_BOUND = 0.25
 """Share of a frame's vertices without a solution from which none of it is used. Below it their skin carries them: a
@@ -21,31 +24,74 @@ STIFFNESS = (100.0, 30.0, 10.0, 3.0, 1.0)
 """Weights of the membrane energy against one vertex's pull, from stiff to soft."""
 ITERATIONS = 4
 """Closest-point searches at each stiffness."""
+ALIKE = 0.5
+"""Cosine between two surfaces' normals from which their points may be the same place."""
+CANDIDATES = 8
+"""Nearest points among which one with an agreeing normal is looked for."""
+SETTLED_STIFFNESS = 0.1
+"""Weight of the membrane when a followed mesh settles on the field's surface."""
+SETTLED_REACH = 0.015
+"""How far it settles at most, as a share of the box's diagonal."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameSurface:
+    """The field's own surface at a frame, to be fitted to. One without vertices draws nothing."""
+
+    vertices: Float[np.ndarray, "m 3"]
+    normals: Float[np.ndarray, "m 3"]
+    tree: cKDTree
+
+    @staticmethod
+    def of(vertices: Float[np.ndarray, "m 3"], faces: Int[np.ndarray, "g 3"]) -> "FrameSurface":
+        """Of a mesh."""
+        places = vertices.astype(np.float64)
+        return FrameSurface(places, vertex_normals(places, faces), cKDTree(places))
+
+    def distance(self, x: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
+        """Of points to its nearest vertex, world units."""
+        return np.asarray(self.tree.query(x)[0])
+
+    def alike(
+        self, x: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"], reach: float = np.inf
+    ) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Of each point the nearest vertex that faces the same way, and whether there is one within reach."""
+        return nearest_alike(self.tree, self.normals, x, normals, reach)
+
+
+def nearest_alike(
+    tree: cKDTree, tree_normals: np.ndarray, x: np.ndarray, normals: np.ndarray, reach: float
+) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The nearest of a tree's points whose normal agrees, and whether one of `CANDIDATES` does within reach."""
+    count = min(CANDIDATES, tree.n)
+    distance, nearest = tree.query(x, k=count, distance_upper_bound=reach)
+    distance, nearest = distance.reshape(len(x), count), nearest.reshape(len(x), count)
+    found = np.isfinite(distance)
+    nearest = np.where(found, nearest, 0)
+    found &= np.einsum("nkc,nc->nk", tree_normals[nearest], normals) > ALIKE
+    first = np.where(found, distance, np.inf).argmin(axis=1)
+    return found.any(axis=1), nearest[np.arange(len(x)), first]
 
 
 def refitted(
-    tracks: Tracks,
-    mesh: CanonicalMesh,
-    surface_at: Callable[[int], tuple[Float[np.ndarray, "m 3"], Int[np.ndarray, "g 3"]]],
-    diagonal: float,
+    tracks: Tracks, mesh: CanonicalMesh, surfaces: Sequence[FrameSurface], diagonal: float
 ) -> tuple[Tracks, list[str]]:
     """Tracks whose frames above `UNSOLVED_BOUND` are fitted to their own surface, and a line for each such frame.
 
     Frames next to solved ones come first and the others start from them.
 
     Args:
-        surface_at: vertices and faces of the field's own surface at a frame.
+        surfaces: the field's own, of every frame.
         diagonal: of the field's box, world units.
     """
     unsolved = tracks.guessed.mean(axis=1)
-    failed = set(np.flatnonzero(unsolved > UNSOLVED_BOUND).tolist())
+    failed = {f for f in np.flatnonzero(unsolved > UNSOLVED_BOUND).tolist() if len(surfaces[f].vertices)}
     positions, guessed, lines = tracks.positions.copy(), tracks.guessed.copy(), []
     done = [frame for frame in range(len(unsolved)) if frame not in failed]
     while failed:
         frame = min(failed, key=lambda f: min((abs(f - d) for d in done), default=0))
         start = positions[min(done, key=lambda d: abs(frame - d))] if done else mesh.vertices
-        vertices, faces = surface_at(frame)
-        positions[frame], distance = fit_to_surface(start, mesh.faces, vertices, faces)
+        positions[frame], distance = fit_to_surface(start, mesh.faces, surfaces[frame])
         guessed[frame] = True
         failed.remove(frame)
         done.append(frame)
@@ -60,8 +106,7 @@ def refitted(
 def registered(
     mesh: CanonicalMesh,
     first: int,
-    num_frames: int,
-    surface_at: Callable[[int], tuple[Float[np.ndarray, "m 3"], Int[np.ndarray, "g 3"]]],
+    surfaces: Sequence[FrameSurface],
     diagonal: float,
     advance: Callable[[], None] | None = None,
 ) -> Tracks:
@@ -71,6 +116,7 @@ def registered(
     `residuals` are then distances to that surface and `guessed` is true but at the first frame: nothing says that a
     vertex stays on the same place of the object. `advance` is called once per frame.
     """
+    num_frames = len(surfaces)
     positions = np.tile(mesh.vertices, (num_frames, 1, 1))
     residuals = np.zeros((num_frames, len(mesh.vertices)), np.float32)
     guessed = np.ones((num_frames, len(mesh.vertices)), dtype=bool)
@@ -78,7 +124,7 @@ def registered(
     order = [(frame, frame - 1) for frame in range(first + 1, num_frames)]
     order += [(frame, frame + 1) for frame in range(first - 1, -1, -1)]
     for frame, neighbour in order:
-        positions[frame], distance = fit_to_surface(positions[neighbour], mesh.faces, *surface_at(frame))
+        positions[frame], distance = fit_to_surface(positions[neighbour], mesh.faces, surfaces[frame])
         residuals[frame] = distance / diagonal
         if advance is not None:
             advance()
@@ -86,27 +132,58 @@ def registered(
 
 
 def fit_to_surface(
-    start: Float[np.ndarray, "n 3"],
-    faces: Int[np.ndarray, "f 3"],
-    surface: Float[np.ndarray, "m 3"],
-    surface_faces: Int[np.ndarray, "g 3"],
+    start: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], surface: FrameSurface
 ) -> tuple[Float[np.ndarray, "n 3"], float]:
     """`start` moved smoothly onto another surface, and its mean distance to that surface's vertices (world units).
 
     A vertex is pulled by the nearest surface vertex whose normal agrees within 60 degrees of its own.
     """
-    tree, targets = cKDTree(surface), vertex_normals(surface, surface_faces)
-    graph = vertex_graph(faces, len(start))
-    laplacian = sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph
+    laplacian = _laplacian(faces, len(start))
     x = start.astype(np.float64)
     for stiffness in STIFFNESS:
         for _ in range(ITERATIONS):
-            distance, nearest = tree.query(x, k=min(8, len(surface)))
-            distance, nearest = distance.reshape(len(x), -1), nearest.reshape(len(x), -1)
-            agree = np.einsum("nkc,nc->nk", targets[nearest], vertex_normals(x, faces)) > 0.5
-            first = np.where(agree, distance, np.inf).argmin(axis=1)
-            rows = np.arange(len(x))
-            pulled = agree[rows, first].astype(np.float64)
-            pull = pulled[:, None] * (surface[nearest[rows, first]] - x)
-            x = x + splu((sparse.diags(pulled + 1e-6) + stiffness * laplacian).tocsc()).solve(pull)
-    return x.astype(np.float32), float(tree.query(x)[0].mean())
+            found, nearest = surface.alike(x, vertex_normals(x, faces))
+            x = _pulled(x, found, surface.vertices[nearest] - x, stiffness * laplacian)
+    return x.astype(np.float32), float(surface.distance(x).mean())
+
+
+def settled(
+    positions: Float[np.ndarray, "t n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    surfaces: Sequence[FrameSurface],
+    diagonal: float,
+) -> Float[np.ndarray, "t n 3"]:
+    """Positions drawn a little way, along the normals, onto the field's own surface of each frame: where a followed
+    vertex stands, what the field adds to its canonical shape is not known."""
+    laplacian = SETTLED_STIFFNESS * _laplacian(faces, positions.shape[1])
+    result = positions.astype(np.float64)
+
+    def settle(frame: int) -> None:
+        x, surface = result[frame], surfaces[frame]
+        if not len(surface.vertices):
+            return
+        found, nearest = surface.alike(x, vertex_normals(x, faces), SETTLED_REACH * diagonal)
+        normal = surface.normals[nearest]
+        along = ((surface.vertices[nearest] - x) * normal).sum(axis=-1, keepdims=True)
+        result[frame] = _pulled(x, found, along * normal, laplacian)
+
+    results_of([partial(settle, frame) for frame in range(len(result))])
+    return result
+
+
+def _laplacian(faces: Int[np.ndarray, "f 3"], count: int) -> sparse.csr_matrix:
+    graph = vertex_graph(faces, count)
+    return (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph).tocsr()
+
+
+def _pulled(
+    x: Float[np.ndarray, "n 3"],
+    pulled: Bool[np.ndarray, " n"],
+    pull: Float[np.ndarray, "n 3"],
+    membrane: sparse.csr_matrix,
+) -> Float[np.ndarray, "n 3"]:
+    """`x` after some vertices were pulled and the others came along as a membrane."""
+    system = sparse.diags(pulled + 1e-6) + membrane
+    solver = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
+    step: np.ndarray = solver.solve(np.where(pulled[:, None], pull, 0.0))
+    return x + step

@@ -34,7 +34,7 @@ def webs(
     """Faces that are drawn out in a frame and there lie where the film shows background.
 
     Args:
-        positions: of the surface's vertices, fitted to the film's outlines.
+        positions: of the surface's vertices, on the field's own surfaces, not yet fitted to the film's outlines.
         shapes: the film's silhouettes, one per frame.
     """
     rest = _edges(surface.vertices[surface.faces])
