@@ -28,6 +28,7 @@ from sv4d_ns.export.surface.extraction import (
     OpacityGrid,
     Tracks,
     canonical_mesh,
+    canonical_places,
     follow_vertices,
     frozen,
     opacity_grid,
@@ -146,19 +147,24 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
 
 
 def _own_surfaces(run: FinishedRun, resolution: int, terminal: "Terminal") -> list[FrameSurface]:
-    """The field's own surface at every frame; where a motion says most, only as fine as it helps to correct it."""
+    """The field's own surface at every frame."""
     surfaces = []
     with terminal.bar("cutting the frames' own surfaces", run.views.num_frames) as advance:
         for frame in range(run.views.num_frames):
-            finest = FRAME_RESOLUTION if run.deforms else resolution
-            try:
-                surfaces.append(FrameSurface.of(*surface_at(run, frame, min(resolution, finest))))
-            except InputError:  # nothing is there at that moment
-                if not run.deforms:
-                    raise
-                surfaces.append(FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64)))
+            surfaces.append(_own_surface(run, frame, resolution))
             advance()
     return surfaces
+
+
+def _own_surface(run: FinishedRun, frame: int, resolution: int) -> FrameSurface:
+    """The field's own surface at a frame; where a motion says most, only as fine as it helps to correct it."""
+    if not run.deforms:
+        return FrameSurface.of(*surface_at(run, frame, resolution))
+    try:
+        vertices, faces = surface_at(run, frame, min(resolution, FRAME_RESOLUTION))
+    except InputError:  # nothing is there at that moment
+        return FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+    return FrameSurface.of(vertices, faces, canonical_places(run.field, vertices, run.time(frame)))
 
 
 def _followed(
