@@ -52,8 +52,6 @@ class Config:
     """Numbers of sampling steps."""
     recolour: bool = True
     """Hidden sides in the colours that the input shows, as a run has them; without, as the model paints them."""
-    samples: int = 4
-    """Volumes that are averaged where there are several steps; 1 for a single sample."""
     threads: int = 1
     """CPU threads."""
     sheet: Path | None = None
@@ -157,7 +155,6 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     pipeline = load_bundled_pipeline("cpu", config.model)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(num_samples=config.samples)
     makers: dict[str, Maker] = {
         "copy of the input": lambda clip: as_floats(clip.pictures[:, :1]).repeat(len(clip.plan.azimuths_deg), axis=1)
     }

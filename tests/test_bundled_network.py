@@ -8,11 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sv4d_ns.diffusion.bundled import load_bundled_pipeline
 from sv4d_ns.diffusion.bundled.frustum import Frustum, relative_poses
 from sv4d_ns.diffusion.bundled.network import VolumeDenoiser, finer
 from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
-from sv4d_ns.diffusion.bundled.rendering import Volume
 from sv4d_ns.geometry.cameras import look_at_cameras
 
 
@@ -129,31 +127,6 @@ def test_both_ways_of_asking_show_backs_in_the_inputs_colour(small: VolumeDenois
     told = (pipeline.denoise_views(film, torch.zeros(1, 1, 4, 32, 32), 1.5, **ring) + 1) / 2
     alpha = told[:, :, 3:]
     assert far_off(torch.cat([told[:, :, :3] - 1 + alpha, alpha], 2)) < 0.02
-
-
-def test_samples_from_noise_are_averaged() -> None:
-    pipeline = BundledVideoPipeline(load_bundled_pipeline().denoiser, num_samples=2)
-    ring = {"azimuths_deg": (90.0,), "elevations_deg": (0.0,), "recolour": False, "output_type": "latent"}
-    drawn: list[torch.Tensor] = []
-
-    def note(_: Any, step: int, sigma: float, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        drawn.append(tensors["views"])
-        return {}
-
-    made = pipeline(picture(), **ring, generator=torch.Generator().manual_seed(0), callback_on_step_end=note).volumes
-    assert drawn[-1].shape[:3] == (2, 2, 4) and not torch.allclose(drawn[-1][0], drawn[-1][1])
-    assert len(made.density) == 2
-    assert pipeline.samples_to_draw(1, False) == pipeline.samples_to_draw(3, True) == 1
-
-
-def test_the_mean_of_volumes_has_their_mean_opacity() -> None:
-    solid, clear = (torch.full((1, 2, 2, 2), value) for value in (30.0, 0.0))
-    shown = torch.zeros(1, 3, 4, 4)
-    whole = Volume(solid, torch.ones(1, 3, 2, 2, 2), clear, shown)
-    none = Volume(clear, torch.zeros(1, 3, 2, 2, 2), clear, shown)
-    mean = Volume.mean([whole, none])
-    torch.testing.assert_close(1 - torch.exp(-mean.density), torch.full_like(clear, 0.5))
-    torch.testing.assert_close(mean.colour, torch.full_like(mean.colour, 0.5))
 
 
 def test_the_pipeline_takes_and_gives_pil_and_calls_back(small: VolumeDenoiser) -> None:

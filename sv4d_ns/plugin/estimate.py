@@ -49,7 +49,7 @@ STATIC_STEP, MOVING_STEP = 0.048, 0.062
 """Of a step of sv4d while one frame is fitted, and from then on."""
 STATIC_UNTIL = 0.12
 """Share of the schedule (`sampling.ScheduleConfig`)."""
-VIEW_SECONDS = 0.14
+VIEW_SECONDS = 0.05
 """Of a generated picture of the bundled model."""
 ROUND_SECONDS = 0.092
 """Of a picture of stage 2, rendered, refined and kept."""

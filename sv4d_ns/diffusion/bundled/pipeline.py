@@ -1,7 +1,7 @@
 """The bundled model as a diffusers pipeline: a video of one view in, any views at all moments out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,16 +46,13 @@ class BundledVideoPipeline(DiffusionPipeline):
 
     Sampling is that of multistep consistency models (arXiv 2303.01469, algorithm 1): the network predicts a clean
     volume from noised views, its pictures are noised again to a lower level, and so on. One step gives the mean of all
-    plausible volumes, several give one of them. The noise is the same in all frames. Samples that start from noise are
-    averaged: what they do not agree on is half there, and a field fitted to that is less wrong than one fitted to any
-    of them.
+    plausible volumes, several give one of them. The noise is the same in all frames.
 
     Args:
         denoiser: the network.
         num_inference_steps: of a call that names none.
         sigma_max: first noise level, under which views say nothing.
         sigma_min: last noise level, from two steps on.
-        num_samples: how many are drawn and averaged where several steps start from noise.
     """
 
     model_cpu_offload_seq: Any = "denoiser"
@@ -71,23 +68,16 @@ class BundledVideoPipeline(DiffusionPipeline):
         num_inference_steps: int = 3,
         sigma_max: float = 40.0,
         sigma_min: float = 1.5,
-        num_samples: int = 4,
     ):
         super().__init__()
         self.register_modules(denoiser=denoiser)
-        self.register_to_config(
-            num_inference_steps=num_inference_steps, sigma_max=sigma_max, sigma_min=sigma_min, num_samples=num_samples
-        )
+        self.register_to_config(num_inference_steps=num_inference_steps, sigma_max=sigma_max, sigma_min=sigma_min)
 
     def sigmas(self, num_inference_steps: int, strength: float = 1.0) -> list[float]:
         """Noise levels of the steps, falling geometrically from `strength` of sigma_max's logarithmic range."""
         low, high = self.config.sigma_min, self.config.sigma_max
         first = float(low * (high / low) ** strength)
         return list(np.geomspace(first, min(low, first), num_inference_steps)) if num_inference_steps > 1 else [first]
-
-    def samples_to_draw(self, num_inference_steps: int, from_views: bool) -> int:
-        """How many samples a call averages: one step is a mean already, and noised views say what is sought."""
-        return 1 if from_views or num_inference_steps == 1 else self.config.num_samples
 
     @torch.no_grad()
     def __call__(
@@ -129,8 +119,7 @@ class BundledVideoPipeline(DiffusionPipeline):
             generator: of the noise.
             output_type: "np", "pt", "pil", or "latent" for the volumes alone.
             return_dict: a `BundledPipelineOutput`, else a tuple.
-            callback_on_step_end: called as `f(pipeline, step, sigma, tensors)`; the tensors it returns go on. `views`
-                are those of all samples, [n, t, v, 4, s, s].
+            callback_on_step_end: called as `f(pipeline, step, sigma, tensors)`; the tensors it returns go on.
             callback_on_step_end_tensor_inputs: which tensors it is given.
 
         Raises:
@@ -153,28 +142,21 @@ class BundledVideoPipeline(DiffusionPipeline):
         if initial_views is not None:
             views = to_diffusion_space(upload(_resized(premultiplied(initial_views), side), device))
         sigmas = self.sigmas(num_inference_steps or self.config.num_inference_steps, strength)
-        samples = self.samples_to_draw(len(sigmas), initial_views is not None)
-        views = views.expand(samples, *views.shape)
         for step, sigma in enumerate(self.progress_bar(sigmas)):
-            drawn = []
-            for state in views:
-                noise = upload(torch.randn(state.shape[1:], generator=generator), device)
-                noised = state + sigma * noise
-                drawn.append(self._denoise(small, image, input_elevation_deg, noised, sigma, state_poses, frustum))
+            noise = upload(torch.randn(views.shape[1:], generator=generator), device)
+            volumes = self._denoise(
+                small, image, input_elevation_deg, views + sigma * noise, sigma, state_poses, frustum
+            )
             if step + 1 < len(sigmas):
-                made = [to_diffusion_space(render_views(volumes, state_poses, side, frustum)) for volumes in drawn]
-                views = torch.stack(made)
+                views = to_diffusion_space(render_views(volumes, state_poses, side, frustum))
             if callback_on_step_end is not None:
                 tensors = {"views": views} if "views" in callback_on_step_end_tensor_inputs else {}
                 views = callback_on_step_end(self, step, sigma, tensors).get("views", views)
-        volumes = Volume.mean(drawn)
         if recolour:
             volumes = in_colours_of_the_input(volumes, frustum)
-        pictures = (
-            None if output_type == "latent" else self._pictures(volumes, asked, size or side, frustum, output_type)
-        )
+        made = None if output_type == "latent" else self._pictures(volumes, asked, size or side, frustum, output_type)
         self.maybe_free_model_hooks()
-        return BundledPipelineOutput(frames=pictures, volumes=volumes) if return_dict else (pictures, volumes)
+        return BundledPipelineOutput(frames=made, volumes=volumes) if return_dict else (made, volumes)
 
     @torch.no_grad()
     def denoise_views(
@@ -264,8 +246,7 @@ class BundledVideoPipeline(DiffusionPipeline):
                 )  # fmt: skip
             volume = self.denoiser.volume(logits, image[begin:end])
             parts.append(volume[first - begin : last - begin])
-        # windows' pictures are not copied: samples share those of the video, which may be large
-        return replace(Volume.join(parts), image=image)
+        return Volume.join(parts)
 
     def _pictures(
         self, volumes: Volume, poses: Float[Tensor, "v 4 4"], size: int, frustum: Frustum, output_type: str

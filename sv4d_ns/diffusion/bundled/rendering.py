@@ -57,16 +57,6 @@ class Volume:
         columns = zip(*((v.density, v.colour, v.gate, v.image) for v in parts), strict=True)
         return Volume(*(torch.cat(column) for column in columns))
 
-    @staticmethod
-    def mean(volumes: "Sequence[Volume]") -> "Volume":
-        """Samples of the same moments as one: of each cell the mean opacity, colour and gate."""
-        if len(volumes) == 1:
-            return volumes[0]
-        clear = torch.stack([torch.exp(-v.density.float()) for v in volumes]).mean(0)
-        density = -torch.log(clear.clamp(min=1e-6))
-        colour, gate = (torch.stack([getattr(v, name) for v in volumes]).mean(0) for name in ("colour", "gate"))
-        return Volume(density.to(volumes[0].density.dtype), colour, gate, volumes[0].image)
-
 
 def render_rays(
     volume: Volume, origins: Float[Tensor, "b n 3"], directions: Float[Tensor, "b n 3"], frustum: Frustum
