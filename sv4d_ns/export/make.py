@@ -28,7 +28,6 @@ from sv4d_ns.export.surface.extraction import (
     OpacityGrid,
     Tracks,
     canonical_mesh,
-    canonical_places,
     follow_vertices,
     frozen,
     opacity_grid,
@@ -161,10 +160,9 @@ def _own_surface(run: FinishedRun, frame: int, resolution: int) -> FrameSurface:
     if not run.deforms:
         return FrameSurface.of(*surface_at(run, frame, resolution))
     try:
-        vertices, faces = surface_at(run, frame, min(resolution, FRAME_RESOLUTION))
+        return FrameSurface.of(*surface_at(run, frame, min(resolution, FRAME_RESOLUTION)))
     except InputError:  # nothing is there at that moment
         return FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
-    return FrameSurface.of(vertices, faces, canonical_places(run.field, vertices, run.time(frame)))
 
 
 def _followed(

@@ -144,11 +144,6 @@ def _evaluate(
     return np.concatenate(results) if results else np.zeros(0, dtype=np.float32)
 
 
-def canonical_places(field: AnimatedField, points: Float[np.ndarray, "n 3"], time: float) -> Float[np.ndarray, "n 3"]:
-    """Where the field says points at a time (in [0, 1]) come from."""
-    return points + _evaluate(field.deformation, _device_of(field), points, time).reshape(-1, 3)
-
-
 def _box(field: AnimatedField) -> tuple[np.ndarray, np.ndarray]:
     low, high = field.aabb.detach().cpu().numpy().astype(np.float64)
     return low, high

@@ -28,9 +28,6 @@ OUTSIDE = 0.03
 OFF = 0.015
 """Distance from the field's own surface, as a share of the box's diagonal, from which a vertex is wrong there, and from
 which a place of that surface lacks skin."""
-ORIGIN = 0.01
-"""Distance from the canonical shape, as a share of the box's diagonal, up to which a place comes from its nearest
-vertex."""
 REACH = 0.1
 """How far such skin is drawn, as a share of the box's diagonal."""
 STIFFNESS = (10.0, 10.0, 3.0, 3.0, 1.0, 1.0, 1.0)
@@ -121,14 +118,12 @@ class RigidSkin:
         x: Float[np.ndarray, "n 3"],
         free: Bool[np.ndarray, " n"],
         surface: FrameSurface,
-        origin: Int[np.ndarray, " m"],
         diagonal: float,
     ) -> Float[np.ndarray, "n 3"]:
         """`x` with the free vertices drawn to a surface, keeping the shape `rest` as well as they can.
 
-        A vertex is drawn along the normal of the nearest place that faces the same way. A place without any skin near
-        it draws the vertex that it comes from, if that is free, else the nearest free one that faces the same way.
-        `origin` is the vertex that each place of the surface comes from, -1 where there is none.
+        A vertex is drawn along the normal of the nearest place that faces the same way; a place without any skin near
+        it draws the nearest free vertex that does.
         """
         which, near = np.flatnonzero(free), np.flatnonzero(self.grown(free, 1))
         rows = self.laplacian[which]
@@ -136,7 +131,7 @@ class RigidSkin:
         # what is not free stays, and so does what it covers
         bare = np.flatnonzero(cKDTree(x[~free]).query(surface.vertices)[0] > OFF * diagonal)
         for stiffness in STIFFNESS:
-            pulled, goal = self._pulls(x, free, surface, bare, origin[bare], diagonal)
+            pulled, goal = self._pulls(x, free, surface, bare, diagonal)
             turns[near] = self.rotations(rest, x, near)
             solver = _solver(stiffness * rows[:, which] + sparse.diags(pulled + TIE))
             keep = self._shape(rest, turns, free) - rows[:, ~free] @ x[~free]
@@ -151,24 +146,18 @@ class RigidSkin:
         free: Bool[np.ndarray, " n"],
         surface: FrameSurface,
         bare: Int[np.ndarray, " b"],
-        origin: Int[np.ndarray, " b"],
         diagonal: float,
     ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "k 3"]]:
         """Of the free vertices: whether the surface draws them, 1 or 0, and where to. `bare` are the places of the
-        surface that no other vertices are near, `origin` the vertices that they come from."""
+        surface that no other vertices are near."""
         own, normals = x[free], vertex_normals(x, self.faces[free[self.faces].any(axis=1)])[free]
         pulled, nearest = surface.alike(own, normals, REACH * diagonal)
         normal = surface.normals[nearest]
         goal = own + ((surface.vertices[nearest] - own) * normal).sum(axis=-1, keepdims=True) * normal
-        far = np.linalg.norm(x[origin] - surface.vertices[bare], axis=-1)
-        known = (origin >= 0) & free[origin] & (far < REACH * diagonal)
         tree = cKDTree(own)
-        other = bare[~known]
-        other = other[tree.query(surface.vertices[other])[0] > OFF * diagonal]
-        found, skin = nearest_alike(tree, normals, surface.vertices[other], surface.normals[other], REACH * diagonal)
-        number = np.cumsum(free) - 1
-        skin = np.r_[number[origin[known]], skin[found]]
-        places = surface.vertices[np.r_[bare[known], other[found]]]
+        bare = bare[tree.query(surface.vertices[bare])[0] > OFF * diagonal]
+        found, skin = nearest_alike(tree, normals, surface.vertices[bare], surface.normals[bare], REACH * diagonal)
+        places, skin = surface.vertices[bare[found]], skin[found]
         count = np.bincount(skin, minlength=len(own))
         total = np.stack([np.bincount(skin, places[:, i], minlength=len(own)) for i in range(3)], axis=-1)
         goal = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], goal)
@@ -199,15 +188,6 @@ def _solver(system: sparse.spmatrix) -> Any:
     return splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
 
 
-def _origins(canonical: cKDTree, surface: FrameSurface, diagonal: float) -> Int[np.ndarray, " m"]:
-    """The canonical vertex that each place of a frame's surface comes from, -1 where there is none."""
-    known = np.isfinite(surface.canonical).all(axis=1)
-    result = np.full(len(known), -1)
-    apart, nearest = canonical.query(surface.canonical[known], distance_upper_bound=ORIGIN * diagonal)
-    result[known] = np.where(np.isfinite(apart), nearest, -1)
-    return result
-
-
 def mended(
     positions: Float[np.ndarray, "t n 3"],
     guessed: Bool[np.ndarray, "t n"],
@@ -226,7 +206,7 @@ def mended(
         first: the canonical frame; the others follow outwards in time, each keeping its mended neighbour's shape.
         diagonal: of the field's box, world units.
     """
-    skin, canonical = RigidSkin(faces, len(rest)), cKDTree(rest)
+    skin = RigidSkin(faces, len(rest))
     result = positions.astype(np.float64)
     changed = np.zeros(positions.shape[:2], dtype=bool)
     frames, piece = len(positions), csgraph.connected_components(skin.graph, directed=False)[1]
@@ -249,6 +229,5 @@ def mended(
         shape = rest.astype(np.float64) if neighbour is None else result[neighbour]
         start = np.where(lost[:, None], shape, positions[frame])
         carried = skin.filled(shape, start, ~changed[frame])
-        origin = _origins(canonical, surface, diagonal)
-        result[frame] = skin.drawn(shape, carried, changed[frame], surface, origin, diagonal)
+        result[frame] = skin.drawn(shape, carried, changed[frame], surface, diagonal)
     return result, changed

@@ -41,19 +41,12 @@ class FrameSurface:
     vertices: Float[np.ndarray, "m 3"]
     normals: Float[np.ndarray, "m 3"]
     tree: cKDTree
-    canonical: Float[np.ndarray, "m 3"]
-    """Where the vertices come from; far from the canonical shape where nothing is known of that."""
 
     @staticmethod
-    def of(
-        vertices: Float[np.ndarray, "m 3"],
-        faces: Int[np.ndarray, "g 3"],
-        canonical: Float[np.ndarray, "m 3"] | None = None,
-    ) -> "FrameSurface":
+    def of(vertices: Float[np.ndarray, "m 3"], faces: Int[np.ndarray, "g 3"]) -> "FrameSurface":
         """Of a mesh."""
         places = vertices.astype(np.float64)
-        canonical = np.full_like(places, np.inf) if canonical is None else canonical.astype(np.float64)
-        return FrameSurface(places, vertex_normals(places, faces), cKDTree(places), canonical)
+        return FrameSurface(places, vertex_normals(places, faces), cKDTree(places))
 
     def distance(self, x: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """Of points to its nearest vertex, world units."""
