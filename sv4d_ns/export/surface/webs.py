@@ -66,13 +66,26 @@ def without_webs(
     return result
 
 
-def agreement(positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3"], film: Sequence[Picture]) -> float:
-    """Intersection over union of the mesh's silhouettes and the film's, mean over the frames."""
+def agreement(
+    positions: Float[np.ndarray, "t n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    film: Sequence[Picture],
+    web: Bool[np.ndarray, " f"] | None = None,
+) -> float:
+    """Intersection over union of the mesh's silhouettes and the film's, mean over the frames.
+
+    Args:
+        web: faces that are as if they were not there where they show over the film's background, which is the most that
+            can be won by cutting them.
+    """
 
     def met(picture: Picture) -> float:
         alpha = Image.fromarray(np.ascontiguousarray(picture.rgba[..., 3]))
         inside = np.asarray(alpha.resize((RASTER, RASTER), Image.Resampling.BILINEAR)) >= 128
-        covered = drawn(positions[picture.frame], faces, picture, RASTER).face >= 0
+        shown = drawn(positions[picture.frame], faces, picture, RASTER).face
+        covered = shown >= 0
+        if web is not None:
+            covered &= inside | ~web[shown]
         return float((covered & inside).sum() / max((covered | inside).sum(), 1))
 
     return float(np.mean(results_of([partial(met, picture) for picture in film])))
