@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage, sparse
-from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.colour.baking import DepthMaps, Picture, SurfacePoints, gather
 from sv4d_ns.export.surface.extraction import vertex_graph
+from sv4d_ns.export.surface.registration import factorised
 from sv4d_ns.utils.compiled import njit
 from sv4d_ns.utils.split import results_of
 
@@ -233,8 +233,7 @@ def levelled(
     graph = vertex_graph(faces, len(film))
     laplacian = (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph).tocsr()[free]
     system = laplacian[:, free] + FADE * sparse.identity(len(free))
-    solver = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
-    correction[free] = solver.solve(-laplacian[:, known] @ correction[known])
+    correction[free] = factorised(system).solve(-laplacian[:, known] @ correction[known])
     return correction
 
 

@@ -9,17 +9,15 @@ holding them together holds limbs back (benchmarks/results/export_cuts.md).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from scipy.sparse import csgraph
-from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.surface.extraction import vertex_graph, vertex_normals
-from sv4d_ns.export.surface.registration import FrameSurface, nearest_alike
+from sv4d_ns.export.surface.registration import FrameSurface, factorised, nearest_alike
 from sv4d_ns.export.surface.silhouettes import Silhouette
 from sv4d_ns.geometry.rotations import nearest_rotation
 
@@ -94,7 +92,7 @@ class RigidSkin:
             return x
         result = x.astype(np.float64)
         rows = self.laplacian[free]
-        solver = _solver(rows[:, free] + TIE * sparse.identity(len(free)))
+        solver = factorised(rows[:, free] + TIE * sparse.identity(len(free)))
         fixed = rows[:, known] @ result[known]
         turns = self._nearest_known(rest, result, known)
         for round_ in range(ROUNDS):
@@ -133,7 +131,7 @@ class RigidSkin:
         for stiffness in STIFFNESS:
             pulled, goal = self._pulls(x, free, surface, bare, diagonal)
             turns[near] = self.rotations(rest, x, near)
-            solver = _solver(stiffness * rows[:, which] + sparse.diags(pulled + TIE))
+            solver = factorised(stiffness * rows[:, which] + sparse.diags(pulled + TIE))
             keep = self._shape(rest, turns, free) - rows[:, ~free] @ x[~free]
             moved = solver.solve(stiffness * keep + pulled[:, None] * goal + TIE * x[which])
             x = x.copy()
@@ -151,9 +149,8 @@ class RigidSkin:
         """Of the free vertices: whether the surface draws them, 1 or 0, and where to. `bare` are the places of the
         surface that no other vertices are near."""
         own, normals = x[free], vertex_normals(x, self.faces[free[self.faces].any(axis=1)])[free]
-        pulled, nearest = surface.alike(own, normals, REACH * diagonal)
-        normal = surface.normals[nearest]
-        goal = own + ((surface.vertices[nearest] - own) * normal).sum(axis=-1, keepdims=True) * normal
+        pulled, way = surface.along_normals(own, normals, REACH * diagonal)
+        goal = own + way
         tree = cKDTree(own)
         bare = bare[tree.query(surface.vertices[bare])[0] > OFF * diagonal]
         found, skin = nearest_alike(tree, normals, surface.vertices[bare], surface.normals[bare], REACH * diagonal)
@@ -182,10 +179,6 @@ class RigidSkin:
         used, which = np.unique(source[reached], return_inverse=True)
         result[near[reached]] = self.rotations(rest, x, near[used])[which]
         return result
-
-
-def _solver(system: sparse.spmatrix) -> Any:
-    return splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
 
 
 def mended(

@@ -21,6 +21,7 @@ from skimage.measure import find_contours
 from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import Coverage, rasterise
 from sv4d_ns.export.surface.extraction import vertex_graph
+from sv4d_ns.export.surface.registration import factorised, nearest_alike
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.split import results_of
 
@@ -32,10 +33,6 @@ soft rounds reach far gives thin legs their length: 0.2 to 1.1 dB at the input c
 SLACK = 0.5 / RASTER
 """Pulls shorter than this share of the picture's width are the rasters' own noise. Before the last round they are left
 out: what moves outward becomes the outline, so in many soft rounds noise would widen the skin."""
-ALIKE = 0.5
-"""Cosine between two outlines' normals from which their points may be the same place."""
-CANDIDATES = 8
-"""Nearest outline points among which one with an agreeing normal is looked for."""
 ANCHOR = 1e-4
 """Pull of every vertex towards where it is, so that parts without outline stay."""
 
@@ -125,15 +122,9 @@ def _with_slack(pulls: Pulls) -> Pulls:
 
 def _pairs(ours: Outline, others: Outline, reach: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of points of `ours` and of their nearest agreeing points of `others`."""
-    count = min(CANDIDATES, len(others.points))
-    distance, nearest = cKDTree(others.points).query(ours.points, k=count, distance_upper_bound=reach)
-    distance, nearest = distance.reshape(-1, count), nearest.reshape(-1, count)
-    found = np.isfinite(distance)
-    nearest = np.where(found, nearest, 0)
-    agree = found & (np.einsum("kic,kc->ki", others.normals[nearest], ours.normals) > ALIKE)
-    first = np.where(agree, distance, np.inf).argmin(axis=1)
-    which = np.flatnonzero(agree.any(axis=1))
-    return which, nearest[which, first[which]]
+    found, nearest = nearest_alike(cKDTree(others.points), others.normals, ours.points, ours.normals, reach)
+    which = np.flatnonzero(found)
+    return which, nearest[which]
 
 
 class Membrane:
@@ -146,7 +137,7 @@ class Membrane:
     def __init__(self, faces: Int[np.ndarray, "f 3"], count: int):
         graph = vertex_graph(faces, count)
         system = (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph + sparse.identity(count)).tocsc()
-        order = np.argsort(splu(system, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).perm_c)
+        order = np.argsort(factorised(system).perm_c)
         self.rank = np.empty(count, np.int64)
         self.rank[order] = np.arange(count)
         self.corners = self.rank[faces]

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
-from scipy.sparse.linalg import splu
+from scipy.sparse.linalg import SuperLU, splu
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.surface.extraction import CanonicalMesh, Tracks, vertex_graph, vertex_normals
@@ -25,7 +25,7 @@ STIFFNESS = (100.0, 30.0, 10.0, 3.0, 1.0)
 ITERATIONS = 4
 """Closest-point searches at each stiffness."""
 ALIKE = 0.5
-"""Cosine between two surfaces' normals from which their points may be the same place."""
+"""Cosine between the normals of two surfaces, or two outlines, from which their points may be the same place."""
 CANDIDATES = 8
 """Nearest points among which one with an agreeing normal is looked for."""
 SETTLED_STIFFNESS = 0.1
@@ -57,6 +57,15 @@ class FrameSurface:
     ) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Of each point the nearest vertex that faces the same way, and whether there is one within reach."""
         return nearest_alike(self.tree, self.normals, x, normals, reach)
+
+    def along_normals(
+        self, x: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"], reach: float
+    ) -> tuple[Bool[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
+        """Of each point whether a vertex that faces the same way is within reach, and the way along the nearest one's
+        normal to the plane it lies in."""
+        found, nearest = self.alike(x, normals, reach)
+        normal = self.normals[nearest]
+        return found, ((self.vertices[nearest] - x) * normal).sum(axis=-1, keepdims=True) * normal
 
 
 def nearest_alike(
@@ -162,10 +171,8 @@ def settled(
         x, surface = result[frame], surfaces[frame]
         if not len(surface.vertices):
             return
-        found, nearest = surface.alike(x, vertex_normals(x, faces), SETTLED_REACH * diagonal)
-        normal = surface.normals[nearest]
-        along = ((surface.vertices[nearest] - x) * normal).sum(axis=-1, keepdims=True)
-        result[frame] = _pulled(x, found, along * normal, laplacian)
+        found, pull = surface.along_normals(x, vertex_normals(x, faces), SETTLED_REACH * diagonal)
+        result[frame] = _pulled(x, found, pull, laplacian)
 
     results_of([partial(settle, frame) for frame in range(len(result))])
     return result
@@ -184,6 +191,10 @@ def _pulled(
 ) -> Float[np.ndarray, "n 3"]:
     """`x` after some vertices were pulled and the others came along as a membrane."""
     system = sparse.diags(pulled + 1e-6) + membrane
-    solver = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})
-    step: np.ndarray = solver.solve(np.where(pulled[:, None], pull, 0.0))
+    step: np.ndarray = factorised(system).solve(np.where(pulled[:, None], pull, 0.0))
     return x + step
+
+
+def factorised(system: sparse.spmatrix) -> SuperLU:
+    """The factors of a symmetric system, in an order that keeps those of a mesh's Laplacian sparse."""
+    return splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True})

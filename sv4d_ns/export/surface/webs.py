@@ -25,7 +25,7 @@ DRAWN_OUT = 2.0
 LONG = 0.006
 """World units that such an edge has at least: the shortest edges of marching cubes are noise."""
 BESIDE = 0.008
-"""Shares of the picture's width around the silhouette that are no background yet: outlines fit no better."""
+"""Shares of the picture's width around the silhouette that are no background yet: a field's outlines fit no better."""
 
 
 def webs(
