@@ -154,6 +154,9 @@ def _own_surfaces(run: FinishedRun, resolution: int, terminal: "Terminal") -> li
         for frame in range(run.views.num_frames):
             surfaces.append(_own_surface(run, frame, resolution))
             advance()
+    empty = ", ".join(str(frame) for frame, surface in enumerate(surfaces) if not len(surface.vertices))
+    if empty:
+        terminal.say(f"the field shows nothing at frame {empty}: the mesh goes where the field's motion says there")
     return surfaces
 
 

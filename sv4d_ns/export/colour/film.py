@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage, sparse
+from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.colour.baking import DepthMaps, Picture, SurfacePoints, gather
@@ -230,8 +231,7 @@ def levelled(
     free = np.flatnonzero(~known)
     if not known.any() or not len(free):
         return correction
-    graph = vertex_graph(faces, len(film))
-    laplacian = (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph).tocsr()[free]
+    laplacian = csgraph.laplacian(vertex_graph(faces, len(film))).tocsr()[free]
     system = laplacian[:, free] + FADE * sparse.identity(len(free))
     correction[free] = factorised(system).solve(-laplacian[:, known] @ correction[known])
     return correction

@@ -498,8 +498,7 @@ def smooth_fill(displacement: np.ndarray, known: np.ndarray, graph: sparse.csr_m
     unknown = ~known
     if not unknown.any():
         return displacement
-    laplacian = sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph
-    rows = laplacian.tocsr()[unknown]
+    rows = csgraph.laplacian(graph).tocsr()[unknown]
     tie = 1e-4  # decides only parts of the mesh in which nothing at all was solved
     matrix = (rows[:, unknown] + tie * sparse.identity(int(unknown.sum()))).tocsc()
     right = -rows[:, known] @ displacement[known] + tie * prior[unknown]

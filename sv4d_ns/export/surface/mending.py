@@ -64,7 +64,7 @@ class RigidSkin:
         self.faces = faces
         edges = self.graph.tocoo()
         self.first, self.second, self.count = edges.row, edges.col, count
-        self.laplacian = (sparse.diags(np.asarray(self.graph.sum(axis=1)).ravel()) - self.graph).tocsr()
+        self.laplacian = csgraph.laplacian(self.graph).tocsr()
 
     def grown(self, chosen: Bool[np.ndarray, " n"], rings: int) -> Bool[np.ndarray, " n"]:
         """The vertices and so many rings around them."""

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import ndimage, sparse
+from scipy.sparse import csgraph
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 from skimage.measure import find_contours
@@ -135,8 +136,7 @@ class Membrane:
     """
 
     def __init__(self, faces: Int[np.ndarray, "f 3"], count: int):
-        graph = vertex_graph(faces, count)
-        system = (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph + sparse.identity(count)).tocsc()
+        system = (csgraph.laplacian(vertex_graph(faces, count)) + sparse.identity(count)).tocsc()
         order = np.argsort(factorised(system).perm_c)
         self.rank = np.empty(count, np.int64)
         self.rank[order] = np.arange(count)

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
+from scipy.sparse import csgraph
 from scipy.sparse.linalg import SuperLU, splu
 from scipy.spatial import cKDTree
 
@@ -179,8 +180,7 @@ def settled(
 
 
 def _laplacian(faces: Int[np.ndarray, "f 3"], count: int) -> sparse.csr_matrix:
-    graph = vertex_graph(faces, count)
-    return (sparse.diags(np.asarray(graph.sum(axis=1)).ravel()) - graph).tocsr()
+    return csgraph.laplacian(vertex_graph(faces, count)).tocsr()
 
 
 def _pulled(
