@@ -27,7 +27,6 @@ from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
     OpacityGrid,
     Tracks,
-    canonical_mesh,
     follow_vertices,
     frozen,
     opacity_grid,
@@ -301,9 +300,11 @@ def _film_at_vertices(
 def surface_at(
     run: FinishedRun, frame: int, resolution: int, max_faces: int | None = None, watertight: bool = False
 ) -> tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "f 3"]]:
-    """The field's own surface at a frame, cut and cleaned like the canonical one."""
-    time = run.time(frame)
-    mesh = canonical_mesh(opacity_grid(frozen(run.field, time), resolution, run.possible(time)), max_faces, watertight)
+    """The field's own surface at a frame, cut, completed and cleaned like the canonical one."""
+    time, film = run.time(frame), input_pictures(run.views)[frame]
+    grid = opacity_grid(frozen(run.field, time), resolution, run.possible(time))
+    solid, level = solid_and_level(grid)
+    mesh = surface_of(completed(grid, solid, level, film), level, grid, max_faces, watertight)
     return mesh.vertices, mesh.faces
 
 
