@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from sv4d_ns.diffusion.bundled.completing import completed
 from sv4d_ns.diffusion.bundled.frustum import Frustum, pixel_directions, relative_poses
 from sv4d_ns.diffusion.bundled.network import TIME_REACH, VolumeDenoiser
 from sv4d_ns.diffusion.bundled.pictures import continued, premultiplied
@@ -228,8 +229,9 @@ class BundledVideoPipeline(DiffusionPipeline):
         poses: Float[Tensor, "v 4 4"],
         frustum: Frustum,
     ) -> Volume:
-        """The volumes predicted from noised views, in windows as wide as attention along time reaches: a window's
-        outer frames are only looked at, so a clip that fits into one is not cut."""
+        """The volumes predicted from noised views, completed to the input's silhouettes, in windows as wide as
+        attention along time reaches: a window's outer frames are only looked at, so a clip that fits into one is not
+        cut."""
         told = torch.full((1,), elevation_deg, device=frames.device)
         levels = torch.full((1, noised.shape[1]), sigma, device=frames.device)
         to_camera = upload(torch.linalg.inv(poses), frames.device)[None]
@@ -246,7 +248,7 @@ class BundledVideoPipeline(DiffusionPipeline):
                 )  # fmt: skip
             volume = self.denoiser.volume(logits, image[begin:end])
             parts.append(volume[first - begin : last - begin])
-        return Volume.join(parts)
+        return completed(Volume.join(parts), frames[:, 3], frustum)
 
     def _pictures(
         self, volumes: Volume, poses: Float[Tensor, "v 4 4"], size: int, frustum: Frustum, output_type: str
