@@ -1,5 +1,6 @@
 """What the film makes of the surface: outlines, what is drawn inside them, mended skin, filled tails."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -238,6 +239,41 @@ def test_a_tail_of_fog_is_filled_where_the_film_shows_it():
     far = (result > 0.5) & (y > 0.2)
     assert np.abs(x[far] - 0.05).max() < 0.07 and np.abs(z[far]).max() < 0.06
     np.testing.assert_array_equal(completed(grid, grid.values, 0.5, filmed(*ball((0.1, 0.1, 0.1)))), grid.values)
+
+
+def frames_with(monkeypatch, grids, film):
+    """A run whose field is one grid a frame, filmed in these pictures."""
+    monkeypatch.setattr(make, "frozen", lambda field, time: time)
+    monkeypatch.setattr(make, "opacity_grid", lambda time, resolution, possible: grids[time])
+    monkeypatch.setattr(make, "input_pictures", lambda views: film)
+    return SimpleNamespace(
+        field=None, views=SimpleNamespace(num_frames=len(grids)), deforms=True, time=int, possible=lambda time: None
+    )
+
+
+def test_a_frames_own_surface_has_the_tail_that_its_film_shows(monkeypatch):
+    def body(x, y, z):
+        return (np.abs(x) < 0.15) & (np.abs(y) < 0.15) & (np.abs(z) < 0.2)
+
+    trunk = trimesh.creation.box((0.3, 0.3, 0.4))
+    tail = trimesh.creation.box((0.06, 0.3, 0.06), trimesh.transformations.translation_matrix((0.05, 0.25, 0)))
+    both = trimesh.util.concatenate([trunk, tail])
+    film = [filmed(np.asarray(mesh.vertices), np.asarray(mesh.faces)) for mesh in (trunk, both)]
+    run = frames_with(monkeypatch, [grid_of(body)] * 2, film)
+    without_tail, with_tail = (make.surface_at(run, frame, 64)[0] for frame in (0, 1))
+    assert without_tail[:, 1].max() < 0.18
+    assert with_tail[:, 1].max() == pytest.approx(0.4, abs=0.03)
+
+
+def test_a_frame_at_which_the_field_shows_nothing_is_said_and_draws_nothing(monkeypatch):
+    box = trimesh.creation.box((0.3, 0.3, 0.4))
+    film = [filmed(np.asarray(box.vertices), np.asarray(box.faces))] * 2
+    grids = [grid_of(lambda x, y, z: x**2 + y**2 + z**2 < 0.04), grid_of(lambda x, y, z: x > 1)]
+    said = []
+    terminal = SimpleNamespace(say=said.append, bar=lambda *_: contextlib.nullcontext(lambda: None))
+    full, empty = make._own_surfaces(frames_with(monkeypatch, grids, film), 64, terminal)
+    assert len(full.vertices) and not len(empty.vertices)
+    assert len(said) == 1 and "nothing at frame 1:" in said[0]
 
 
 @pytest.mark.parametrize("height", [None, 1.8])
