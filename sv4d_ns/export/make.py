@@ -252,7 +252,11 @@ def _solid(
     # the canonical shape has a time of its own, which need not be a frame's to the last digit
     still = run.field if run.deforms else frozen(run.field, time)
     with terminal.bar("sampling the field", resolution) as advance:
-        grid = opacity_grid(still, resolution, run.possible(time), advance)
+        return _completed_opacity(opacity_grid(still, resolution, run.possible(time), advance), film)
+
+
+def _completed_opacity(grid: OpacityGrid, film: Picture) -> tuple[OpacityGrid, Float[np.ndarray, "r r r"], float]:
+    """The grid, its opacity smoothed and completed by the film's picture of that moment, and the surface's level."""
     solid, level = solid_and_level(grid)
     return grid, completed(grid, solid, level, film), level
 
@@ -302,9 +306,9 @@ def surface_at(
 ) -> tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "f 3"]]:
     """The field's own surface at a frame, cut, completed and cleaned like the canonical one."""
     time, film = run.time(frame), input_pictures(run.views)[frame]
-    grid = opacity_grid(frozen(run.field, time), resolution, run.possible(time))
-    solid, level = solid_and_level(grid)
-    mesh = surface_of(completed(grid, solid, level, film), level, grid, max_faces, watertight)
+    sampled = opacity_grid(frozen(run.field, time), resolution, run.possible(time))
+    grid, solid, level = _completed_opacity(sampled, film)
+    mesh = surface_of(solid, level, grid, max_faces, watertight)
     return mesh.vertices, mesh.faces
 
 

@@ -247,8 +247,8 @@ class BundledVideoPipeline(DiffusionPipeline):
                     torch.ones_like(levels, dtype=torch.bool), to_camera, frustum,
                 )  # fmt: skip
             volume = self.denoiser.volume(logits, image[begin:end])
-            parts.append(volume[first - begin : last - begin])
-        return completed(Volume.join(parts), frames[:, 3], frustum)
+            parts.append(completed(volume[first - begin : last - begin], frames[first:last, 3], frustum))
+        return Volume.join(parts)
 
     def _pictures(
         self, volumes: Volume, poses: Float[Tensor, "v 4 4"], size: int, frustum: Frustum, output_type: str
