@@ -14,7 +14,8 @@ from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
 from sv4d_ns.export.make import without
-from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of
+from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of, vertex_graph
+from sv4d_ns.export.surface.limbs import turned
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, settled
@@ -132,6 +133,57 @@ def test_a_limb_of_unknown_motion_is_drawn_to_where_the_field_has_it():
     assert cKDTree(result[1]).query(turned)[0].max() < 0.031  # no place of it is without skin
 
 
+def limbed(angle, arms=1):
+    """A trunk with arms of 0.3 that are turned about their shoulders, one to each side."""
+    parts = [trimesh.creation.box((0.2, 0.2, 0.4))]
+    for side in (1, -1)[:arms]:
+        arm = trimesh.creation.box((0.08, 0.4, 0.08), trimesh.transformations.translation_matrix((0, 0.1 * side, 0)))
+        place = trimesh.transformations.translation_matrix((0, 0.1 * side, 0.1))
+        arm.apply_transform(place @ trimesh.transformations.rotation_matrix(side * angle, (1, 0, 0)))
+        parts.append(arm)
+    nodes = np.linspace(-0.5, 0.5, 81)
+    grid = np.stack(np.meshgrid(nodes, nodes, nodes, indexing="ij"), axis=-1).reshape(-1, 3)
+    solid = np.any([part.contains(grid) for part in parts], axis=0).reshape(81, 81, 81)
+    opacity = ndimage.gaussian_filter(solid.astype(np.float64), 0.7)
+    surface = surface_of(opacity, 0.5, OpacityGrid(opacity, np.full(3, -0.5), np.full(3, 0.5), 0.01))
+    return surface.vertices, surface.faces
+
+
+@pytest.mark.parametrize("arms", [1, 2])
+def test_a_lost_limb_is_turned_about_its_root_to_where_the_field_has_it(arms):
+    """By closest points alone it would fold: its new place is farther away than they reach."""
+    vertices, faces = limbed(0.6, arms)
+    frame = FrameSurface.of(*limbed(-0.7, arms))
+    guessed = nothing_guessed(vertices)
+    guessed[1] = np.abs(vertices[:, 1]) > 0.13
+    own = [FrameSurface.of(vertices, faces), frame]
+    result, _ = mended(np.stack([vertices, vertices]), guessed, vertices, faces, own, 0, DIAGONAL)
+    assert cKDTree(result[1]).query(frame.vertices)[0].max() < 0.03
+    tips = np.abs(vertices[:, 1]) > 0.3
+    assert frame.distance(result[1])[tips].max() < 0.012
+    edges = trimesh.Trimesh(vertices, faces, process=False).edges_unique
+    rest, length = (np.linalg.norm(x[edges[:, 0]] - x[edges[:, 1]], axis=-1) for x in (vertices, result[1]))
+    assert np.percentile(length / rest, 99) < 2
+
+
+def test_a_limb_is_turned_to_no_part_that_is_not_like_it_or_hangs_elsewhere():
+    vertices, faces = limbed(0.6)
+    lost, graph = vertices[:, 1] > 0.13, vertex_graph(faces, len(vertices))
+
+    def turned_to(*shape, at):
+        box = trimesh.creation.box(shape, trimesh.transformations.translation_matrix(at)).subdivide_to_size(0.02)
+        surface = FrameSurface.of(np.asarray(box.vertices), np.asarray(box.faces))
+        bare = np.arange(len(surface.vertices))
+        return turned(graph, vertices, lost, surface, bare, DIAGONAL)
+
+    arm, moved = turned_to(0.08, 0.3, 0.08, at=(0, 0.25, 0.1))
+    assert moved.any() and not moved[~lost].any()
+    np.testing.assert_array_equal(arm[~moved], vertices[~moved])
+    assert arm[moved, 2].max() < 0.17 < vertices[lost, 2].max()
+    for shape, at in (((0.08, 0.3, 0.08), (0, -0.25, 0.1)), ((0.04, 0.04, 0.04), (0, 0.15, 0.1))):
+        assert not turned_to(*shape, at=at)[1].any()
+
+
 def test_a_moment_without_a_surface_is_left_as_the_motion_has_it():
     vertices, faces = rod()
     guessed = nothing_guessed(vertices)
@@ -241,6 +293,22 @@ def test_a_tail_of_fog_is_filled_where_the_film_shows_it():
     np.testing.assert_array_equal(completed(grid, grid.values, 0.5, filmed(*ball((0.1, 0.1, 0.1)))), grid.values)
 
 
+def test_a_tail_whose_fog_lies_at_other_depths_from_ray_to_ray_is_filled_in_one_piece():
+    grid = grid_of(lambda x, y, z: (np.abs(x) < 0.15) & (np.abs(y) < 0.15) & (np.abs(z) < 0.2))
+    axis = np.linspace(-0.57, 0.57, 64)
+    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
+    deep = np.where(np.floor((y - 0.15) / 0.08) % 2 == 0, 0.13, -0.13)
+    fog = np.where((np.abs(x - deep) < 0.03) & (np.abs(z) < 0.02) & (y >= 0.15) & (y < 0.45), 0.1, grid.values)
+    parts = (
+        trimesh.creation.box((0.3, 0.3, 0.4)),
+        trimesh.creation.box((0.04, 0.35, 0.04), trimesh.transformations.translation_matrix((0, 0.275, 0))),
+    )
+    merged = trimesh.util.concatenate(parts)
+    filled = completed(grid, fog, 0.5, filmed(np.asarray(merged.vertices), np.asarray(merged.faces))) > 0.5
+    _, count = ndimage.label(filled)
+    assert count == 1 and y[filled].max() > 0.42
+
+
 def frames_with(monkeypatch, grids, film):
     """A run whose field is one grid a frame, filmed in these pictures."""
     monkeypatch.setattr(make, "frozen", lambda field, time: time)
@@ -336,28 +404,36 @@ def test_drawn_out_skin_that_the_film_shows_is_no_web():
 
 
 @pytest.mark.parametrize(
-    "cutting, trying, pieces, last",
-    [(0.001, 0.002, 2, ": cut"), (0.9, 0.002, 1, "left uncut"), (0.001, 0.9, 1, None)],
+    "name, value, pieces, last",
+    [
+        ("WORTH_CUTTING", 0.001, 2, ": cut"),
+        ("WORTH_CUTTING", 0.9, 1, "after: left uncut"),
+        ("WORTH_CUTTING", -0.9, 1, "lower without them: left uncut"),
+        ("WORTH_TRYING", 0.9, 1, None),
+        ("MOST_UNCOVERED", 0.0, 1, "field's own surfaces show: left uncut"),
+    ],
 )
-def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monkeypatch, cutting, trying, pieces, last):
+def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monkeypatch, name, value, pieces, last):
     grid, solid = blocks(bridge=True)
     apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
     surface = surface_of(solid, 0.5, grid)
     film = [filmed(surface.vertices, surface.faces, 0), filmed(parted(apart.vertices)[1], apart.faces, 1)]
+    own = [FrameSurface.of(x, apart.faces) for x in parted(apart.vertices)]
     said = []
 
-    def followed(run, surface, *rest):
+    def followed(run, surface, terminal):
         count = len(surface.vertices)
-        return surface, Tracks(parted(surface.vertices), np.zeros((2, count)), np.zeros((2, count), bool))
+        return Tracks(parted(surface.vertices), np.zeros((2, count)), np.zeros((2, count), bool))
 
     monkeypatch.setattr(make, "input_pictures", lambda views: film)
     monkeypatch.setattr(make, "_followed", followed)
+    monkeypatch.setattr(make, "_mended", lambda run, surface, tracks, own, terminal: tracks)
     monkeypatch.setattr(make, "_outlined", lambda run, made, terminal: made)
-    monkeypatch.setattr(make, "WORTH_CUTTING", cutting)
-    monkeypatch.setattr(make, "WORTH_TRYING", trying)
+    monkeypatch.setattr(make, name, value)
     run, terminal = SimpleNamespace(views=None), SimpleNamespace(say=said.append)
-    made, canonical = followed(run, surface), (grid, solid, 0.5)
-    found, tracks = make._without_webs(run, made, made, canonical, [], make.Options(), terminal)
+    tracks = followed(run, surface, terminal)
+    made, canonical = (surface, tracks), (grid, solid, 0.5)
+    found, tracks = make._without_webs(run, tracks, made, made, canonical, own, make.Options(), terminal)
     assert tracks.positions.shape[1] == len(found.vertices)
     assert len(trimesh.Trimesh(found.vertices, found.faces, process=False).split()) == pieces
     assert said == [] if last is None else said[-1].endswith(last)

@@ -37,7 +37,7 @@ from sv4d_ns.export.surface.extraction import (
 )
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
-from sv4d_ns.export.surface.registration import FrameSurface, refitted, registered, settled
+from sv4d_ns.export.surface.registration import FrameSurface, refitted, registered, settled, uncovered
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
 from sv4d_ns.export.surface.webs import agreement, webs, without_webs
@@ -83,6 +83,9 @@ its motion, at half the time of 128."""
 
 WORTH_CUTTING = 0.001
 """What cutting webs must add to the IoU with the film's silhouettes: less is chance, and what is cut may be matter."""
+MOST_UNCOVERED = 1.1
+"""Times the distance of the field's own surfaces from the skin that cutting may leave, before anything is mended: 1.02
+to 1.08 for four runs that are better without their webs, 1.13 to 1.31 for three that would lose limbs."""
 WORTH_TRYING = 0.002
 """What it would add if nothing but webs were lost, from which the mesh is made again to see. On thirteen runs four were
 better without their webs, by what would have been 0.0026 to 0.049; seven of the others are below this."""
@@ -131,10 +134,14 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     film = input_pictures(run.views)
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
     own = _own_surfaces(run, options.resolution, terminal)
-    made = _followed(run, _surface(solid, level, grid, options, terminal), own, terminal)
-    surface, tracks = _outlined(run, made, terminal)
+    surface = _surface(solid, level, grid, options, terminal)
     if run.deforms:
-        surface, tracks = _without_webs(run, made, (surface, tracks), (grid, solid, level), own, options, terminal)
+        followed = _followed(run, surface, terminal)
+        made = surface, _mended(run, surface, followed, own, terminal)
+        outlined = _outlined(run, made, terminal)
+        surface, tracks = _without_webs(run, followed, made, outlined, (grid, solid, level), own, options, terminal)
+    else:
+        surface, tracks = _outlined(run, (surface, _registered(run, surface, own, terminal)), terminal)
     with terminal.bar("fitting what is on them", len(film)) as advance:
         colors = _film_at_vertices(film, tracks.positions, surface.faces)
         positions = fitted_to_film(tracks.positions, surface.faces, film, colors, advance)
@@ -169,17 +176,6 @@ def _own_surface(run: FinishedRun, frame: int, resolution: int) -> FrameSurface:
         return FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
 
 
-def _followed(
-    run: FinishedRun, surface: CanonicalMesh, own: Sequence[FrameSurface], terminal: "Terminal"
-) -> tuple[CanonicalMesh, Tracks]:
-    """A surface and its way: where the field's motion takes it, on the field's own surface of each frame."""
-    terminal.say(
-        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
-        f"{surface.dropped_parts} floating parts dropped"
-    )
-    return surface, _motion(run, surface, own, terminal)
-
-
 def _outlined(
     run: FinishedRun, made: tuple[CanonicalMesh, Tracks], terminal: "Terminal"
 ) -> tuple[CanonicalMesh, Tracks]:
@@ -192,16 +188,17 @@ def _outlined(
 
 def _without_webs(
     run: FinishedRun,
-    followed: tuple[CanonicalMesh, Tracks],
+    followed: Tracks,
+    made: tuple[CanonicalMesh, Tracks],
     outlined: tuple[CanonicalMesh, Tracks],
     canonical: tuple[OpacityGrid, Float[np.ndarray, "r r r"], float],
     own: Sequence[FrameSurface],
     options: Options,
     terminal: "Terminal",
 ) -> tuple[CanonicalMesh, Tracks]:
-    """The outlined surface made again without the webs that it has before its outlines are fitted, if there are any and
-    the film's silhouettes are met better then; else as it is."""
-    (surface, tracks), (grid, solid, level), film = followed, canonical, input_pictures(run.views)
+    """The outlined surface made again without the webs that it has before its outlines are fitted, if there are any, if
+    the motion leaves the field's own surfaces as well covered and the film's silhouettes are met better."""
+    (surface, tracks), (grid, solid, level), film = made, canonical, input_pictures(run.views)
     web = webs(surface, tracks.positions, silhouettes(film))
     if not web.any():
         return outlined
@@ -210,13 +207,22 @@ def _without_webs(
         return outlined
     terminal.say(f"{web.mean():.1%} of the faces are webs over the film's background; made again without them:")
     cut = _surface(without_webs(solid, level, grid, surface, web), level, grid, options, terminal)
-    again = _outlined(run, _followed(run, cut, own, terminal), terminal)
-    after = agreement(again[1].positions, again[0].faces, film)
+    again = _followed(run, cut, terminal)
+    if uncovered(again.positions, own) > MOST_UNCOVERED * uncovered(followed.positions, own):
+        terminal.say("limbs would go with them, which the field's own surfaces show: left uncut")
+        return outlined
+    again = _mended(run, cut, again, own, terminal)
+    gained = agreement(again.positions, cut.faces, film) - agreement(tracks.positions, surface.faces, film)
+    if gained < -WORTH_CUTTING:  # fitting the outlines, which takes long, does not make up for that
+        terminal.say(f"IoU with the film's silhouettes {-gained:.4f} lower without them: left uncut")
+        return outlined
+    result = _outlined(run, (cut, again), terminal)
+    after = agreement(result[1].positions, cut.faces, film)
     kept = after >= before + WORTH_CUTTING
     terminal.say(
         f"IoU with the film's silhouettes {before:.4f} before, {after:.4f} after: {'cut' if kept else 'left uncut'}"
     )
-    return again if kept else outlined
+    return result if kept else outlined
 
 
 def without(surface: CanonicalMesh, tracks: Tracks, dropped: Bool[np.ndarray, " n"]) -> tuple[CanonicalMesh, Tracks]:
@@ -261,21 +267,32 @@ def _completed_opacity(grid: OpacityGrid, film: Picture) -> tuple[OpacityGrid, F
     return grid, completed(grid, solid, level, film), level
 
 
-def _motion(run: FinishedRun, surface: CanonicalMesh, own: Sequence[FrameSurface], terminal: "Terminal") -> Tracks:
-    """Where the field's motion puts the vertices, what leaves its surfaces taken back; or the fit to those alone."""
-    diagonal, frames = float((run.field.aabb[1] - run.field.aabb[0]).norm()), run.views.num_frames
-    if not run.deforms:
-        with terminal.bar("fitting the frames", frames) as advance:
-            tracks = registered(surface, run.canonical_frame, own, diagonal, advance)
-        terminal.say(
-            "this run's field has no deformation: its mesh is fitted to each frame's own surface, to "
-            f"{tracks.residuals.mean():.3%} of the box's diagonal on average; --mode sequence writes those surfaces"
-        )
-        return tracks
-    with terminal.bar("following the vertices", frames) as advance:
-        tracks = follow_vertices(run.field, surface, run.views.times, advance)
-    terminal.say(tracks.summary())
-    tracks, lines = refitted(tracks, surface, own, diagonal)
+def _followed(run: FinishedRun, surface: CanonicalMesh, terminal: "Terminal") -> Tracks:
+    """Where the field's motion alone takes a surface."""
+    _say_what(run, surface, terminal)
+    with terminal.bar("following the vertices", run.views.num_frames) as advance:
+        return follow_vertices(run.field, surface, run.views.times, advance)
+
+
+def _registered(run: FinishedRun, surface: CanonicalMesh, own: Sequence[FrameSurface], terminal: "Terminal") -> Tracks:
+    """The way of a surface whose field has no motion: from frame to frame onto the field's own surfaces."""
+    _say_what(run, surface, terminal)
+    with terminal.bar("fitting the frames", run.views.num_frames) as advance:
+        tracks = registered(surface, run.canonical_frame, own, _diagonal(run), advance)
+    terminal.say(
+        "this run's field has no deformation: its mesh is fitted to each frame's own surface, to "
+        f"{tracks.residuals.mean():.3%} of the box's diagonal on average; --mode sequence writes those surfaces"
+    )
+    return tracks
+
+
+def _mended(
+    run: FinishedRun, surface: CanonicalMesh, followed: Tracks, own: Sequence[FrameSurface], terminal: "Terminal"
+) -> Tracks:
+    """The way of a surface, on the field's own surface of each frame where its motion leaves that."""
+    diagonal = _diagonal(run)
+    terminal.say(followed.summary())
+    tracks, lines = refitted(followed, surface, own, diagonal)
     for line in lines:
         terminal.say(line)
     positions, changed = mended(
@@ -288,6 +305,18 @@ def _motion(run: FinishedRun, surface: CanonicalMesh, own: Sequence[FrameSurface
         )
     positions = settled(positions, surface.faces, own, diagonal)
     return replace(tracks, positions=positions.astype(np.float32))
+
+
+def _say_what(run: FinishedRun, surface: CanonicalMesh, terminal: "Terminal") -> None:
+    terminal.say(
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
+        f"{surface.dropped_parts} floating parts dropped"
+    )
+
+
+def _diagonal(run: FinishedRun) -> float:
+    """Of the field's box, world units."""
+    return float((run.field.aabb[1] - run.field.aabb[0]).norm())
 
 
 def _film_at_vertices(

@@ -42,16 +42,27 @@ class FrameSurface:
     vertices: Float[np.ndarray, "m 3"]
     normals: Float[np.ndarray, "m 3"]
     tree: cKDTree
+    graph: sparse.csr_matrix
+    """Which vertices have an edge between them (`vertex_graph`)."""
 
     @staticmethod
     def of(vertices: Float[np.ndarray, "m 3"], faces: Int[np.ndarray, "g 3"]) -> "FrameSurface":
         """Of a mesh."""
         places = vertices.astype(np.float64)
-        return FrameSurface(places, vertex_normals(places, faces), cKDTree(places))
+        graph = vertex_graph(faces, len(places))
+        return FrameSurface(places, vertex_normals(places, faces), cKDTree(places), graph)
 
     def distance(self, x: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """Of points to its nearest vertex, world units."""
         return np.asarray(self.tree.query(x)[0])
+
+    def bare(self, skin: Float[np.ndarray, "n 3"], reach: float) -> Int[np.ndarray, " b"]:
+        """The vertices that no skin is within reach of."""
+        return np.flatnonzero(cKDTree(skin).query(self.vertices)[0] > reach)
+
+    def apart(self, skin: Float[np.ndarray, "n 3"], moved: Bool[np.ndarray, " n"]) -> float:
+        """Mean distance of its vertices from the nearest skin and of the moved skin from it, world units."""
+        return float(np.concatenate([self.distance(skin[moved]), cKDTree(skin).query(self.vertices)[0]]).mean())
 
     def alike(
         self, x: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"], reach: float = np.inf
@@ -81,6 +92,12 @@ def nearest_alike(
     found &= np.einsum("nkc,nc->nk", tree_normals[nearest], normals) > ALIKE
     first = np.where(found, distance, np.inf).argmin(axis=1)
     return found.any(axis=1), nearest[np.arange(len(x)), first]
+
+
+def uncovered(positions: Float[np.ndarray, "t n 3"], surfaces: Sequence[FrameSurface]) -> float:
+    """Mean distance of the surfaces' vertices from the skin, all frames alike, world units."""
+    shown = [(x, one.vertices) for x, one in zip(positions, surfaces, strict=True) if len(one.vertices)]
+    return float(np.mean([cKDTree(x).query(places)[0].mean() for x, places in shown])) if shown else 0.0
 
 
 def refitted(

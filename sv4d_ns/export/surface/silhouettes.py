@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
-from scipy import ndimage
+from jaxtyping import Bool, Float
+from scipy import ndimage, sparse
+from scipy.sparse import csgraph
+from scipy.sparse.linalg import spsolve
+from skimage.graph import pixel_graph
 
 from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.surface.extraction import OpacityGrid
@@ -20,6 +23,10 @@ FOG = 0.02
 """Opacity from which a node of an empty ray says where along the ray the object is."""
 SLOPE = 1.0
 """Steepest way, depth over width, from the object to what is filled: fog far before or behind it is a stray."""
+STIFFNESS = 2.0
+"""What a neighbouring pixel's depth counts against opaque matter at the pixel itself, for nodes of one pixel."""
+TIE = 1e-4
+"""Pull to the depth of the nearest full ray, for regions that nothing is known of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +59,8 @@ def completed(
 ) -> Float[np.ndarray, "r r r"]:
     """`solid` with matter on rays of the canonical frame that the film shows full and that miss its largest piece.
 
-    It is put where along the ray the density is highest, no farther from the depth of the nearest full ray than a way
-    of `SLOPE` leads, or at that depth where there is no density; and as thick as the silhouette is wide there.
+    It is put where along the rays the density is highest, no farther from the depth of the nearest full ray than a way
+    of `SLOPE` leads, evened from ray to ray; and as thick as the silhouette is wide there.
 
     Args:
         solid: smoothed opacity on the nodes of `grid`.
@@ -79,26 +86,49 @@ def completed(
     far, nearest = ndimage.distance_transform_edt(count == 0, return_indices=True)
     start = middle[tuple(nearest)]
     per_pixel = start / (film.fov_focal * size)
-    fog = _depths(values, depth, ray, size, reach)
-    along = np.where(np.isfinite(fog), fog, start).clip(
-        start - SLOPE * far * per_pixel, start + SLOPE * far * per_pixel
-    )
-    along = ndimage.uniform_filter(np.where(empty, along, start), 2 * reach + 1)
+    fog, opacity = _fog(values, depth, ray, size, reach)
+    own = np.where(count > 0, middle, fog.clip(start - SLOPE * far * per_pixel, start + SLOPE * far * per_pixel))
+    stiffness = STIFFNESS * (2 * reach + 1) ** 2
+    region = ndimage.binary_dilation(empty) & inside
+    along = _relaxed(own, np.where(count > 0, 1.0, opacity), region, stiffness, start)
     half = np.maximum(ndimage.distance_transform_edt(inside) * per_pixel, 0.75 * grid.spacing.max())
     filled = empty.ravel()[ray] & (np.abs(depth - along.ravel()[ray]) < half.ravel()[ray])
     return np.where(filled.reshape(solid.shape), np.maximum(solid, 0.5 + 0.5 * level), solid)
 
 
-def _depths(values: np.ndarray, depth: np.ndarray, ray: np.ndarray, size: int, reach: int) -> np.ndarray:
-    """Depth of each pixel's most opaque node, infinite where all are below `FOG`; nodes count for pixels around."""
+def _fog(
+    values: np.ndarray, depth: np.ndarray, ray: np.ndarray, size: int, reach: int
+) -> tuple[Float[np.ndarray, "s s"], Float[np.ndarray, "s s"]]:
+    """Depth and opacity of each pixel's most opaque node, 0 where all are below `FOG`; nodes count around them."""
     some = np.flatnonzero(values > FOG)
     order = some[np.argsort(values[some])]
-    along, greatest = np.full(size * size, np.inf), np.zeros(size * size)
+    along, greatest = np.zeros(size * size), np.zeros(size * size)
     along[ray[order]], greatest[ray[order]] = depth[order], values[order]  # the last one of each pixel is the greatest
     best = greatest.reshape(size, size)
     highest = ndimage.maximum_filter(best, 2 * reach + 1)
     place = ndimage.distance_transform_edt((best < highest) | (best == 0), return_distances=False, return_indices=True)
-    return np.where(highest > 0, along.reshape(size, size)[tuple(place)], np.inf)
+    return along.reshape(size, size)[tuple(place)], highest
+
+
+def _relaxed(
+    own: Float[np.ndarray, "s s"],
+    trust: Float[np.ndarray, "s s"],
+    region: Bool[np.ndarray, "s s"],
+    stiffness: float,
+    else_: Float[np.ndarray, "s s"],
+) -> Float[np.ndarray, "s s"]:
+    """Depths of a region that vary little from pixel to pixel and are `own` as far as that is trusted, weakly `else_`;
+    `else_` outside.
+
+    The same idea as in the bundled model's completion (diffusion/bundled/completing.py): fog lies at other depths from
+    ray to ray, and what is filled there would not hang together.
+    """
+    graph, pixels = pixel_graph(region, connectivity=2)
+    trusted, tie = trust.ravel()[pixels], TIE * else_.ravel()[pixels]
+    system = sparse.diags_array(trusted + TIE) + stiffness * csgraph.laplacian((graph > 0).astype(np.float64))
+    result = else_.ravel().copy()
+    result[pixels] = spsolve(system.tocsc(), trusted * own.ravel()[pixels] + tie)
+    return result.reshape(region.shape)
 
 
 def _nodes(grid: OpacityGrid) -> Float[np.ndarray, "m 3"]:
