@@ -408,7 +408,6 @@ def test_drawn_out_skin_that_the_film_shows_is_no_web():
     [
         ("WORTH_CUTTING", 0.001, 2, ": cut"),
         ("WORTH_CUTTING", 0.9, 1, "after: left uncut"),
-        ("WORTH_CUTTING", -0.9, 1, "lower without them: left uncut"),
         ("WORTH_TRYING", 0.9, 1, None),
         ("MOST_UNCOVERED", 0.0, 1, "field's own surfaces show: left uncut"),
     ],

@@ -82,7 +82,8 @@ FRAME_RESOLUTION = 96
 its motion, at half the time of 128."""
 
 WORTH_CUTTING = 0.001
-"""What cutting webs must add to the IoU with the film's silhouettes: less is chance, and what is cut may be matter."""
+"""What cutting webs must add to the IoU with the film's silhouettes, before outlines are fitted: less is chance, and what
+is cut may be matter."""
 MOST_UNCOVERED = 1.1
 """Times the distance of the field's own surfaces from the skin that cutting may leave, before anything is mended: 1.02
 to 1.08 for four runs that are better without their webs, 1.13 to 1.31 for three that would lose limbs."""
@@ -212,17 +213,15 @@ def _without_webs(
         terminal.say("limbs would go with them, which the field's own surfaces show: left uncut")
         return outlined
     again = _mended(run, cut, again, own, terminal)
-    gained = agreement(again.positions, cut.faces, film) - agreement(tracks.positions, surface.faces, film)
-    if gained < -WORTH_CUTTING:  # fitting the outlines, which takes long, does not make up for that
-        terminal.say(f"IoU with the film's silhouettes {-gained:.4f} lower without them: left uncut")
-        return outlined
-    result = _outlined(run, (cut, again), terminal)
-    after = agreement(result[1].positions, cut.faces, film)
+    before, after = (
+        agreement(x, f, film) for x, f in ((tracks.positions, surface.faces), (again.positions, cut.faces))
+    )
     kept = after >= before + WORTH_CUTTING
     terminal.say(
-        f"IoU with the film's silhouettes {before:.4f} before, {after:.4f} after: {'cut' if kept else 'left uncut'}"
+        f"IoU with the film's silhouettes, outlines not yet fitted, {before:.4f} before and {after:.4f} after: "
+        + ("cut" if kept else "left uncut")
     )
-    return result if kept else outlined
+    return _outlined(run, (cut, again), terminal) if kept else outlined
 
 
 def without(surface: CanonicalMesh, tracks: Tracks, dropped: Bool[np.ndarray, " n"]) -> tuple[CanonicalMesh, Tracks]:

@@ -23,7 +23,7 @@ FOG = 0.02
 """Opacity from which a node of an empty ray says where along the ray the object is."""
 SLOPE = 1.0
 """Steepest way, depth over width, from the object to what is filled: fog far before or behind it is a stray."""
-STIFFNESS = 2.0
+STIFFNESS = 1.0
 """What a neighbouring pixel's depth counts against opaque matter at the pixel itself, for nodes of one pixel."""
 TIE = 1e-4
 """Pull to the depth of the nearest full ray, for regions that nothing is known of."""
@@ -87,10 +87,9 @@ def completed(
     start = middle[tuple(nearest)]
     per_pixel = start / (film.fov_focal * size)
     fog, opacity = _fog(values, depth, ray, size, reach)
-    own = np.where(count > 0, middle, fog.clip(start - SLOPE * far * per_pixel, start + SLOPE * far * per_pixel))
+    own = fog.clip(start - SLOPE * far * per_pixel, start + SLOPE * far * per_pixel)
     stiffness = STIFFNESS * (2 * reach + 1) ** 2
-    region = ndimage.binary_dilation(empty) & inside
-    along = _relaxed(own, np.where(count > 0, 1.0, opacity), region, stiffness, start)
+    along = _relaxed(own, opacity, ndimage.binary_dilation(empty) & inside, stiffness, start)
     half = np.maximum(ndimage.distance_transform_edt(inside) * per_pixel, 0.75 * grid.spacing.max())
     filled = empty.ravel()[ray] & (np.abs(depth - along.ravel()[ray]) < half.ravel()[ray])
     return np.where(filled.reshape(solid.shape), np.maximum(solid, 0.5 + 0.5 * level), solid)
