@@ -427,12 +427,11 @@ def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monk
     monkeypatch.setattr(make, "input_pictures", lambda views: film)
     monkeypatch.setattr(make, "_followed", followed)
     monkeypatch.setattr(make, "_mended", lambda run, surface, tracks, own, terminal: tracks)
-    monkeypatch.setattr(make, "_outlined", lambda run, made, terminal: made)
     monkeypatch.setattr(make, name, value)
     run, terminal = SimpleNamespace(views=None), SimpleNamespace(say=said.append)
     tracks = followed(run, surface, terminal)
     made, canonical = (surface, tracks), (grid, solid, 0.5)
-    found, tracks = make._without_webs(run, tracks, made, made, canonical, own, make.Options(), terminal)
+    found, tracks = make._without_webs(run, tracks, made, canonical, own, make.Options(), terminal)
     assert tracks.positions.shape[1] == len(found.vertices)
     assert len(trimesh.Trimesh(found.vertices, found.faces, process=False).split()) == pieces
     assert said == [] if last is None else said[-1].endswith(last)

@@ -82,14 +82,14 @@ FRAME_RESOLUTION = 96
 its motion, at half the time of 128."""
 
 WORTH_CUTTING = 0.001
-"""What cutting webs must add to the IoU with the film's silhouettes, before outlines are fitted: less is chance, and what
-is cut may be matter."""
+"""What cutting webs must add to the IoU with the film's silhouettes (before outlines are fitted): less is chance, and
+what is cut may be matter."""
 MOST_UNCOVERED = 1.1
 """Times the distance of the field's own surfaces from the skin that cutting may leave, before anything is mended: 1.02
-to 1.08 for four runs that are better without their webs, 1.13 to 1.31 for three that would lose limbs."""
-WORTH_TRYING = 0.002
-"""What it would add if nothing but webs were lost, from which the mesh is made again to see. On thirteen runs four were
-better without their webs, by what would have been 0.0026 to 0.049; seven of the others are below this."""
+to 1.08 for runs that are better without their webs, 1.13 to 1.31 for three that would lose limbs."""
+WORTH_TRYING = 0.01
+"""What it would add if nothing but webs were lost, from which the mesh is made again to see. Of twenty-eight runs five
+could win 0.014 to 0.044, two of which do; all others 0.007 at most."""
 
 MOST_MOMENTS = 32
 """Pictures of an animated texture; of a longer clip, neighbouring frames share one."""
@@ -139,10 +139,12 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     if run.deforms:
         followed = _followed(run, surface, terminal)
         made = surface, _mended(run, surface, followed, own, terminal)
-        outlined = _outlined(run, made, terminal)
-        surface, tracks = _without_webs(run, followed, made, outlined, (grid, solid, level), own, options, terminal)
+        surface, tracks = _without_webs(run, followed, made, (grid, solid, level), own, options, terminal)
     else:
-        surface, tracks = _outlined(run, (surface, _registered(run, surface, own, terminal)), terminal)
+        tracks = _registered(run, surface, own, terminal)
+    with terminal.bar("fitting the outlines", len(film)) as advance:
+        positions = fitted_to_outlines(tracks.positions, surface.faces, film, advance)
+    tracks = replace(tracks, positions=positions.astype(np.float32))
     with terminal.bar("fitting what is on them", len(film)) as advance:
         colors = _film_at_vertices(film, tracks.positions, surface.faces)
         positions = fitted_to_film(tracks.positions, surface.faces, film, colors, advance)
@@ -177,51 +179,37 @@ def _own_surface(run: FinishedRun, frame: int, resolution: int) -> FrameSurface:
         return FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
 
 
-def _outlined(
-    run: FinishedRun, made: tuple[CanonicalMesh, Tracks], terminal: "Terminal"
-) -> tuple[CanonicalMesh, Tracks]:
-    """A surface and its way, its outlines on the film's."""
-    (surface, tracks), film = made, input_pictures(run.views)
-    with terminal.bar("fitting the outlines", len(film)) as advance:
-        positions = fitted_to_outlines(tracks.positions, surface.faces, film, advance)
-    return surface, replace(tracks, positions=positions.astype(np.float32))
-
-
 def _without_webs(
     run: FinishedRun,
     followed: Tracks,
     made: tuple[CanonicalMesh, Tracks],
-    outlined: tuple[CanonicalMesh, Tracks],
     canonical: tuple[OpacityGrid, Float[np.ndarray, "r r r"], float],
     own: Sequence[FrameSurface],
     options: Options,
     terminal: "Terminal",
 ) -> tuple[CanonicalMesh, Tracks]:
-    """The outlined surface made again without the webs that it has before its outlines are fitted, if there are any, if
-    the motion leaves the field's own surfaces as well covered and the film's silhouettes are met better."""
+    """A surface and its way, made again without its webs if there are any and the film's silhouettes are met better
+    then; unless what follows the motion covers the field's own surfaces worse, which is a limb that went with them."""
     (surface, tracks), (grid, solid, level), film = made, canonical, input_pictures(run.views)
     web = webs(surface, tracks.positions, silhouettes(film))
     if not web.any():
-        return outlined
-    before, at_most = (agreement(outlined[1].positions, surface.faces, film, faces) for faces in (None, web))
+        return made
+    before, at_most = (agreement(tracks.positions, surface.faces, film, faces) for faces in (None, web))
     if at_most < before + WORTH_TRYING:
-        return outlined
+        return made
     terminal.say(f"{web.mean():.1%} of the faces are webs over the film's background; made again without them:")
     cut = _surface(without_webs(solid, level, grid, surface, web), level, grid, options, terminal)
     again = _followed(run, cut, terminal)
     if uncovered(again.positions, own) > MOST_UNCOVERED * uncovered(followed.positions, own):
         terminal.say("limbs would go with them, which the field's own surfaces show: left uncut")
-        return outlined
+        return made
     again = _mended(run, cut, again, own, terminal)
-    before, after = (
-        agreement(x, f, film) for x, f in ((tracks.positions, surface.faces), (again.positions, cut.faces))
-    )
+    after = agreement(again.positions, cut.faces, film)
     kept = after >= before + WORTH_CUTTING
     terminal.say(
-        f"IoU with the film's silhouettes, outlines not yet fitted, {before:.4f} before and {after:.4f} after: "
-        + ("cut" if kept else "left uncut")
+        f"IoU with the film's silhouettes {before:.4f} before, {after:.4f} after: {'cut' if kept else 'left uncut'}"
     )
-    return _outlined(run, (cut, again), terminal) if kept else outlined
+    return (cut, again) if kept else made
 
 
 def without(surface: CanonicalMesh, tracks: Tracks, dropped: Bool[np.ndarray, " n"]) -> tuple[CanonicalMesh, Tracks]:
