@@ -435,3 +435,39 @@ def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monk
     assert tracks.positions.shape[1] == len(found.vertices)
     assert len(trimesh.Trimesh(found.vertices, found.faces, process=False).split()) == pieces
     assert said == [] if last is None else said[-1].endswith(last)
+
+
+@pytest.mark.parametrize("deforms", [True, False])
+def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch, deforms):
+    vertices, faces = ball(subdivisions=1)
+    surface = CanonicalMesh(vertices, faces, 0)
+    steps = []
+
+    def tracks_of(x):
+        return Tracks(np.float32(x), np.zeros((2, len(vertices))), np.zeros((2, len(vertices)), bool))
+
+    def moved(name):
+        def step(positions, *rest):
+            steps.append(name)
+            return positions + np.float32(0.01)
+
+        return step
+
+    monkeypatch.setattr(make, "input_pictures", lambda views: [filmed(vertices, faces, i) for i in range(2)])
+    monkeypatch.setattr(make, "_solid", lambda *_: (None, None, None))
+    monkeypatch.setattr(make, "_own_surfaces", lambda *_: [])
+    monkeypatch.setattr(make, "_surface", lambda *_: surface)
+    for name in ("_followed", "_registered"):
+        monkeypatch.setattr(make, name, lambda *_: tracks_of([vertices, vertices]))
+    monkeypatch.setattr(make, "_mended", lambda run, surface, tracks, *_: tracks_of(moved("mended")(tracks.positions)))
+    monkeypatch.setattr(
+        make, "_without_webs", lambda run, followed, made, *_: (made[0], tracks_of(moved("webs")(made[1].positions)))
+    )
+    monkeypatch.setattr(make, "fitted_to_outlines", moved("outlines"))
+    monkeypatch.setattr(make, "fitted_to_film", moved("film"))
+    terminal = SimpleNamespace(say=lambda _: None, bar=lambda *_: contextlib.nullcontext(lambda: None))
+    run = SimpleNamespace(views=None, deforms=deforms, canonical_frame=0)
+    found, tracks = make.moving_surface(run, make.Options(), terminal)
+    assert steps == (["mended", "webs", "outlines", "film"] if deforms else ["outlines", "film"])
+    np.testing.assert_allclose(tracks.positions, [vertices + 0.01 * len(steps)] * 2, atol=1e-5)
+    assert found is surface
