@@ -404,15 +404,20 @@ def test_drawn_out_skin_that_the_film_shows_is_no_web():
 
 
 @pytest.mark.parametrize(
-    "name, value, pieces, last",
+    "patches, pieces, last",
     [
-        ("WORTH_CUTTING", 0.001, 2, ": cut"),
-        ("WORTH_CUTTING", 0.9, 1, "after: left uncut"),
-        ("WORTH_TRYING", 0.9, 1, None),
-        ("MOST_UNCOVERED", 0.0, 1, "field's own surfaces show: left uncut"),
+        ({}, 2, ": cut"),
+        ({"WORTH_CUTTING": 0.9}, 1, "after: left uncut"),
+        ({"WORTH_TRYING": 0.9}, 1, None),
+        ({"MOST_UNCOVERED": 0.0}, 1, "field's own surfaces show: left uncut"),
+        (
+            {"MOST_UNCOVERED": np.inf, "without_webs": lambda solid, *rest: np.roll(solid, 8, axis=2)},
+            1,
+            "silhouettes worse without them: left uncut",
+        ),
     ],
 )
-def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monkeypatch, name, value, pieces, last):
+def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monkeypatch, patches, pieces, last):
     grid, solid = blocks(bridge=True)
     apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
     surface = surface_of(solid, 0.5, grid)
@@ -427,7 +432,8 @@ def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monk
     monkeypatch.setattr(make, "input_pictures", lambda views: film)
     monkeypatch.setattr(make, "_followed", followed)
     monkeypatch.setattr(make, "_mended", lambda run, surface, tracks, own, terminal: tracks)
-    monkeypatch.setattr(make, name, value)
+    for name, value in patches.items():
+        monkeypatch.setattr(make, name, value)
     run, terminal = SimpleNamespace(views=None), SimpleNamespace(say=said.append)
     tracks = followed(run, surface, terminal)
     made, canonical = (surface, tracks), (grid, solid, 0.5)

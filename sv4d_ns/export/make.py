@@ -203,6 +203,9 @@ def _without_webs(
     if uncovered(again.positions, own) > MOST_UNCOVERED * uncovered(followed.positions, own):
         terminal.say("limbs would go with them, which the field's own surfaces show: left uncut")
         return made
+    if agreement(again.positions, cut.faces, film) < agreement(followed.positions, surface.faces, film):
+        terminal.say("what follows the motion would meet the film's silhouettes worse without them: left uncut")
+        return made  # mending, which takes long, does not turn that
     again = _mended(run, cut, again, own, terminal)
     after = agreement(again.positions, cut.faces, film)
     kept = after >= before + WORTH_CUTTING
