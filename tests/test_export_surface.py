@@ -15,7 +15,7 @@ from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
 from sv4d_ns.export.make import without
 from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of, vertex_graph
-from sv4d_ns.export.surface.limbs import turned
+from sv4d_ns.export.surface.limbs import _turned_to, turned
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, settled
@@ -182,6 +182,18 @@ def test_a_limb_is_turned_to_no_part_that_is_not_like_it_or_hangs_elsewhere():
     assert arm[moved, 2].max() < 0.17 < vertices[lost, 2].max()
     for shape, at in (((0.08, 0.3, 0.08), (0, -0.25, 0.1)), ((0.04, 0.04, 0.04), (0, 0.15, 0.1))):
         assert not turned_to(*shape, at=at)[1].any()
+
+
+def test_a_lost_part_that_hangs_on_both_its_ends_is_no_fault():
+    vertices, faces = ball()
+    lost = np.abs(vertices[:, 1]) < 0.1  # its root is its middle, to the last digit or nearly
+    lost_vertices = vertices[lost]
+    surface = FrameSurface.of(np.add(vertices, [0.02, 0, 0]), faces)
+    result, moved = turned(vertex_graph(faces, len(vertices)), vertices, lost, surface, np.flatnonzero(lost), DIAGONAL)
+    np.testing.assert_array_equal(result[~lost], vertices[~lost])
+    assert np.isfinite(result).all() and not moved[~lost].any()
+    stays = _turned_to(lost_vertices, lost_vertices.mean(axis=0), lost_vertices)
+    np.testing.assert_allclose(stays, lost_vertices, atol=1e-9)
 
 
 def test_a_moment_without_a_surface_is_left_as_the_motion_has_it():

@@ -85,11 +85,11 @@ WORTH_CUTTING = 0.001
 """What cutting webs must add to the IoU with the film's silhouettes (before outlines are fitted): less is chance, and
 what is cut may be matter."""
 MOST_UNCOVERED = 1.1
-"""Times the distance of the field's own surfaces from the skin that cutting may leave, before anything is mended: 1.02
+"""Times the distance of the field's own surfaces from the skin that cutting may leave, before anything is mended: 1.00
 to 1.08 for runs that are better without their webs, 1.13 to 1.31 for three that would lose limbs."""
 WORTH_TRYING = 0.01
 """What it would add if nothing but webs were lost, from which the mesh is made again to see. Of twenty-eight runs five
-could win 0.014 to 0.044, two of which do; all others 0.007 at most."""
+could win 0.014 to 0.044, two of which do; all others 0.0073 at most."""
 
 MOST_MOMENTS = 32
 """Pictures of an animated texture; of a longer clip, neighbouring frames share one."""

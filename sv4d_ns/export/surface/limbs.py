@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from sv4d_ns.export.surface.registration import FrameSurface
+from sv4d_ns.geometry.rotations import nearest_rotation
 
 LEAST = 20
 """Vertices of a limb, or of a bare part of the surface, that are worth a turn."""
@@ -118,11 +119,13 @@ def _turned_to(
 ) -> Float[np.ndarray, "k 3"]:
     """Points turned about a root: the way to their middle to that of the places', then by closest points."""
     arm, goal, tree = x - root, places - root, cKDTree(places - root)
-    # the turn of one direction into another leaves the twist open; the points settle it
-    turn, _ = Rotation.align_vectors(goal.mean(axis=0)[None], arm.mean(axis=0)[None])
-    arm = turn.apply(arm)
+    way, there = arm.mean(axis=0), goal.mean(axis=0)
+    # what hangs on both its ends has its root in its middle, and no way from there
+    if min(np.linalg.norm(way) / _size(arm), np.linalg.norm(there) / _size(goal)) > 1e-6:
+        # the turn of one direction into another leaves the twist open; the points settle it
+        arm = Rotation.align_vectors(there[None], way[None])[0].apply(arm)
     for _ in range(TURNS):
         to_skin, to_place = cKDTree(arm).query(goal)[1], tree.query(arm)[1]
-        turn, _ = Rotation.align_vectors(np.concatenate([goal, goal[to_place]]), np.concatenate([arm[to_skin], arm]))
-        arm = turn.apply(arm)
+        before, after = np.concatenate([arm[to_skin], arm]), np.concatenate([goal, goal[to_place]])
+        arm = arm @ nearest_rotation(after.T @ before).T
     return root + arm

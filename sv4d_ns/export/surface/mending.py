@@ -125,8 +125,9 @@ class RigidSkin:
         x: Float[np.ndarray, "n 3"],
         free: Bool[np.ndarray, " n"],
         surface: FrameSurface,
+        bare: Int[np.ndarray, " b"],
         diagonal: float,
-        stages: Sequence[float] = STIFFNESS,
+        stages: Sequence[float],
     ) -> Float[np.ndarray, "n 3"]:
         """`x` with the free vertices drawn to a surface, keeping the shape `rest` as well as they can.
 
@@ -136,7 +137,6 @@ class RigidSkin:
         which, near = np.flatnonzero(free), np.flatnonzero(self.grown(free, 1))
         rows = self.laplacian[which]
         turns = np.broadcast_to(np.eye(3), (self.count, 3, 3)).copy()
-        bare = surface.bare(x[~free], OFF * diagonal)  # what is not free stays, and so does what it covers
         for stiffness in stages:
             pulled, goal = self._pulls(x, free, surface, bare, diagonal)
             turns[near] = self.rotations(rest, x, near)
@@ -245,13 +245,14 @@ def _onto(
 ) -> Float[np.ndarray, "n 3"]:
     """`carried` with the free vertices on a surface: drawn to it from where they are, or from where their limbs are
     turned to first, as long as that brings the skin and the surface nearer to each other."""
-    start, best = carried, skin.drawn(shape, carried, free, surface, diagonal)
-    bare = surface.bare(carried[~free], OFF * diagonal)
+    # what is not free stays, and so does what it covers
+    bare = np.flatnonzero(surface.uncovered(carried[~free]) > OFF * diagonal)
+    start, best = carried, skin.drawn(shape, carried, free, surface, bare, diagonal, STIFFNESS)
     for _ in range(TURNS):
         start, moved = turned(skin.graph, start, free, surface, bare, diagonal)
         if not moved.any():
             break
-        other = skin.drawn(shape, start, free, surface, diagonal, TURNED_STIFFNESS)
+        other = skin.drawn(shape, start, free, surface, bare, diagonal, TURNED_STIFFNESS)
         if surface.apart(other, free) > NEARER * surface.apart(best, free):
             break
         start = best = other

@@ -56,13 +56,13 @@ class FrameSurface:
         """Of points to its nearest vertex, world units."""
         return np.asarray(self.tree.query(x)[0])
 
-    def bare(self, skin: Float[np.ndarray, "n 3"], reach: float) -> Int[np.ndarray, " b"]:
-        """The vertices that no skin is within reach of."""
-        return np.flatnonzero(cKDTree(skin).query(self.vertices)[0] > reach)
+    def uncovered(self, skin: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " m"]:
+        """Of its vertices to the nearest vertex of a skin, world units."""
+        return np.asarray(cKDTree(skin).query(self.vertices)[0])
 
     def apart(self, skin: Float[np.ndarray, "n 3"], moved: Bool[np.ndarray, " n"]) -> float:
         """Mean distance of its vertices from the nearest skin and of the moved skin from it, world units."""
-        return float(np.concatenate([self.distance(skin[moved]), cKDTree(skin).query(self.vertices)[0]]).mean())
+        return float(np.concatenate([self.distance(skin[moved]), self.uncovered(skin)]).mean())
 
     def alike(
         self, x: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"], reach: float = np.inf
@@ -96,8 +96,9 @@ def nearest_alike(
 
 def uncovered(positions: Float[np.ndarray, "t n 3"], surfaces: Sequence[FrameSurface]) -> float:
     """Mean distance of the surfaces' vertices from the skin, all frames alike, world units."""
-    shown = [(x, one.vertices) for x, one in zip(positions, surfaces, strict=True) if len(one.vertices)]
-    return float(np.mean([cKDTree(x).query(places)[0].mean() for x, places in shown])) if shown else 0.0
+    pairs = zip(positions, surfaces, strict=True)
+    shown = [surface.uncovered(x).mean() for x, surface in pairs if len(surface.vertices)]
+    return float(np.mean(shown)) if shown else 0.0
 
 
 def refitted(

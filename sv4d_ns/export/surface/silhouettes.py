@@ -98,7 +98,8 @@ def completed(
 def _fog(
     values: np.ndarray, depth: np.ndarray, ray: np.ndarray, size: int, reach: int
 ) -> tuple[Float[np.ndarray, "s s"], Float[np.ndarray, "s s"]]:
-    """Depth and opacity of each pixel's most opaque node, 0 where all are below `FOG`; nodes count around them."""
+    """Depth and opacity of each pixel's most opaque node, 0 where all are below `FOG`. A node counts for the
+    pixels around its own, too."""
     some = np.flatnonzero(values > FOG)
     order = some[np.argsort(values[some])]
     along, greatest = np.zeros(size * size), np.zeros(size * size)
@@ -114,18 +115,18 @@ def _relaxed(
     trust: Float[np.ndarray, "s s"],
     region: Bool[np.ndarray, "s s"],
     stiffness: float,
-    else_: Float[np.ndarray, "s s"],
+    start: Float[np.ndarray, "s s"],
 ) -> Float[np.ndarray, "s s"]:
-    """Depths of a region that vary little from pixel to pixel and are `own` as far as that is trusted, weakly `else_`;
-    `else_` outside.
+    """Depths of a region that vary little from pixel to pixel and are `own` as far as that is trusted, weakly `start`;
+    `start` outside.
 
     The same idea as in the bundled model's completion (diffusion/bundled/completing.py): fog lies at other depths from
     ray to ray, and what is filled there would not hang together.
     """
     graph, pixels = pixel_graph(region, connectivity=2)
-    trusted, tie = trust.ravel()[pixels], TIE * else_.ravel()[pixels]
+    trusted, tie = trust.ravel()[pixels], TIE * start.ravel()[pixels]
     system = sparse.diags_array(trusted + TIE) + stiffness * csgraph.laplacian((graph > 0).astype(np.float64))
-    result = else_.ravel().copy()
+    result = start.ravel().copy()
     result[pixels] = spsolve(system.tocsc(), trusted * own.ravel()[pixels] + tie)
     return result.reshape(region.shape)
 
