@@ -12,9 +12,8 @@ from sv4d_ns.evaluation.alignment import Alignment, Similarity
 from sv4d_ns.evaluation.cases import Geometry
 from sv4d_ns.export.surface.extraction import (
     AnimatedField,
-    CanonicalMesh,
     canonical_mesh,
-    follow_vertices,
+    follow_points,
     frozen,
     opacity_grid,
 )
@@ -114,16 +113,10 @@ def carried_tracks(
 
     A point x at `start_time` has the canonical position c = x + deformation(x, start_time); at every other time its
     place is the solution x' of x' + deformation(x', t) = c. The equation is solved by the mesh exporter's own solver,
-    each time from its neighbour's solution, outward from the time that deforms least; where it has no solution the
-    point stays where it was at the neighbouring time. `times` should be dense (all frames of the clip).
+    each time from its neighbour's solution, outward from `start_time`; where it has no solution the point stays where
+    it was at the neighbouring time. `times` should be dense (all frames of the clip); the start is the nearest of them.
     """
-    import torch
-
-    with torch.no_grad():
-        x = torch.from_numpy(np.asarray(start, np.float32)).to(field.aabb.device)
-        canonical = x + field.deformation(x, torch.full_like(x[:, :1], start_time))
-    loose_points = CanonicalMesh(canonical.cpu().numpy(), np.zeros((0, 3), np.int32), 0)
-    return follow_vertices(field, loose_points, times).positions
+    return follow_points(field, start, int(np.abs(times - start_time).argmin()), times).positions
 
 
 def track_error(

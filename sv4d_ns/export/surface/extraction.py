@@ -484,13 +484,9 @@ def _broyden_update(inverse: np.ndarray, dx: np.ndarray, df: np.ndarray) -> np.n
     return np.where((safe & bounded)[:, None, None], updated, inverse)
 
 
-def _frame_order(offsets: list[float]) -> list[tuple[int, int | None]]:
-    """(frame, the solved frame to start from), from the frame that is deformed least outwards in both directions."""
-    first = int(np.argmin(offsets))
-    order: list[tuple[int, int | None]] = [(first, None)]
-    order += [(i, i - 1) for i in range(first + 1, len(offsets))]
-    order += [(i, i + 1) for i in range(first - 1, -1, -1)]
-    return order
+def outwards(first: int, frames: int) -> list[tuple[int, int]]:
+    """(frame, the frame beside it that comes before it in this order), from a frame on in both directions of time."""
+    return [(i, i - 1) for i in range(first + 1, frames)] + [(i, i + 1) for i in range(first - 1, -1, -1)]
 
 
 def smooth_fill(displacement: np.ndarray, known: np.ndarray, graph: sparse.csr_matrix, prior: np.ndarray) -> np.ndarray:
@@ -515,20 +511,43 @@ def follow_vertices(
 ) -> Tracks:
     """Solve the inverse deformation for every vertex at every time; `advance` is called once per frame.
 
-    Each frame starts from its solved neighbour in time. What quasi-Newton leaves open is tried again with Newton,
-    from its own best point and from the average of its neighbours; what stays open keeps that average (`guessed`).
+    The frame that is deformed least starts from the canonical shape, each other one from its solved neighbour in time.
+    What quasi-Newton leaves open is tried again with Newton, from its own best point and from the average of its
+    neighbours; what stays open keeps that average (`guessed`).
     """
-    targets, count = mesh.vertices.astype(np.float64), len(mesh.vertices)
-    graph = vertex_graph(mesh.faces, count)
-    positions = np.zeros((len(times), count, 3))
-    residuals, guessed = np.zeros((len(times), count)), np.zeros((len(times), count), dtype=bool)
-    solver = _Inverse(field, targets)
-    some = np.arange(0, count, max(1, count // 2000))
-    offsets = [float(np.linalg.norm(solver.residual(targets[some], float(t), some), axis=-1).mean()) for t in times]
-    for frame, previous in _frame_order(offsets):
-        start = targets if previous is None else positions[previous]
-        x, r, g = _solve_frame(solver, start, float(times[frame]), graph)
-        positions[frame], residuals[frame], guessed[frame] = x, r, g
+    solver = _Inverse(field, mesh.vertices)
+    some = np.arange(0, len(solver.targets), max(1, len(solver.targets) // 2000))
+    rest = solver.targets[some]
+    offsets = [float(np.linalg.norm(solver.residual(rest, float(t), some), axis=-1).mean()) for t in times]
+    graph = vertex_graph(mesh.faces, len(mesh.vertices))
+    return _solved(solver, solver.targets, int(np.argmin(offsets)), graph, times, advance)
+
+
+def follow_points(
+    field: AnimatedField, start: Float[np.ndarray, "k 3"], first: int, times: Float[np.ndarray, " t"]
+) -> Tracks:
+    """The same for loose points whose places at the time `first` are known: what two canonical places share (two arms
+    that come from one) is told apart by where it starts. What stays open stays where it was at the neighbouring time.
+    """
+    here = start + _evaluate(field.deformation, _device_of(field), start.astype(np.float64), float(times[first]))
+    loose = sparse.csr_matrix((len(start), len(start)))
+    return _solved(_Inverse(field, here), start.astype(np.float64), first, loose, times)
+
+
+def _solved(
+    solver: _Inverse,
+    start: Float[np.ndarray, "n 3"],
+    first: int,
+    graph: sparse.csr_matrix,
+    times: Float[np.ndarray, " t"],
+    advance: Callable[[], None] | None = None,
+) -> Tracks:
+    """Solutions at all times, looked for from `start` at the time `first` and from there on outwards."""
+    positions = np.zeros((len(times), *start.shape))
+    residuals, guessed = np.zeros(positions.shape[:2]), np.zeros(positions.shape[:2], dtype=bool)
+    for frame, beside in [(first, None), *outwards(first, len(times))]:
+        begin = start if beside is None else positions[beside]
+        positions[frame], residuals[frame], guessed[frame] = _solve_frame(solver, begin, float(times[frame]), graph)
         if advance is not None:
             advance()
     return Tracks(positions.astype(np.float32), residuals.astype(np.float32), guessed)

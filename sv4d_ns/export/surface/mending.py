@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.surface.extraction import vertex_graph, vertex_normals
+from sv4d_ns.export.surface.extraction import outwards, vertex_graph, vertex_normals
 from sv4d_ns.export.surface.limbs import turned
 from sv4d_ns.export.surface.registration import FrameSurface, factorised, nearest_alike
 from sv4d_ns.export.surface.silhouettes import Silhouette
@@ -211,14 +211,9 @@ def mended(
     skin = RigidSkin(faces, len(rest))
     result = positions.astype(np.float64)
     changed = np.zeros(positions.shape[:2], dtype=bool)
-    frames, piece = len(positions), csgraph.connected_components(skin.graph, directed=False)[1]
+    _, piece = csgraph.connected_components(skin.graph, directed=False)
     sizes = np.bincount(piece)
-    order = [
-        (first, None),
-        *((i, i - 1) for i in range(first + 1, frames)),
-        *((i, i + 1) for i in range(first - 1, -1, -1)),
-    ]
-    for frame, neighbour in order:
+    for frame, neighbour in [(first, None), *outwards(first, len(positions))]:
         surface = surfaces[frame]
         bad = surface.distance(positions[frame]) > OFF * diagonal
         if not guessed[frame].all():

@@ -15,7 +15,7 @@ from scipy.sparse import csgraph
 from scipy.sparse.linalg import SuperLU, splu
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.surface.extraction import CanonicalMesh, Tracks, vertex_graph, vertex_normals
+from sv4d_ns.export.surface.extraction import CanonicalMesh, Tracks, outwards, vertex_graph, vertex_normals
 from sv4d_ns.utils.split import results_of
 
 UNSOLVED_BOUND = 0.25
@@ -149,9 +149,7 @@ def registered(
     residuals = np.zeros((num_frames, len(mesh.vertices)), np.float32)
     guessed = np.ones((num_frames, len(mesh.vertices)), dtype=bool)
     guessed[first] = False
-    order = [(frame, frame - 1) for frame in range(first + 1, num_frames)]
-    order += [(frame, frame + 1) for frame in range(first - 1, -1, -1)]
-    for frame, neighbour in order:
+    for frame, neighbour in outwards(first, num_frames):
         positions[frame], distance = fit_to_surface(positions[neighbour], mesh.faces, surfaces[frame])
         residuals[frame] = distance / diagonal
         if advance is not None:
