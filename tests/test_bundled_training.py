@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sv4d_ns.diffusion.bundled.rendering import Volume, render_rays
 from sv4d_ns.diffusion_training.bundled import objective
 from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig
 from sv4d_ns.diffusion_training.bundled.data import Batch, BatchShape, CreatureSource, make_batch, mirrored
-from sv4d_ns.diffusion_training.bundled.train import Trainer
+from sv4d_ns.diffusion_training.bundled.train import StepDataset, Trainer
 from sv4d_ns.diffusion_training.config import changes_since
 from sv4d_ns.diffusion_training.learning_rate import learning_rate
 from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
@@ -168,6 +169,31 @@ def test_lpips_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         Trainer(small_config(tmp_path, perceptual=0.5))
     with pytest.raises(InputError, match="--perceptual is -1"):
         Trainer(small_config(tmp_path, perceptual=-1.0))
+
+
+def test_clips_and_stills_come_from_the_same_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(tmp_path, steps=400, steps_3d=0, clip_share=0.5, moments=8, clip_frames=4)
+    drawn: dict[bool, list[int]] = {True: [], False: []}
+
+    def first_source(
+        seed: int, step: int, shape: BatchShape, size: int, sources: list[int], shares: list[float]
+    ) -> None:
+        source = int(np.random.default_rng([seed, step, 0]).choice(2, p=[0.5, 0.5]))
+        drawn[shape.frames > 1].append(source)
+
+    monkeypatch.setattr("sv4d_ns.diffusion_training.bundled.train.make_batch", first_source)
+    data = StepDataset(config, 32)
+    for number in range(300):
+        data[number]
+    assert min(len(numbers) for numbers in drawn.values()) > 100
+    assert all(0.35 < np.mean(numbers) < 0.65 for numbers in drawn.values())
+
+
+def test_a_run_that_was_killed_before_its_model_was_written_writes_it(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    folder = Trainer(config).run()
+    shutil.rmtree(folder)
+    assert Trainer(config).run() == folder and (folder / "model_index.json").is_file()
 
 
 def test_a_deepened_network_computes_the_same() -> None:

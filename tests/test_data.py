@@ -407,6 +407,11 @@ def test_objaverse_ids_are_fetched_and_test_objects_never(tmp_path, monkeypatch)
 def test_the_published_test_objects_are_known():
     assert len(OBJAVERSEDY_TEST_IDS) == 20 and is_test_object(f"glbs-{TEST_ID.upper()}")
     assert is_test_object("ba7b382c1234") and not is_test_object("fox")
+    assert (
+        is_test_object("000-023-ba7b382c1234")
+        and is_test_object("animated/BA7B382C")
+        and not is_test_object("1ba7b382c")
+    )
 
 
 # curation: made-up objects, one fault each

@@ -329,6 +329,31 @@ def test_an_sv4d_model_knows_elevations_relative_to_the_input():
     assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=1e-3)
 
 
+def test_an_sv4d_model_is_asked_in_the_order_of_its_training_and_with_its_guidance():
+    pipeline = small_pipeline()
+    frames = creature_grid((90.0,), 0.0, known=True).input_frames
+    latents = torch.rand(8, 16, 8, 8, generator=torch.Generator().manual_seed(0)).unflatten(0, (2, 4))
+    prior, turned = SV4DPrior(pipeline, frames, 2.0, 33.9, 0.0), [2, 0, 3, 1]
+    ascending = (10.0, 100.0, 190.0, 280.0)
+    mixed = tuple(ascending[view] for view in turned)
+
+    def answer(views, azimuths):
+        return prior._denoise(views.flatten(0, 1), 2.0, [0, 1], DrawnViews(azimuths, 5.0)).unflatten(0, (2, 4))
+
+    with torch.no_grad():
+        plain = answer(latents, ascending)
+        torch.testing.assert_close(answer(latents[:, turned], mixed), plain[:, turned])
+        strong = {"kind": "constant", "scale": 3.0, "min_scale": 1.0}
+        pipeline.register_to_config(guidance=strong)
+        guided = answer(latents, ascending)
+        pipeline.register_to_config(guidance={**strong, "scale": 1.0})
+        conditional = answer(latents, ascending)
+        pipeline.register_to_config(guidance={**strong, "scale": 0.0})
+        unconditional = answer(latents, ascending)
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(conditional, unconditional, atol=1e-4)
+
+
 def test_the_bundled_models_targets_are_pictures_of_the_asked_frames():
     prior = BundledPrior(load_bundled_pipeline(), creature_grid((90.0,), 0.0, known=True).input_frames, 2.0, 33.9, 0.0)
     views = DrawnViews((0.0, 90.0, 180.0, 270.0), 5.0)

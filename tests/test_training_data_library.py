@@ -10,6 +10,7 @@ from glb_fixture import Glb, box, solid, waving
 from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.training_data.curate import CurateConfig, curate
 from sv4d_ns.training_data.dataset import RenderedDataset
+from sv4d_ns.training_data.exclusions import OBJAVERSEDY_TEST_IDS
 from sv4d_ns.training_data.library import LARGEST_RADIUS, AssetLibrary, is_held_out
 from sv4d_ns.training_data.orbits import Orbit
 from sv4d_ns.training_data.render import RenderConfig, render_dataset
@@ -72,6 +73,40 @@ def test_a_cropped_sample_has_its_box_in_the_middle_of_the_input_picture(assets)
         assert abs(top + bottom - 127) <= 2 and abs(left + right - 127) <= 2
         assert max(abs(boxes[0][0] + boxes[0][1] - 127), abs(boxes[0][2] + boxes[0][3] - 127)) > 2, "not so before"
         assert max(bottom - top, right - left) >= max(boxes[0][1] - boxes[0][0], boxes[0][3] - boxes[0][2])
+
+
+def test_few_frames_are_evenly_spaced_too(assets):
+    library = AssetLibrary(assets, held_out_share=0.0)
+    for frames in (2, 4, 8):
+        for seed in range(4):
+            given = {"kind": "animated", "longest_window_s": 0.4}
+            times = library.sample(np.random.default_rng(seed), frames, **given).times
+            steps = np.diff(times)
+            assert steps.min() > 0 and np.allclose(steps, steps[0])
+
+
+def test_what_is_drawn_does_not_depend_on_what_failed_before(assets):
+    (assets / "animated" / "broken.glb").write_bytes(b"not a GLB")
+    library, later = AssetLibrary(assets, held_out_share=0.0), AssetLibrary(assets, held_out_share=0.0)
+    for seed in range(30):
+        library.sample(np.random.default_rng(seed))
+    assert "animated/broken" in library.skipped and not later.skipped
+    one, other = (some.sample(np.random.default_rng(40)) for some in (library, later))
+    assert one.name == other.name and np.array_equal(one.times, other.times)
+    names = [library.sample(np.random.default_rng(seed)).name for seed in range(40, 60)]
+    assert names == [
+        AssetLibrary(assets, held_out_share=0.0).sample(np.random.default_rng(s)).name for s in range(40, 60)
+    ]
+
+
+def test_published_test_objects_are_never_drawn(assets):
+    solid(assets / "animated" / f"{next(iter(OBJAVERSEDY_TEST_IDS))}.glb", box())
+    library = AssetLibrary(assets, held_out_share=0.3)
+    assert len(library.train) + len(library.held_out) == 7
+    (assets / "tested").mkdir()
+    solid(assets / "tested" / "ba7b382c.glb", box())
+    with pytest.raises(InputError, match="only test objects of published evaluations"):
+        AssetLibrary(assets / "tested")
 
 
 def test_a_stretched_sample_has_other_proportions_and_stays_in_sight(assets):

@@ -34,6 +34,7 @@ class TrainState:
         parts: the trained modules.
         average: moving average of the trainable parameters, in their order.
         optimizer: AdamW.
+        scaler: of the gradients with fp16, else None.
         step: steps made.
         changes: settings changed on the way, with the step from which on they hold.
     """
@@ -41,6 +42,7 @@ class TrainState:
     parts: TrainedParts
     average: EMAModel
     optimizer: Any
+    scaler: torch.amp.GradScaler | None = None
     step: int = 0
     changes: list[dict[str, Any]] = field(default_factory=list)
 
@@ -87,6 +89,7 @@ def save_checkpoint(
             "average_steps": state.average.optimization_step,
             "settings": config.deciding(),
             "changes": state.changes,
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
         }
         (temporary / "state.json").write_text(json.dumps(saved, indent=1))
     for old in checkpoints(config.output_dir)[:-KEPT_CHECKPOINTS]:
@@ -146,6 +149,8 @@ def load_checkpoint(folder: Path, state: TrainState, pipeline: StableVideo4D2Pip
         )
         state.optimizer.load_state_dict(_sharded_optimizer(moments, state.optimizer))
         state.average.optimization_step = saved["average_steps"]
+        if state.scaler is not None and saved.get("scaler"):  # without one, where the run began on a processor
+            state.scaler.load_state_dict(saved["scaler"])
         state.step = saved["step"]
     except InputError:
         raise

@@ -9,7 +9,7 @@ from sv4d_ns.diffusion_training.model import ModelConfig, SamplingConfig
 from sv4d_ns.utils.errors import InputError
 
 FREE = ("output_dir", "threads", "device", "checkpoint_every", "sheet_every", "trackers", "sampling", "changed")
-"""Settings that do not decide the losses."""
+"""Settings that do not decide the losses (of `sampling` only the first level does, where it is trained for)."""
 FIXED = ("model", "start", "lora_rank", "seed")
 """Settings that belong to the weights: another value is another run."""
 
@@ -119,7 +119,10 @@ class TrainConfig:
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the losses, as JSON values."""
-        return {name: _plain(value) for name, value in asdict(self).items() if name not in FREE}
+        chosen = {name: _plain(value) for name, value in asdict(self).items() if name not in FREE}
+        if self.first_level_share > 0 or self.self_conditioning > 0:
+            chosen["sampling"] = {"sigma_max": self.sampling.sigma_max}  # the level that is trained for
+        return chosen
 
 
 def _plain(value: Any) -> Any:

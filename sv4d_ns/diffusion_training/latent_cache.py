@@ -38,14 +38,15 @@ class LatentCache:
 
     def fill(self, process: int, processes: int, show: Callable[[int, int], None]) -> None:
         """Encode this process's share of what is not there yet."""
-        waiting = [
+        # shared out before anything is looked for: the other processes write meanwhile
+        share = [
             (source, record, Orbit(orbit))
             for source in self.sources
             if isinstance(source, RenderedSource)
             for record in source.dataset.records
             for orbit in record.orbits
-            if not self._usable(self._path(source, record, Orbit(orbit)))
         ][process::processes]
+        waiting = [one for one in share if not self._usable(self._path(*one))]
         show(0, len(waiting))
         for count, (source, record, orbit) in enumerate(waiting, start=1):
             self._encode(source.dataset, record, orbit, self._path(source, record, orbit))

@@ -206,6 +206,7 @@ class Trainer:
             autocast = torch.autocast(self.device.type, torch.bfloat16)
             state.parts.forward = autocast(state.parts.forward)  # type: ignore[method-assign]
         self.model, state.optimizer = self.accelerator.prepare(state.parts, state.optimizer)
+        state.scaler = self.accelerator.scaler
         state.average = EMAModel(trainable(state.parts).values(), decay=config.ema_decay)
         _resume(state, self.pipeline, config)
 
@@ -229,10 +230,15 @@ class Trainer:
             config, step, tuple(encoded.targets.shape[1:]), range(first, first + objects),
             objects * self.processes * config.accumulation, objective.first_level(self.pipeline),
         )  # fmt: skip
+        return objective.losses(self.model, self.pipeline, encoded, draws, config)
+
+    def _blend(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        """How a batch passes the frame attention; to be held until its gradients are there, because gradient
+        checkpointing computes the network again for them."""
         still = batch.inputs.shape[1] == 1
-        blend = still and config.still_blend == "image_only"
-        with bypassed(self.state.parts.unet, "frame") if blend else contextlib.nullcontext():
-            return objective.losses(self.model, self.pipeline, encoded, draws, config)
+        if still and self.config.still_blend == "image_only":
+            return bypassed(self.state.parts.unet, "frame")
+        return contextlib.nullcontext()
 
     def step(self, batch: Batch) -> dict[str, Any]:
         """One step; returns what is logged.
@@ -253,7 +259,7 @@ class Trainer:
         pieces = _split(batch, config.accumulation)
         for index, piece in enumerate(pieces):
             last = index == len(pieces) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), self._blend(piece):
                 parts = self.losses_of(piece, state.step, index)
                 self.accelerator.backward(parts["loss"] / len(pieces))
             for name, value in parts.items():

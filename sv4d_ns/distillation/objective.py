@@ -4,7 +4,7 @@ The nerfstudio pipeline and `benchmarks/four_diffusion.py` both call this. Every
 so a resumed run goes on as the undisturbed one would have.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -128,7 +128,8 @@ class Objective:
             asked.append((rays, int(rng.integers(2**31))))
         if not asked:
             return {}
-        rendered = render_together(self.field, self.occupancy, asked, self.config.render)
+        settings = replace(self.config.render, z_variance=weights["z_variance"] > 0)
+        rendered = render_together(self.field, self.occupancy, asked, settings)
         terms: dict[str, Tensor] = {}
         if self.prior is not None and draw is not None:
             terms |= self._distillation(self.prior, draw, rendered[0])

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from sv4d_ns.diffusion.fourdm import conditioning as fourdm
 from sv4d_ns.diffusion.fourdm import guidance
 from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW, WORLD_SCALE
 from sv4d_ns.diffusion.sv4d.conditioning import GridCondition, camera_angles, camera_vectors, embed_images
+from sv4d_ns.diffusion.sv4d.guidance import Guidance, guide
 from sv4d_ns.diffusion.sv4d.preconditioning import denoised, scaled
 from sv4d_ns.distillation.cameras import DrawnViews
 from sv4d_ns.distillation.schedules import ONE_STEP_NOISE, REFERENCE_NOISE, NoiseLevels
@@ -144,8 +146,8 @@ class FourDMPrior:
 
 
 class _SigmaPrior:
-    """A model in 4DM's place that was trained without guidance and for the noise process x + sigma n, whose sigma is
-    read off 4DM's schedule at the same ratio of signal and noise. It knows cameras relative to the input's."""
+    """A model in 4DM's place that was trained for the noise process x + sigma n, whose sigma is read off 4DM's schedule
+    at the same ratio of signal and noise. It knows cameras relative to the input's."""
 
     def __init__(
         self, frames: UInt8[np.ndarray, "t s s 4"], size: int, radius: float, fov_deg: float, input_elevation_deg: float
@@ -177,7 +179,7 @@ class _SigmaPrior:
 
 
 class SV4DPrior(_SigmaPrior):
-    """An SV4D model: joint views and frames of a video.
+    """An SV4D model: joint views and frames of a video, with the guidance it samples with.
 
     Args:
         pipeline: the model.
@@ -215,17 +217,30 @@ class SV4DPrior(_SigmaPrior):
         return latents * vae.config.scaling_factor
 
     def _denoise(self, noisy: Tensor, sigma: float, frames: list[int], views: DrawnViews) -> Tensor:
-        condition = self._condition(frames, views)
-        seen = scaled(noisy, sigma)
+        # the network was trained on views in ascending azimuth, and has convolutions along them
+        order = np.argsort(np.asarray(views.azimuths_deg) % 360)
+        ordered = replace(views, azimuths_deg=tuple(views.azimuths_deg[view] for view in order))
+        count = len(order)
+        seen = scaled(noisy.unflatten(0, (-1, count))[:, order].flatten(0, 1), sigma)
+        output = self._guided(seen, sigma, self._condition(frames, ordered), len(frames), count)
+        return denoised(seen, output, sigma).unflatten(0, (-1, count))[:, np.argsort(order)].flatten(0, 1)
+
+    def _guided(self, seen: Tensor, sigma: float, condition: GridCondition, frames: int, views: int) -> Tensor:
+        """The network's output, guided as when the model samples."""
+        guidance = Guidance.from_config(self.pipeline.config.guidance)
+        batch = condition.with_unconditional() if guidance.needs_unconditional else condition
+        given = seen.to(self.pipeline.unet.dtype)
         output = self.pipeline.unet(
-            torch.cat([seen.to(self.pipeline.unet.dtype), condition.latents], 1),
+            torch.cat([given.repeat(len(batch.latents) // len(given), 1, 1, 1), batch.latents], 1),
             0.25 * float(np.log(sigma)),
-            condition.embeddings,
-            condition.cameras,
-            condition.references,
+            batch.embeddings,
+            batch.cameras,
+            batch.references,
             return_dict=False,
         )[0].float()
-        return denoised(seen, output, sigma)
+        if not guidance.needs_unconditional:
+            return output
+        return guide(*output.chunk(2), guidance.scales(frames, views).flatten().to(output.device))
 
     def _condition(self, frames: list[int], views: DrawnViews) -> GridCondition:
         count = len(views.azimuths_deg)

@@ -1,5 +1,7 @@
 """Objects that published evaluations use, which no training data may hold."""
 
+import re
+
 OBJAVERSEDY_TEST_IDS = frozenset(
     {
         "edec2c2e1fd74742ad0288a93301f4a1",
@@ -28,9 +30,10 @@ OBJAVERSEDY_TEST_IDS = frozenset(
 
 CONSISTENT4D_PREFIXES = ("ba7b382c", "29c26c66", "53abad43", "22bbb0b7", "26adfd63", "a1c936d7", "9fea6ffd")
 """First digits of the ids of Consistent4D's seven test objects."""
+_CONSISTENT4D = re.compile(rf"(?<![0-9a-z])({'|'.join(CONSISTENT4D_PREFIXES)})")
 
 
 def is_test_object(name: str) -> bool:
-    """Whether a name holds the id of a test object."""
+    """Whether a name holds the id of a test object, or the first digits of one where a word of it begins."""
     lowered = name.lower()
-    return any(uid in lowered for uid in OBJAVERSEDY_TEST_IDS) or lowered.startswith(CONSISTENT4D_PREFIXES)
+    return any(uid in lowered for uid in OBJAVERSEDY_TEST_IDS) or _CONSISTENT4D.search(lowered) is not None

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, look_at_cameras
 from sv4d_ns.training_data import rasterise, volume
 from sv4d_ns.training_data.blender import AssetError
+from sv4d_ns.training_data.exclusions import is_test_object
 from sv4d_ns.training_data.gltf_scene import Placement, PosedMesh, Scene, load_scene, pose, yaw_rotation
 from sv4d_ns.training_data.lighting import LightField, Lighting, draw_lighting, light_field
 from sv4d_ns.utils.errors import InputError
@@ -33,6 +34,8 @@ MOST_DRIFT = 0.6
 """Largest way of the centre in a window of a clip, relative to the object's diagonal, as the assets' curation asks."""
 SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 0.35, 2.2
 WINDOW_TRIES = 4
+TRIES = 20
+"""Draws for each asset there is, before none is said to be usable."""
 PROBES = 5
 """Moments of a window that decide the size where fewer frames are asked for."""
 
@@ -171,10 +174,10 @@ class AssetLibrary:
         held_out_share: part of the names that is held out.
 
     Raises:
-        InputError: the folder is missing or holds no GLB.
+        InputError: the folder is missing or holds no GLB that may be trained on.
 
     Attributes:
-        train, held_out: names, as `animated/NAME`.
+        train, held_out: names, as `animated/NAME`; objects that published evaluations use are in neither.
         skipped: name -> reason, of assets that could not be used so far; `sample` goes on to another one.
     """
 
@@ -188,12 +191,16 @@ class AssetLibrary:
         self.folder, self.cache, self.memory_bytes = Path(folder), cache, memory_bytes
         if not self.folder.is_dir():
             raise InputError(f"The folder of assets {folder} does not exist: give one that holds GLB files.")
-        names = asset_names(self.folder)
+        names = [name for name in asset_names(self.folder) if not is_test_object(name)]
         if not names:
-            raise InputError(f"The folder of assets {folder} holds no GLB file: give another one.")
+            raise InputError(
+                f"The folder of assets {folder} holds no GLB file, or only test objects of published evaluations: give "
+                "another one."
+            )
         self.held_out = tuple(name for name in names if is_held_out(name, held_out_share))
         self.train = tuple(name for name in names if not is_held_out(name, held_out_share))
         self.skipped: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
         self._scenes: OrderedDict[str, Scene] = OrderedDict()
         self._bytes = 0
 
@@ -206,7 +213,13 @@ class AssetLibrary:
         if name in self._scenes:
             self._scenes.move_to_end(name)
             return self._scenes[name]
-        scene = self._read(name)
+        if name in self._unreadable:
+            raise AssetError(self._unreadable[name])
+        try:
+            scene = self._read(name)
+        except AssetError as error:
+            self._unreadable[name] = str(error)
+            raise
         self._scenes[name] = scene
         self._bytes += scene.num_bytes
         while self._bytes > self.memory_bytes and len(self._scenes) > 1:
@@ -263,12 +276,13 @@ class AssetLibrary:
             InputError: none of the assets can be used.
         """
         pool = [name for name in (self.train if names is None else names) if kind is None or name.startswith(kind)]
-        while pool := [name for name in pool if name not in self.skipped]:
-            name = pool[int(rng.integers(len(pool)))]
+        for _ in range(TRIES * len(pool)):
+            # what failed before is drawn again, and takes as much of `rng`: a process that starts later does the same
+            name, own = pool[int(rng.integers(len(pool)))], np.random.default_rng(rng.integers(2**63))
             try:
                 return self._sample(
                     name,
-                    rng,
+                    own,
                     frames,
                     elevation_deg,
                     yaw_deg,
@@ -339,7 +353,7 @@ def _window(
     For few frames there are more poses than times: they decide the size.
     """
     first, last = scene.clip_spans[clip]
-    length = min(last - first, rng.uniform(SHORTEST_WINDOW_S, longest_s))
+    length = min(last - first, rng.uniform(min(SHORTEST_WINDOW_S, longest_s / 3), longest_s))
     for _ in range(WINDOW_TRIES):
         start = rng.uniform(first, last - length)
         count = frames if frames >= PROBES else PROBES
@@ -350,8 +364,9 @@ def _window(
         if np.linalg.norm(centres - centres[0], axis=1).max() <= MOST_DRIFT * diagonal:
             break
         length *= 0.5
-    times = moments if count == frames else np.sort(rng.uniform(start, start + length, frames))
-    return times, meshes
+    if count == frames:
+        return moments, meshes
+    return (np.linspace(start, start + length, frames) if frames > 1 else rng.uniform(start, start + length, 1)), meshes
 
 
 def placed(mesh: PosedMesh, placement: Placement) -> PosedMesh:

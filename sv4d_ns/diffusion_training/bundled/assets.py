@@ -37,7 +37,7 @@ class AssetSource:
     def sample(self, rng: np.random.Generator, frames: int, views: int, size: int) -> Sample:
         elevation, c2w = draw_cameras(rng, views)
         asset = self.library.sample(
-            rng, frames, names=self.names, elevation_deg=elevation, longest_window_s=FRAME_SECONDS * max(frames, 4),
+            rng, frames, names=self.names, elevation_deg=elevation, longest_window_s=FRAME_SECONDS * max(frames - 1, 3),
             largest_stretch=self.largest_stretch, cropped_share=self.cropped_share,
         )  # fmt: skip
         frustum = Frustum()

@@ -9,7 +9,8 @@ from sv4d_ns.diffusion_training.bundled.data import BatchShape
 from sv4d_ns.utils.errors import InputError
 
 FREE = ("output_dir", "threads", "workers", "device", "checkpoint_every", "sheet_every", "minutes", "changed")
-"""Settings that do not decide the losses."""
+"""Settings that do not decide the losses (but for noise, which each kind of device draws for itself: see
+`objective.draw`)."""
 
 
 @dataclass(frozen=True)

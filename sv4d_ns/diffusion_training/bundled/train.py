@@ -37,6 +37,8 @@ from sv4d_ns.utils.errors import InputError
 CREATURES = "creatures"
 ADAM_BETAS = (0.9, 0.99)
 _NO_AUTOENCODER = SimpleNamespace(vae=None)
+OF_SHAPE = 1
+"""Last word of the seed of a batch's shape. Those of its samples end with their numbers, and numpy pads with zeros."""
 
 
 def open_sources(config: BundledTrainConfig) -> tuple[list[Source], list[float]]:
@@ -75,7 +77,7 @@ class StepDataset(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         seed = self.config.seed
-        draw = float(np.random.default_rng([seed, number]).random())
+        draw = float(np.random.default_rng([seed, number, 0, OF_SHAPE]).random())
         shape = self.config.shape(number * self.config.uses, draw)
         return make_batch(seed, number, shape, self.size, *self._sources)
 
@@ -225,6 +227,8 @@ class Trainer:
                 self.report()
             if last:
                 break
+        if first == config.steps:
+            self.report()  # a finished run that was killed before its model was written
         return config.output_dir / "model"
 
     def report(self) -> None:
