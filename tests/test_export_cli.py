@@ -244,7 +244,8 @@ def finished_run(tmp_path_factory) -> Path:
     return run / "config.yml"
 
 
-QUICK = ["--resolution", "48", "--max-faces", "1500", "--texture-size", "128"]
+COARSE = ["--resolution", "48", "--max-faces", "1500"]
+QUICK = [*COARSE, "--texture-size", "128"]
 
 
 def test_a_run_becomes_a_playing_file(finished_run, tmp_path, capsys, monkeypatch):
@@ -313,18 +314,40 @@ def test_flags_and_a_run_opened_from_elsewhere(finished_run, tmp_path, monkeypat
 def test_other_forms_of_the_run(finished_run, tmp_path, capsys):
     def export(name: str, *flags: str) -> Path:
         out = tmp_path / name / "-".join(flags).strip("-")
-        run = ["--load-config", str(finished_run), "--output-dir", str(out), *QUICK, "--texture", "none"]
+        run = ["--load-config", str(finished_run), "--output-dir", str(out), *COARSE, "--texture", "none"]
         assert main(["export", name, *run, *flags]) == 0
         return out
 
-    frames = sorted((export("mesh", "--mode", "sequence") / "frames_ply").iterdir())
-    centres = [trimesh.load(frame).vertices.mean(axis=0) for frame in frames]
+    def sequence(*flags: str) -> list[trimesh.Trimesh]:
+        folder = export("mesh", "--mode", "sequence", *flags) / "frames_ply"
+        return [trimesh.load(frame) for frame in sorted(folder.iterdir())]
+
+    centres = [mesh.vertices.mean(axis=0) for mesh in sequence()]
     np.testing.assert_allclose(centres[-1] - centres[0], [SHIFT, 0, 0], atol=0.03)
+    tall = np.array([mesh.bounds[:, 1] for mesh in sequence("--height", "2")])
+    assert tall.min() == pytest.approx(0, abs=1e-5) and np.ptp(tall, axis=1).max() == pytest.approx(2, abs=1e-5)
     clouds = sorted((export("point-cloud-sequence", "--num-points", "300") / "points").iterdir())
     assert len(clouds) == FRAMES and len(trimesh.load(clouds[2]).vertices) == 300
     splats = sorted((export("splats", "--num-splats", "300") / "splats").iterdir())
     assert len(splats) == FRAMES and b"property float f_dc_0" in splats[0].read_bytes()
     assert "need" in capsys.readouterr().out  # refinement asks for a CUDA device
+
+
+@pytest.mark.parametrize(
+    "flags", [("--animation", "skin"), ("--texture-size", "512"), ("--texture", "film"), ("--remesh", "quad")]
+)
+def test_frames_with_meshes_of_their_own_refuse_what_only_one_mesh_can_have(finished_run, tmp_path, capsys, flags):
+    arguments = [
+        "mesh",
+        "--load-config",
+        str(finished_run),
+        "--output-dir",
+        str(tmp_path / "new"),
+        "--mode",
+        "sequence",
+    ]
+    sentence = refused(capsys, [*arguments, *flags])
+    assert flags[0] in sentence and "--mode sequence" in sentence and not (tmp_path / "new").exists()
 
 
 def test_a_config_without_its_run_is_said(finished_run, tmp_path, capsys):

@@ -1,8 +1,11 @@
 """Colours from the film: what the camera saw, robust over frames, never on the far side, without seams."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from test_export_surface import PLAN, ball, filmed
 
+from sv4d_ns.export import make
 from sv4d_ns.export.colour.baking import Picture, vertices_as_points
 from sv4d_ns.export.colour.film import film_colors, levelled, mirrored
 from sv4d_ns.export.surface.extraction import vertex_normals
@@ -59,6 +62,19 @@ def test_exposure_differences_between_frames_are_removed():
     found, weight = colors_of.at(corners)
     ratio = (found / colors)[weight > 0.5]
     assert ratio.std() < 0.03
+
+
+def test_the_pictures_of_a_long_clip_are_of_all_frames_around_their_moments(monkeypatch):
+    reaches = []
+    film = SimpleNamespace(
+        looks=lambda points: None, agreed=lambda looks: (np.zeros((1, 3)), np.zeros(1)),
+        moments=lambda looks, centres, reach: reaches.append(reach) or iter([]),
+    )  # fmt: skip
+    layers = make.Layers(None, None, np.zeros((0, 3), np.int32), film, np.zeros((1, 3)))
+    monkeypatch.setattr(make.Layers, "_over", lambda self, points, correction, color, weight: color)
+    for centres in ([0.0, 1.0, 2.0], [0.0, 6.0, 12.0], [4.0]):
+        assert list(layers.moments(None, centres)) == []
+    assert reaches == [0.5, 3.0, 0.5]
 
 
 def test_a_moment_has_the_colours_and_the_light_of_its_own_frame():

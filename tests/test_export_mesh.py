@@ -21,7 +21,7 @@ from sv4d_ns.export.surface.extraction import (
     vertex_graph,
     vertex_normals,
 )
-from sv4d_ns.export.surface.registration import UNSOLVED_BOUND, FrameSurface, refitted, registered
+from sv4d_ns.export.surface.registration import UNSOLVED_BOUND, FrameSurface, refitted
 from sv4d_ns.utils.errors import InputError
 
 DIAGONAL = 1.14 * np.sqrt(3)
@@ -251,22 +251,6 @@ def test_a_frame_without_an_inverse_is_fitted_to_its_own_surface(mesh):
         trimesh.Trimesh(cuts[3].vertices, cuts[3].faces, process=False), 20_000, seed=0
     )[0]
     assert cKDTree(samples).query(better.positions[-1])[0].mean() < 5e-3 * DIAGONAL
-
-
-def test_a_field_without_a_deformation_is_followed_by_its_surfaces(limb, mesh):
-    times = np.linspace(0, 0.25, 4)  # the limb sinks by half a radian
-    surfaces = [canonical_mesh(opacity_grid(frozen(limb, float(t)), 64)) for t in times]
-    own = [FrameSurface.of(surface.vertices, surface.faces) for surface in surfaces]
-    tracks = registered(surfaces[1], 1, own, DIAGONAL)
-    np.testing.assert_array_equal(tracks.positions[1], surfaces[1].vertices)
-    for frame, surface in enumerate(surfaces):
-        solid = trimesh.Trimesh(surface.vertices, surface.faces, process=False)
-        samples = trimesh.sample.sample_surface(solid, 20_000, seed=0)[0]
-        moved = trimesh.Trimesh(tracks.positions[frame], surfaces[1].faces, process=False)
-        back = trimesh.sample.sample_surface(moved, 20_000, seed=0)[0]
-        assert cKDTree(back).query(samples)[0].mean() < 5e-3 * DIAGONAL
-        assert cKDTree(samples).query(back)[0].mean() < 5e-3 * DIAGONAL
-    assert tracks.guessed[2].all() and not tracks.guessed[1].any()
 
 
 def test_what_cannot_hold_the_object_is_not_asked_of_the_field(grid):

@@ -1,6 +1,7 @@
 """What the film makes of the surface: outlines, what is drawn inside them, mended skin, filled tails."""
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ from scipy.spatial import cKDTree
 from sv4d_ns.export import make
 from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import rasterise
-from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to
+from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to, placement_of
+from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.make import without
 from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of, vertex_graph
 from sv4d_ns.export.surface.limbs import _turned_to, turned
@@ -23,6 +25,7 @@ from sv4d_ns.export.surface.silhouettes import completed, silhouettes
 from sv4d_ns.export.surface.webs import agreement, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
+from sv4d_ns.utils.errors import InputError
 
 PLAN = ViewPlan.ring((90.0,), 0.0)
 SIZE = 128
@@ -235,6 +238,15 @@ def test_a_piece_that_leaves_the_surface_stays_where_it_was():
     assert np.abs(result[1] - vertices).max() < 1e-3
 
 
+def test_a_frame_in_which_the_film_shows_nothing_drops_nothing():
+    vertices, faces, _ = two_pieces()
+    film = [filmed(vertices, faces, frame) for frame in range(2)]
+    blank = replace(film[1], rgba=np.zeros_like(film[1].rgba))
+    full = replace(film[1], rgba=np.full_like(film[1].rgba, 255))
+    for other in (blank, full):
+        assert not strays(np.stack([vertices, vertices]), faces, silhouettes([film[0], other])).any()
+
+
 def test_a_piece_astray_in_the_end_is_dropped():
     vertices, faces, small = two_pieces()
     film = silhouettes([filmed(vertices, faces, 0), filmed(vertices, faces, 1)])
@@ -327,7 +339,7 @@ def frames_with(monkeypatch, grids, film):
     monkeypatch.setattr(make, "opacity_grid", lambda time, resolution, possible: grids[time])
     monkeypatch.setattr(make, "input_pictures", lambda views: film)
     return SimpleNamespace(
-        field=None, views=SimpleNamespace(num_frames=len(grids)), deforms=True, time=int, possible=lambda time: None
+        field=None, views=SimpleNamespace(num_frames=len(grids)), time=int, possible=lambda time: None
     )
 
 
@@ -356,6 +368,29 @@ def test_a_frame_at_which_the_field_shows_nothing_is_said_and_draws_nothing(monk
     assert len(said) == 1 and "nothing at frame 1:" in said[0]
 
 
+def test_a_mesh_of_its_own_for_a_frame_at_which_the_field_shows_nothing_is_an_empty_one(monkeypatch):
+    box = trimesh.creation.box((0.3, 0.3, 0.4))
+    film = [filmed(np.asarray(box.vertices), np.asarray(box.faces))] * 2
+    grids = [grid_of(lambda x, y, z: x**2 + y**2 + z**2 < 0.04), grid_of(lambda x, y, z: x > 1)]
+    said = []
+    terminal = SimpleNamespace(say=said.append, bar=lambda *_: contextlib.nullcontext(lambda: None))
+
+    def grey(run, frame, vertices, faces, from_views):
+        return Still(vertices, faces, vertices, np.zeros(vertices.shape, np.uint8), np.zeros(len(vertices)))
+
+    monkeypatch.setattr(make, "_colored_still", grey)
+    full, empty = make.make_frames(frames_with(monkeypatch, grids, film), make.Options(), terminal)
+    assert len(full.faces) and not len(empty.positions) and not len(empty.faces)
+    assert "nothing at frame 1: it has no mesh there" in said[0]
+    nothing = frames_with(monkeypatch, [grids[1]] * 2, film)
+    for made in (
+        lambda: make.make_frames(nothing, make.Options(), terminal),
+        lambda: make._own_surfaces(nothing, 64, terminal),
+    ):
+        with pytest.raises(InputError, match="nothing at any frame"):
+            made()
+
+
 @pytest.mark.parametrize("height", [None, 1.8])
 def test_the_lowest_point_of_the_clip_is_the_ground(height):
     vertices, faces = ball((0.1, 0.1, 0.3))
@@ -367,6 +402,10 @@ def test_the_lowest_point_of_the_clip_is_the_ground(height):
     assert np.ptp(placed.positions[..., 2], axis=1).max() == pytest.approx(height or 0.6, rel=1e-5)
     back = (placed.positions - np.array([0, 0, placement.lift])) / placement.scale
     np.testing.assert_allclose(back, positions, atol=1e-5)
+    kept = grounded(mesh, height, ground=False)
+    assert kept.scale == placement.scale and kept.lift == 0
+    of_frames = placement_of([*positions[..., 2], np.zeros(0)], height, ground=True)
+    assert of_frames == placement, "a frame without a mesh says nothing"
 
 
 def blocks(bridge: bool) -> tuple[OpacityGrid, np.ndarray]:
@@ -455,8 +494,7 @@ def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monk
     assert said == [] if last is None else said[-1].endswith(last)
 
 
-@pytest.mark.parametrize("deforms", [True, False])
-def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch, deforms):
+def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch):
     vertices, faces = ball(subdivisions=1)
     surface = CanonicalMesh(vertices, faces, 0)
     steps = []
@@ -475,8 +513,7 @@ def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch
     monkeypatch.setattr(make, "_solid", lambda *_: (None, None, None))
     monkeypatch.setattr(make, "_own_surfaces", lambda *_: [])
     monkeypatch.setattr(make, "_surface", lambda *_: surface)
-    for name in ("_followed", "_registered"):
-        monkeypatch.setattr(make, name, lambda *_: tracks_of([vertices, vertices]))
+    monkeypatch.setattr(make, "_followed", lambda *_: tracks_of([vertices, vertices]))
     monkeypatch.setattr(make, "_mended", lambda run, surface, tracks, *_: tracks_of(moved("mended")(tracks.positions)))
     monkeypatch.setattr(
         make, "_without_webs", lambda run, followed, made, *_: (made[0], tracks_of(moved("webs")(made[1].positions)))
@@ -484,8 +521,8 @@ def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch
     monkeypatch.setattr(make, "fitted_to_outlines", moved("outlines"))
     monkeypatch.setattr(make, "fitted_to_film", moved("film"))
     terminal = SimpleNamespace(say=lambda _: None, bar=lambda *_: contextlib.nullcontext(lambda: None))
-    run = SimpleNamespace(views=None, deforms=deforms, canonical_frame=0)
+    run = SimpleNamespace(views=None, canonical_frame=0)
     found, tracks = make.moving_surface(run, make.Options(), terminal)
-    assert steps == (["mended", "webs", "outlines", "film"] if deforms else ["outlines", "film"])
+    assert steps == ["mended", "webs", "outlines", "film"]
     np.testing.assert_allclose(tracks.positions, [vertices + 0.01 * len(steps)] * 2, atol=1e-5)
     assert found is surface

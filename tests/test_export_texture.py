@@ -123,7 +123,7 @@ def atlas(mesh):
 
 def test_charts_cover_every_face_without_overlap(mesh, atlas):
     np.testing.assert_array_equal(atlas.vertex[atlas.faces], mesh.faces)
-    assert (atlas.uv >= 0).all() and (atlas.uv <= 1).all()
+    assert atlas.uv.min() * 256 >= 1.99 and atlas.uv.max() * 256 <= 254.01, "pictures of moments lie side by side"
     a, b, c = (atlas.uv[atlas.faces[:, i]] * 256 for i in range(3))
     area = np.abs((b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0]) / 2
     covered, _ = texels(atlas)

@@ -12,13 +12,13 @@ from sv4d_ns.evaluation.alignment import Alignment, Similarity
 from sv4d_ns.evaluation.cases import Geometry
 from sv4d_ns.export.surface.extraction import (
     AnimatedField,
+    EmptyField,
     canonical_mesh,
     follow_points,
     frozen,
     opacity_grid,
 )
 from sv4d_ns.geometry.rotations import nearest_rotation
-from sv4d_ns.utils.errors import InputError
 
 SURFACE_SAMPLES = 100_000
 """Area-uniform samples of the reconstructed surface: so many that their spacing adds nothing to the distances."""
@@ -101,7 +101,7 @@ def surface_at(field: AnimatedField, occupancy: Any, time: float, resolution: in
 
     try:
         mesh = canonical_mesh(opacity_grid(frozen(field, time), resolution, possible))
-    except InputError:  # its one cause here: nothing is opaque enough
+    except EmptyField:
         return Surface(np.zeros((0, 3)), np.zeros((0, 3)))
     return sample_surface(mesh.vertices, mesh.faces)
 

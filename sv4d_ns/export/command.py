@@ -102,7 +102,8 @@ class ExportMesh(_Export):
 
     mode: Literal["animated", "sequence"] = "animated"
     """animated: one mesh of fixed topology. sequence: a mesh of its own for every frame, for objects that come apart
-    or merge; written as --sequence says (ply if it is none) and, on request, as USD."""
+    or merge, coloured by the field (or by the views, with --texture views); written as --sequence says (ply if it is
+    none) and, on request, as USD."""
     animation: Literal["morph", "skin"] = "morph"
     """How the .glb moves: one morph target per frame (exact), or a skeleton with at most four bones per vertex (small,
     what game engines want)."""
@@ -129,18 +130,29 @@ class ExportMesh(_Export):
             raise InputError(f"--max-bones {self.max_bones} cannot be: give 1 to 255.")
         if self.height is not None and not self.height > 0:
             raise InputError(f"--height {self.height:g} is no size: give metres above 0, or leave it out.")
+        if self.mode == "sequence":
+            self._check_sequence()
         if self.remesh != "none":
             from sv4d_ns.export.surface.remeshing import require_instant_meshes
 
             if self.watertight:
                 raise InputError("--remesh does not promise a closed surface: leave out --watertight.")
-            if self.mode == "sequence":
-                raise InputError("--remesh is for one mesh that moves: leave out --mode sequence.")
             require_instant_meshes()
         if self.usd != "none":
             from sv4d_ns.export.formats.usd import require_usd
 
             require_usd()
+
+    def _check_sequence(self) -> None:
+        """Refuse what only one mesh that moves can have."""
+        given = {
+            "--remesh": self.remesh != "none",
+            "--animation": self.animation != "morph",
+            "--texture-size": self.texture_size is not None,
+            f"--texture {self.texture}": self.texture not in ("animated", "field", "views", "none"),
+        }
+        for flag in (name for name, wrong in given.items() if wrong):
+            raise InputError(f"{flag} is for one mesh that moves: leave it out, or leave out --mode sequence.")
 
     def options(self) -> Any:
         return replace(super().options(), watertight=self.watertight, remesh=self.remesh)
@@ -151,7 +163,9 @@ class ExportMesh(_Export):
 
         if self.mode == "sequence":
             file_format = "ply" if self.sequence == "none" else self.sequence
-            return files.write_frames(run, self.options(), folder, file_format, self.usd, terminal)
+            return files.write_frames(
+                run, self.options(), folder, file_format, self.usd, terminal, self.ground, self.height
+            )
         return files.write_mesh(
             run,
             make_asset(run, self.options(), terminal),

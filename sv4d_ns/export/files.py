@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sv4d_ns.export.formats.asset import AnimatedMesh, Placement, grounded, moved_to
+from sv4d_ns.export.formats.asset import AnimatedMesh, Placement, grounded, moved_to, placement_of
 from sv4d_ns.export.formats.gltf import write_animated_glb
 from sv4d_ns.export.formats.points import sample_points
 from sv4d_ns.export.formats.sequence import SequenceFormat, stills, write_sequence
@@ -49,11 +49,9 @@ def write_mesh(
         ground: put the lowest point of the clip at 0.
         height: metres the object is to be tall; None keeps the run's scale.
     """
-    placement = grounded(mesh, height)
-    if not ground:
-        placement = replace(placement, lift=0.0)
+    placement = grounded(mesh, height, ground)
     mesh = moved_to(mesh, placement)
-    extras = _with_clip(run.extras, mesh, placement)
+    extras = _with_clip(run.extras, mesh.num_frames, mesh.fps, placement)
     files = [folder / GLB_NAME]
     if sequence != "none":
         files.append(folder / f"frames_{sequence}")
@@ -73,13 +71,13 @@ def write_mesh(
     )
 
 
-def _with_clip(extras: dict[str, Any], mesh: AnimatedMesh, placement: Placement) -> dict[str, Any]:
+def _with_clip(extras: dict[str, Any], frames: int, fps: float, placement: Placement) -> dict[str, Any]:
     """The extras with what a program needs to know about the clip and the coordinates."""
     clip = {
-        "frames": mesh.num_frames,
-        "fps": mesh.fps,
-        "seconds": (mesh.num_frames - 1) / mesh.fps,
-        "note": f"frame i of the film is the key at i / {mesh.fps:g} s; keys are in seconds, so it plays at the film's "
+        "frames": frames,
+        "fps": fps,
+        "seconds": (frames - 1) / fps,
+        "note": f"frame i of the film is the key at i / {fps:g} s; keys are in seconds, so it plays at the film's "
         "speed whatever the scene's frame rate is",
     }
     ours = {**extras.get("sv4d", {}), "clip": clip, "placement": placement.described()}
@@ -117,14 +115,19 @@ def write_frames(
     file_format: SequenceFormat,
     usd: Literal["none", "usdc", "usdz"],
     terminal: "Terminal",
+    ground: bool = True,
+    height: float | None = None,
 ) -> Written:
-    """A mesh of its own for every frame."""
+    """A mesh of its own for every frame; `ground` and `height` as of `write_mesh`."""
     frames = make_frames(run, options, terminal)
+    placement = placement_of([frame.positions[:, 2] for frame in frames], height, ground)
+    frames = [replace(frame, positions=placement.applied(frame.positions)) for frame in frames]
     fps = options.fps or run.views.fps
     files = [folder / f"frames_{file_format}"]
     write_sequence(frames, files[0], file_format, fps)
     if usd != "none":
-        files += write_usd(frames, folder / f"mesh.{usd}", run.name, fps, run.extras)
+        extras = _with_clip(run.extras, len(frames), fps, placement)
+        files += write_usd(frames, folder / f"mesh.{usd}", run.name, fps, extras)
     return files, f"{len(frames)} frames at {fps:g} per second, each with its own topology; frame_0000 is the first."
 
 
@@ -149,7 +152,8 @@ def write_splats(
     splats = sample_splats(replace(mesh, root=None), num_splats)
     rasterise = _gsplat(run) if refine_steps else None
     if rasterise is None:
-        terminal.say("Splats are as sampled from the surface: refining them needs a CUDA device and gsplat.")
+        why = "refining them needs a CUDA device and gsplat" if refine_steps else "they are not refined, as asked"
+        terminal.say(f"Splats are as sampled from the surface: {why}.")
     else:
         pictures = [*input_pictures(run.views), *generated_pictures(run.views)]
         with terminal.bar("refining splats", refine_steps) as advance:
@@ -191,7 +195,7 @@ def web_files(run: FinishedRun, mesh: AnimatedMesh, folder: Path) -> Written:
     page, poster, views = folder / "index.html", folder / POSTER_NAME, run.views
     with tempfile.TemporaryDirectory() as scratch:
         glb = Path(scratch) / GLB_NAME
-        write_animated_glb(mesh, glb, run.name, run.extras)
+        write_animated_glb(mesh, glb, run.name, _with_clip(run.extras, mesh.num_frames, mesh.fps, Placement(1.0, 0.0)))
         write_page(glb, views.input_frames, views.plan, mesh.fps, run.name, page)
     elevation, size = np.array([views.plan.input_elevation_deg]), POSTER_SIZE[0] // 2
     camera = look_at_cameras(np.array([POSTER_AZIMUTH_DEG]), elevation, views.plan.radius)[0]

@@ -20,15 +20,25 @@ from sv4d_ns.export.colour.baking import (
 from sv4d_ns.export.colour.film import FilmColors, film_colors, levelled, mirrored
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.colour.texture import Atlas, bake, bake_many, unwrap
-from sv4d_ns.export.formats.asset import AnimatedMesh, Flipbook, RootMotion, Texture, animated_mesh, with_texture
+from sv4d_ns.export.formats.asset import (
+    AnimatedMesh,
+    Flipbook,
+    RootMotion,
+    Texture,
+    animated_mesh,
+    moments_in,
+    with_texture,
+)
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.root_motion import root_motion
 from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
+    EmptyField,
     OpacityGrid,
     Tracks,
     follow_vertices,
     frozen,
+    grown,
     opacity_grid,
     solid_and_level,
     surface_of,
@@ -37,14 +47,13 @@ from sv4d_ns.export.surface.extraction import (
 )
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
-from sv4d_ns.export.surface.registration import FrameSurface, refitted, registered, settled, uncovered
+from sv4d_ns.export.surface.registration import FrameSurface, refitted, settled, uncovered
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
 from sv4d_ns.export.surface.webs import agreement, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
-from sv4d_ns.utils.errors import InputError
 from sv4d_ns.views.grid import ViewGrid
 
 if TYPE_CHECKING:
@@ -93,6 +102,8 @@ could win 0.014 to 0.044, two of which do; all others 0.0073 at most."""
 
 MOST_MOMENTS = 32
 """Pictures of an animated texture; of a longer clip, neighbouring frames share one."""
+LARGEST_SHEET = 16_384
+"""Texels along the side of the image that holds them all: more, graphics cards do not take."""
 
 TextureSource = Literal["animated", "film", "views", "field", "none"]
 
@@ -136,12 +147,9 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
     own = _own_surfaces(run, options.resolution, terminal)
     surface = _surface(solid, level, grid, options, terminal)
-    if run.deforms:
-        followed = _followed(run, surface, terminal)
-        made = surface, _mended(run, surface, followed, own, terminal)
-        surface, tracks = _without_webs(run, followed, made, (grid, solid, level), own, options, terminal)
-    else:
-        tracks = _registered(run, surface, own, terminal)
+    followed = _followed(run, surface, terminal)
+    made = surface, _mended(run, surface, followed, own, terminal)
+    surface, tracks = _without_webs(run, followed, made, (grid, solid, level), own, options, terminal)
     with terminal.bar("fitting the outlines", len(film)) as advance:
         positions = fitted_to_outlines(tracks.positions, surface.faces, film, advance)
     tracks = replace(tracks, positions=positions.astype(np.float32))
@@ -163,19 +171,28 @@ def _own_surfaces(run: FinishedRun, resolution: int, terminal: "Terminal") -> li
         for frame in range(run.views.num_frames):
             surfaces.append(_own_surface(run, frame, resolution))
             advance()
-    empty = ", ".join(str(frame) for frame, surface in enumerate(surfaces) if not len(surface.vertices))
-    if empty:
-        terminal.say(f"the field shows nothing at frame {empty}: the mesh goes where the field's motion says there")
+    _say_empty([len(one.vertices) for one in surfaces], "the mesh goes where the field's motion says there", terminal)
     return surfaces
 
 
+def _say_empty(vertices: Sequence[int], what: str, terminal: "Terminal") -> None:
+    """Which frames have no vertices, and what becomes of them.
+
+    Raises:
+        EmptyField: none has any.
+    """
+    empty = ", ".join(str(frame) for frame, count in enumerate(vertices) if not count)
+    if not any(vertices):
+        raise EmptyField("the field shows nothing at any frame; train longer, or check the input video's foreground.")
+    if empty:
+        terminal.say(f"the field shows nothing at frame {empty}: {what}")
+
+
 def _own_surface(run: FinishedRun, frame: int, resolution: int) -> FrameSurface:
-    """The field's own surface at a frame; where a motion says most, only as fine as it helps to correct it."""
-    if not run.deforms:
-        return FrameSurface.of(*surface_at(run, frame, resolution))
+    """The field's own surface at a frame, only as fine as it helps to correct the motion."""
     try:
         return FrameSurface.of(*surface_at(run, frame, min(resolution, FRAME_RESOLUTION)))
-    except InputError:  # nothing is there at that moment
+    except EmptyField:
         return FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
 
 
@@ -244,11 +261,9 @@ def _solid(
     run: FinishedRun, resolution: int, film: Picture, terminal: "Terminal"
 ) -> tuple[OpacityGrid, Float[np.ndarray, "r r r"], float]:
     """The canonical opacity, the same smoothed and completed by the film's picture, and the level of its surface."""
-    time = run.time(run.canonical_frame)
-    # the canonical shape has a time of its own, which need not be a frame's to the last digit
-    still = run.field if run.deforms else frozen(run.field, time)
+    possible = run.possible(run.time(run.canonical_frame))
     with terminal.bar("sampling the field", resolution) as advance:
-        return _completed_opacity(opacity_grid(still, resolution, run.possible(time), advance), film)
+        return _completed_opacity(opacity_grid(run.field, resolution, possible, advance), film)
 
 
 def _completed_opacity(grid: OpacityGrid, film: Picture) -> tuple[OpacityGrid, Float[np.ndarray, "r r r"], float]:
@@ -259,21 +274,12 @@ def _completed_opacity(grid: OpacityGrid, film: Picture) -> tuple[OpacityGrid, F
 
 def _followed(run: FinishedRun, surface: CanonicalMesh, terminal: "Terminal") -> Tracks:
     """Where the field's motion alone takes a surface."""
-    _say_what(run, surface, terminal)
+    terminal.say(
+        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
+        f"{surface.dropped_parts} floating parts dropped"
+    )
     with terminal.bar("following the vertices", run.views.num_frames) as advance:
         return follow_vertices(run.field, surface, run.views.times, advance)
-
-
-def _registered(run: FinishedRun, surface: CanonicalMesh, own: Sequence[FrameSurface], terminal: "Terminal") -> Tracks:
-    """The way of a surface whose field has no motion: from frame to frame onto the field's own surfaces."""
-    _say_what(run, surface, terminal)
-    with terminal.bar("fitting the frames", run.views.num_frames) as advance:
-        tracks = registered(surface, run.canonical_frame, own, _diagonal(run), advance)
-    terminal.say(
-        "this run's field has no deformation: its mesh is fitted to each frame's own surface, to "
-        f"{tracks.residuals.mean():.3%} of the box's diagonal on average; --mode sequence writes those surfaces"
-    )
-    return tracks
 
 
 def _mended(
@@ -295,13 +301,6 @@ def _mended(
         )
     positions = settled(positions, surface.faces, own, diagonal)
     return replace(tracks, positions=positions.astype(np.float32))
-
-
-def _say_what(run: FinishedRun, surface: CanonicalMesh, terminal: "Terminal") -> None:
-    terminal.say(
-        f"{len(surface.vertices)} vertices, {len(surface.faces)} faces, {run.views.num_frames} frames; "
-        f"{surface.dropped_parts} floating parts dropped"
-    )
 
 
 def _diagonal(run: FinishedRun) -> float:
@@ -368,7 +367,7 @@ class Layers:
         assert self.film is not None and self.correction is not None
         looks = self.film.looks(points)
         whole = self._over(points, self.correction, *self.film.agreed(looks))
-        reach = max(float(np.diff(centres).min(initial=1.0)), 1.0) / 2
+        reach = float(np.diff(centres).min()) / 2 if len(centres) > 1 else 0.5
         for color, weight in self.film.moments(looks, centres, reach):
             yield _mixed(color, weight / FILM_FULL, whole)
 
@@ -418,9 +417,10 @@ def colored(
 
 
 def flipbook(atlas: Atlas, layers: Layers, frames: int) -> Flipbook:
-    """Pictures of moments evenly over the clip, of every frame where it has no more than `MOST_MOMENTS`; each half as
-    fine as the atlas, which is about a pixel of the film."""
-    centres = np.unique(np.linspace(0, frames - 1, min(frames, MOST_MOMENTS)).round())
+    """Pictures of moments evenly over the clip, of every frame where it has no more than `MOST_MOMENTS` and their sheet
+    is not too large; each half as fine as the atlas, which is about a pixel of the film."""
+    most = min(MOST_MOMENTS, moments_in(LARGEST_SHEET // (atlas.size // 2)))
+    centres = np.unique(np.linspace(0, frames - 1, min(frames, most)).round())
     half = replace(atlas, size=atlas.size // 2)
     pictures = bake_many(half, lambda points: layers.moments(points, centres.tolist()))
     return Flipbook(np.stack(list(pictures)), np.abs(np.arange(frames)[:, None] - centres).argmin(axis=1))
@@ -456,7 +456,8 @@ def _layers(
     shown = np.zeros(len(surface.vertices), dtype=bool)
     if texture in ("film", "none", "animated"):
         film = film_colors(input_pictures(run.views), mesh.positions, mesh.normals, mesh.faces, corners, depths)
-        shown = ~_grown(film.at_corners[1] < FILM_FULL, mesh.faces, RINGS_BESIDE)
+        graph = vertex_graph(mesh.faces, len(shown))
+        shown = ~grown(graph, film.at_corners[1] < FILM_FULL, RINGS_BESIDE)
     if texture == "views":
         pictures = [*input_pictures(run.views), *generated_pictures(run.views)]
     else:
@@ -475,14 +476,6 @@ def _layers(
     if film is None:
         return Layers(under, color, mesh.faces)
     return Layers(under, color, mesh.faces, film, levelled(*film.at_corners, color, mesh.faces))
-
-
-def _grown(chosen: Bool[np.ndarray, " n"], faces: Int[np.ndarray, "f 3"], rings: int) -> Bool[np.ndarray, " n"]:
-    """Vertices and so many rings of neighbours."""
-    graph = vertex_graph(faces, len(chosen))
-    for _ in range(rings):
-        chosen = chosen | (graph @ chosen.astype(np.float64) > 0)
-    return chosen
 
 
 def _field_where(
@@ -587,16 +580,26 @@ def field_pictures(
 # --------------------------------------------------------------------------------------------- a mesh for each frame
 
 
+EMPTY_STILL = Still(
+    np.zeros((0, 3)), np.zeros((0, 3), np.int32), np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0)
+)
+
+
 def make_frames(run: FinishedRun, options: Options, terminal: "Terminal") -> list[Still]:
     """The field's own surface at every frame, coloured by the pictures of that frame (or of the field at it)."""
     frames = []
     root = _restored_motion(run, options, terminal)
     with terminal.bar("cutting frames", run.views.num_frames) as advance:
         for frame in range(run.views.num_frames):
-            vertices, faces = surface_at(run, frame, options.resolution, options.max_faces, options.watertight)
-            still = _colored_still(run, frame, vertices, faces, options.texture == "views")
-            frames.append(still if root is None else replace(still, positions=vertices + root.translation[frame]))
+            try:
+                vertices, faces = surface_at(run, frame, options.resolution, options.max_faces, options.watertight)
+                still = _colored_still(run, frame, vertices, faces, options.texture == "views")
+            except EmptyField:
+                still = EMPTY_STILL
+            place = 0 if root is None else root.translation[frame]
+            frames.append(replace(still, positions=still.positions + place))
             advance()
+    _say_empty([len(still.positions) for still in frames], "it has no mesh there", terminal)
     terminal.say(f"{sum(len(frame.faces) for frame in frames)} faces in {len(frames)} frames")
     return frames
 

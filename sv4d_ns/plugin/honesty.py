@@ -111,13 +111,12 @@ def seen_share(field: Any, occupancy: "OccupancyGrid", grid: "ViewGrid") -> floa
     """Share of the canonical surface that the input camera sees in at least one frame; None where there is none.
 
     Surface is counted in cells of `CELL`. Points the camera sees at a frame are taken back to the canonical shape by
-    the deformation; a field without one is judged at its canonical moment alone, which is a lower bound.
+    the deformation.
     """
     device = field.aabb.device
-    moves = hasattr(field, "deformation")
     canonical = float(field.config.canonical_time)
     frames = np.unique(np.linspace(0, grid.num_frames - 1, MOMENTS).round().astype(int))
-    times = [float(grid.times[frame]) for frame in frames] if moves else [canonical]
+    times = [float(grid.times[frame]) for frame in frames]
     focal = grid.plan.focal_px(MAP_SIZE)
 
     def points(camera: Float[np.ndarray, "4 4"], time: float) -> Float[Tensor, "n 3"]:
@@ -137,7 +136,7 @@ def seen_share(field: Any, occupancy: "OccupancyGrid", grid: "ViewGrid") -> floa
         at = points(grid.plan.c2w()[0], time)
         if not len(at):
             continue
-        seen.append(at + field.deformation(at, torch.full_like(at[:, :1], time)) if moves else at)
+        seen.append(at + field.deformation(at, torch.full_like(at[:, :1], time)))
     found = torch.cat(seen).cpu().numpy()
     if not len(found):
         return 0.0

@@ -20,7 +20,7 @@ class FinishedRun:
     """What an export needs of a finished run."""
 
     field: Any
-    """A `sv4d_ns.export.surface.extraction.AnimatedField`; 4Diffusion's has `density` and `aabb` alone."""
+    """A `sv4d_ns.export.surface.extraction.AnimatedField`."""
     occupancy: Any
     """The renderer's empty-space grid; `field.images.render_rgba` takes it beside the field."""
     views: "ViewGrid"
@@ -30,17 +30,8 @@ class FinishedRun:
     """Licence and provenance for the file's `asset.extras`."""
 
     @property
-    def deforms(self) -> bool:
-        """Whether the field says where matter moves; else it is a density that varies with time."""
-        return hasattr(self.field, "deformation")
-
-    @property
     def canonical_frame(self) -> int:
-        """The frame whose shape is the canonical one; where the field has none, the frame that shows most."""
-        if not self.deforms:
-            from sv4d_ns.fitting.train_views import largest_silhouette
-
-            return largest_silhouette(self.views)
+        """The frame whose shape is the canonical one."""
         return int(abs(self.views.times - float(self.field.config.canonical_time)).argmin())
 
     def time(self, frame: int) -> float:

@@ -17,6 +17,11 @@ def over_white(rgba: UInt8[np.ndarray, "*batch 4"]) -> UInt8[np.ndarray, "*batch
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
+def luminance(rgb: Float[np.ndarray, "*batch 3"]) -> Float[np.ndarray, "*batch"]:
+    """Rec. 601 luma of sRGB values, in their scale and type."""
+    return rgb @ np.array([0.299, 0.587, 0.114], rgb.dtype)
+
+
 def resize_rgba(rgba: UInt8[np.ndarray, "*batch h w 4"], size: int) -> UInt8[np.ndarray, "*batch size size 4"]:
     """Antialiased bilinear resize on premultiplied colour, so that edges take no colour from empty pixels."""
     if rgba.shape[-3] == size and rgba.shape[-2] == size:

@@ -6,7 +6,7 @@ layer of colours goes on, brought to the film's level along the border and fadin
 no seam shows (a screened Poisson equation on the mesh, as Bhat et al. 2008 for pictures).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from sv4d_ns.export.colour.baking import DepthMaps, Picture, SurfacePoints, gath
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.export.surface.registration import factorised
 from sv4d_ns.utils.compiled import njit
+from sv4d_ns.utils.images import luminance
 from sv4d_ns.utils.split import results_of
 
 CONTENDERS = 0.3
@@ -49,8 +50,7 @@ def sharp_trust(film: Sequence[Picture]) -> list[Picture]:
     slopes = []
     for picture in film:
         inside = ndimage.binary_erosion(picture.rgba[..., 3] >= 128, iterations=2)
-        luminance = picture.rgba[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-        slope = np.hypot(*np.gradient(luminance))
+        slope = np.hypot(*np.gradient(luminance(picture.rgba[..., :3].astype(np.float32))))
         slopes.append(float(slope[inside].mean()) if inside.any() else 0.0)
     best = max(max(slopes, default=0.0), 1e-9)
     return [
@@ -73,20 +73,16 @@ class FilmColors:
     at_corners: tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]
     """`at` of the vertices."""
 
-    def at(
-        self, points: SurfacePoints, advance: Callable[[], None] | None = None
-    ) -> tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]:
+    def at(self, points: SurfacePoints) -> tuple[Float[np.ndarray, "k 3"], Float[np.ndarray, " k"]]:
         """sRGB colour in [0, 1] and weight of each point; 0 where the film never shows it.
 
         The weight is the best picture's trust times the fourth power of the cosine it sees the point under.
         """
-        return self.agreed(self.looks(points, advance))
+        return self.agreed(self.looks(points))
 
-    def looks(
-        self, points: SurfacePoints, advance: Callable[[], None] | None = None
-    ) -> tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]]:
+    def looks(self, points: SurfacePoints) -> tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]]:
         """What every frame by itself shows at the points (sRGB), and its weight there."""
-        return _each(self.film, points, self.positions, self.normals, self.faces, self.depths, advance)
+        return _each(self.film, points, self.positions, self.normals, self.faces, self.depths)
 
     def agreed(
         self, looks: tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]]
@@ -147,14 +143,13 @@ def _each(
     normals: np.ndarray,
     faces: np.ndarray,
     depths: DepthMaps,
-    advance: Callable[[], None] | None = None,
 ) -> tuple[UInt8[np.ndarray, "p k 3"], Float[np.ndarray, "p k"]]:
     """What every picture by itself shows at the points, and its weight there (float32)."""
     count = len(points.face)
     colors, weights = np.zeros((len(pictures), count, 3), np.uint8), np.zeros((len(pictures), count), np.float32)
 
     def look(number: int) -> None:
-        color, weight = gather([pictures[number]], points, positions, normals, faces, advance, depths)
+        color, weight = gather([pictures[number]], points, positions, normals, faces, None, depths)
         colors[number], weights[number] = np.round(color.clip(0, 1) * 255), weight
 
     results_of([partial(look, number) for number in range(len(pictures))])

@@ -14,6 +14,8 @@ from sv4d_ns.export.surface.extraction import vertex_graph
 
 PADDING = 4
 """Texels between charts: as far as bilinear filtering and two smaller mip levels reach over a seam."""
+MARGIN = 2
+"""Texels around all charts: half a texel of bilinear filtering, in pictures half as fine and their first mip level."""
 SMOOTHING = 10
 """Rounds of smoothing of the copy that charts are found on."""
 FILL = 0.6
@@ -61,6 +63,8 @@ def unwrap(vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], si
     atlas.generate(charts, packing)
     vertex, corners, uv = atlas[0]
     texels = uv * [atlas.width, atlas.height] / max(atlas.width, atlas.height)
+    # pictures of moments lie side by side in one image: no filter may reach from one into the next
+    texels = (MARGIN + texels * (size - 2 * MARGIN)) / size
     return Atlas(vertex.astype(np.int64), corners.astype(np.int32).reshape(-1, 3), texels.astype(np.float32), size)
 
 

@@ -1,5 +1,6 @@
 """What every file format writes: one coloured mesh over all frames, in world coordinates (z up)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,11 @@ class Flipbook:
     """sRGB."""
     shown: Int[np.ndarray, " t"]
     """Which of them each frame shows."""
+
+
+def moments_in(side: int) -> int:
+    """Pictures of moments that a sheet as wide as `side` of them has room for; the whole clip's takes four places."""
+    return side * side - 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,26 +86,38 @@ class Placement:
     lift: float
     """Metres."""
 
+    def applied(self, positions: Float[np.ndarray, "*batch 3"]) -> Float[np.ndarray, "*batch 3"]:
+        """The file's coordinates of places of the run."""
+        return (self.scale * positions + np.array([0.0, 0.0, self.lift])).astype(positions.dtype)
+
     def described(self) -> dict[str, float]:
         """For a file's extras."""
         return {"scale": self.scale, "lift": self.lift}
 
 
-def grounded(mesh: AnimatedMesh, height: float | None) -> Placement:
-    """The placement that puts the lowest point of the whole clip at z = 0 and makes the object `height` metres tall.
+def placement_of(heights: Sequence[Float[np.ndarray, " n"]], height: float | None, ground: bool) -> Placement:
+    """The placement that makes an object `height` metres tall and puts its lowest point of all frames at z = 0.
 
-    Its height is the largest from its lowest to its highest point in any frame; None keeps the run's scale.
+    Args:
+        heights: z of every frame's vertices, with the root motion; frames without any say nothing.
+        height: from the lowest to the highest point of the frame in which that is most; None keeps the run's scale.
+        ground: else the run's z = 0 stays.
     """
-    z = mesh.positions[..., 2]
-    scale = 1.0 if height is None else height / max(float(np.ptp(z, axis=1).max()), 1e-9)
-    return Placement(float(scale), float(-scale * mesh.placed()[..., 2].min()))
+    seen = [z for z in heights if len(z)]
+    scale = 1.0 if height is None else height / max(max((float(np.ptp(z)) for z in seen), default=0.0), 1e-9)
+    lowest = min((float(z.min()) for z in seen), default=0.0)
+    return Placement(float(scale), -scale * lowest if ground else 0.0)
+
+
+def grounded(mesh: AnimatedMesh, height: float | None, ground: bool = True) -> Placement:
+    """`placement_of` an animated mesh."""
+    return placement_of(list(mesh.placed()[..., 2]), height, ground)
 
 
 def moved_to(mesh: AnimatedMesh, placement: Placement) -> AnimatedMesh:
     """The mesh as `placement` says; the root motion is scaled with it."""
-    positions = placement.scale * mesh.positions + np.array([0.0, 0.0, placement.lift])
     root = None if mesh.root is None else RootMotion(placement.scale * mesh.root.translation)
-    return replace(mesh, positions=positions.astype(mesh.positions.dtype), root=root)
+    return replace(mesh, positions=placement.applied(mesh.positions), root=root)
 
 
 def animated_mesh(

@@ -6,7 +6,7 @@ Unlike glTF, USD also carries a mesh whose topology changes. Needs the extra `us
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +14,6 @@ from sv4d_ns.export.formats.gltf import encoded_image, linear_from_srgb, to_gltf
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path
-
-UsdFormat = Literal["usdc", "usdz"]
 
 
 def require_usd() -> None:

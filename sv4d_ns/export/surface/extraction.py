@@ -42,6 +42,10 @@ CHUNK = 1 << 17
 """Points per field evaluation."""
 
 
+class EmptyField(InputError):
+    """A field that shows nothing of which a surface could be cut."""
+
+
 class AnimatedField(Protocol):
     """What a field must offer to be exported; `sv4d_ns.field.deformable.DeformableField` does.
 
@@ -245,7 +249,7 @@ def surface_level(grid: OpacityGrid, solid: Float[np.ndarray, "r r r"]) -> float
         scores.append((hit & visible).sum() / max((hit | visible).sum(), 1))
     level = LEVELS[int(np.argmax(scores))]
     if not (visible.any() and (highest > level).any()):
-        raise InputError(
+        raise EmptyField(
             f"the field is empty: its highest opacity is {highest.max():.3f}, and a surface needs {LEVELS[0]:g}; "
             "train longer, or check the input video's foreground."
         )
@@ -272,6 +276,13 @@ def vertex_graph(faces: np.ndarray, count: int) -> sparse.csr_matrix:
     graph = graph.tocsr()
     graph.data[:] = 1
     return graph
+
+
+def grown(graph: sparse.csr_matrix, chosen: Bool[np.ndarray, " n"], rings: int) -> Bool[np.ndarray, " n"]:
+    """Vertices of a mesh's graph and so many rings of neighbours around them."""
+    for _ in range(rings):
+        chosen = chosen | (graph @ chosen.astype(np.float64) > 0)
+    return chosen
 
 
 def without_floaters(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

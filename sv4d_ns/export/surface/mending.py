@@ -17,7 +17,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.surface.extraction import outwards, vertex_graph, vertex_normals
+from sv4d_ns.export.surface.extraction import grown, outwards, vertex_graph, vertex_normals
 from sv4d_ns.export.surface.limbs import turned
 from sv4d_ns.export.surface.registration import FrameSurface, factorised, nearest_alike
 from sv4d_ns.export.surface.silhouettes import Silhouette
@@ -75,12 +75,6 @@ class RigidSkin:
         self.first, self.second, self.count = edges.row, edges.col, count
         self.laplacian = csgraph.laplacian(self.graph).tocsr()
 
-    def grown(self, chosen: Bool[np.ndarray, " n"], rings: int) -> Bool[np.ndarray, " n"]:
-        """The vertices and so many rings around them."""
-        for _ in range(rings):
-            chosen = chosen | (self.graph @ chosen.astype(np.float64) > 0)
-        return chosen
-
     def rotations(
         self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], which: Int[np.ndarray, " k"]
     ) -> Float[np.ndarray, "k 3 3"]:
@@ -134,7 +128,7 @@ class RigidSkin:
         A vertex is drawn along the normal of the nearest place that faces the same way; a place without any skin near
         it draws the nearest free vertex that does.
         """
-        which, near = np.flatnonzero(free), np.flatnonzero(self.grown(free, 1))
+        which, near = np.flatnonzero(free), np.flatnonzero(grown(self.graph, free, 1))
         rows = self.laplacian[which]
         turns = np.broadcast_to(np.eye(3), (self.count, 3, 3)).copy()
         for stiffness in stages:
@@ -175,8 +169,10 @@ class RigidSkin:
         """At the vertices that are not known and those beside them, the turn of the known vertex fewest edges away
         that has known ones only around it; no turn elsewhere."""
         result = np.broadcast_to(np.eye(3), (self.count, 3, 3)).copy()
-        beside = self.grown(~known, 1)
-        near = np.flatnonzero(self.grown(beside, 1))  # the first ring of such vertices is all that can be nearest
+        beside = grown(self.graph, ~known, 1)
+        near = np.flatnonzero(
+            grown(self.graph, beside, 1)
+        )  # the first ring of such vertices is all that can be nearest
         inner = np.flatnonzero(~beside[near])
         if not len(inner):
             return result
@@ -222,7 +218,7 @@ def mended(
             continue
         # a small piece that is mostly bad has nothing to hold it: it starts from where the neighbouring frame has it
         lost = ((np.bincount(piece, bad) > sizes / 2) & (sizes < sizes.max()))[piece]
-        changed[frame] = skin.grown(bad, RINGS) | lost
+        changed[frame] = grown(skin.graph, bad, RINGS) | lost
         shape = rest.astype(np.float64) if neighbour is None else result[neighbour]
         start = np.where(lost[:, None], shape, positions[frame])
         carried = skin.filled(shape, start, ~changed[frame])

@@ -24,6 +24,7 @@ from sv4d_ns.export.colour.raster import Coverage, rasterise
 from sv4d_ns.export.surface.extraction import vertex_graph
 from sv4d_ns.export.surface.registration import factorised, nearest_alike
 from sv4d_ns.geometry.rays import project_array
+from sv4d_ns.utils.images import luminance
 from sv4d_ns.utils.split import results_of
 
 RASTER = 512
@@ -255,16 +256,12 @@ def texture_pulls(
     covered, inside = coverage.face >= 0, film.rgba[..., 3] >= 128
     painted = np.zeros(covered.shape)
     painted[covered] = np.einsum("kj,kj->k", coverage.barycentric[covered], shades[faces[coverage.face[covered]]])
-    shown = _luminance(film.rgba[..., :3] / 255.0)
+    shown = luminance(film.rgba[..., :3] / 255.0)
     flow = optical_flow(*(_on_black(value, alpha) for value, alpha in ((painted, covered), (shown, inside))))
     slope = np.hypot(*np.gradient(ndimage.gaussian_filter(shown, 1.0)))
     both = ndimage.binary_erosion(covered & inside, iterations=INSIDE) & (np.linalg.norm(flow, axis=-1) < reach)
     weight = TEXTURE_WEIGHT * np.clip(slope[both] / STRUCTURE, 0.02, 1)
     return Pulls(coverage.face[both], coverage.barycentric[both], flow[both].astype(np.float64), weight)
-
-
-def _luminance(rgb: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n"]:
-    return rgb @ np.array([0.299, 0.587, 0.114])
 
 
 def _on_black(value: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -285,7 +282,7 @@ def fitted_to_film(
         colors: sRGB in [0, 1] of the vertices, as all frames together show them.
         advance: called once per frame.
     """
-    shades = _luminance(colors)
+    shades = luminance(colors)
 
     def pulls(x: np.ndarray, picture: Picture, outline: Outline, reach: float, last: bool) -> Pulls:
         around = outline_pulls(drawn(x, faces, picture, RASTER), outline, reach)

@@ -1,10 +1,9 @@
-"""The mesh fitted to the field's own surface, where no deformation says how it moves: at frames whose inverse fails,
-and in fields that have none.
+"""The mesh fitted to the field's own surface, where no deformation says how it moves: at frames whose inverse fails.
 
 Non-rigid closest points (as Amberg et al. 2007, with a membrane energy on the increments instead of affine maps).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,7 @@ from scipy.sparse import csgraph
 from scipy.sparse.linalg import SuperLU, splu
 from scipy.spatial import cKDTree
 
-from sv4d_ns.export.surface.extraction import CanonicalMesh, Tracks, outwards, vertex_graph, vertex_normals
+from sv4d_ns.export.surface.extraction import CanonicalMesh, Tracks, vertex_graph, vertex_normals
 from sv4d_ns.utils.split import results_of
 
 UNSOLVED_BOUND = 0.25
@@ -129,32 +128,6 @@ def refitted(
             f"{distance / diagonal:.2%}); where the shape really comes apart, use --mode sequence"
         )
     return Tracks(positions, tracks.residuals, guessed), lines
-
-
-def registered(
-    mesh: CanonicalMesh,
-    first: int,
-    surfaces: Sequence[FrameSurface],
-    diagonal: float,
-    advance: Callable[[], None] | None = None,
-) -> Tracks:
-    """Tracks for a field without a deformation: from the frame `mesh` was cut at outwards in time, each frame is fitted
-    to its own surface from its neighbour.
-
-    `residuals` are then distances to that surface and `guessed` is true but at the first frame: nothing says that a
-    vertex stays on the same place of the object. `advance` is called once per frame.
-    """
-    num_frames = len(surfaces)
-    positions = np.tile(mesh.vertices, (num_frames, 1, 1))
-    residuals = np.zeros((num_frames, len(mesh.vertices)), np.float32)
-    guessed = np.ones((num_frames, len(mesh.vertices)), dtype=bool)
-    guessed[first] = False
-    for frame, neighbour in outwards(first, num_frames):
-        positions[frame], distance = fit_to_surface(positions[neighbour], mesh.faces, surfaces[frame])
-        residuals[frame] = distance / diagonal
-        if advance is not None:
-            advance()
-    return Tracks(positions, residuals, guessed)
 
 
 def fit_to_surface(

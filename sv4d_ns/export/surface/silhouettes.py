@@ -35,7 +35,8 @@ class Silhouette:
 
     picture: Picture
     distance: Float[np.ndarray, "s s"]
-    """Shares of the picture's width from each pixel to the outline, positive outside."""
+    """Shares of the picture's width from each pixel to the outline, positive outside. Zero everywhere where the film
+    shows no object: that is no evidence of where it is not."""
 
     def at(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """Signed distance of world points in the picture; beyond its edge as at the edge."""
@@ -49,8 +50,11 @@ def silhouettes(film: Sequence[Picture]) -> list[Silhouette]:
     result = []
     for picture in sorted(film, key=lambda one: one.frame):
         inside = picture.rgba[..., 3] >= 128
-        outward, inward = (ndimage.distance_transform_edt(part) for part in (~inside, inside))
-        result.append(Silhouette(picture, (outward - inward) / len(inside)))
+        # without an outline, a distance transform gives arbitrary numbers
+        distance = np.full(inside.shape, -1.0 if inside.all() else 0.0)
+        if inside.any() and not inside.all():
+            distance = (ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)) / len(inside)
+        result.append(Silhouette(picture, distance))
     return result
 
 
