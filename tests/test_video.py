@@ -171,6 +171,10 @@ def test_folders_and_patterns_are_read_in_natural_order(tmp_path):
         np.testing.assert_array_equal(clip.frames, expected)
         assert clip.fps == 10 and "10 frames per second" in clip.messages[0]
     np.testing.assert_array_equal(read_clip(tmp_path / "shot1?.png").frames, expected[10:])
+    for index in range(3):  # a suffix that films have, too
+        Image.fromarray(expected[index]).save(tmp_path / f"f_{index:04d}.webp", lossless=True, exact=True)
+    for name in ("*.webp", "f_%04d.webp"):
+        np.testing.assert_array_equal(read_clip(tmp_path / name).frames, expected[:3])
 
 
 def test_grey_16_bit_and_turned_pictures(tmp_path):

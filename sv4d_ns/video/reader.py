@@ -33,6 +33,7 @@ from sv4d_ns.video.pictures import (
 from sv4d_ns.video.sources import (
     FILM_SUFFIXES,
     HEAD_BYTES,
+    IMAGE_SUFFIXES,
     check_no_run,
     check_one_series,
     is_pattern,
@@ -259,7 +260,7 @@ def _open(path: Path) -> Film:
         pictures = source_files(path)
         if not pictures:
             raise InputError(f"No file matches {path}: check the pattern.")
-        films = [found for found in pictures if found.suffix.lower() in FILM_SUFFIXES]
+        films = [found for found in pictures if found.suffix.lower() in FILM_SUFFIXES - IMAGE_SUFFIXES]
         if films:
             raise InputError(f"{path} stands for pictures and matches {_give_the_film(films, 'pattern')}")
         return _open_pictures(path, pictures)
