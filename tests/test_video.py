@@ -89,21 +89,28 @@ def test_video_containers(tmp_path, suffix, codec, pixel, options):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "matrix", "tagged"),
-    [(64, 48, "ITU709", True), (64, 48, "ITU601", True), (64, 48, "ITU601", False), (1280, 16, "ITU709", False)],
+    ("width", "height", "matrix", "tagged", "pixel"),
+    [
+        (64, 48, "ITU709", True, "yuv444p"),
+        (64, 48, "ITU601", True, "yuv444p"),
+        (64, 48, "ITU601", False, "yuv444p"),
+        (1280, 16, "ITU709", False, "yuv444p"),
+        (1280, 16, "ITU709", False, "yuyv422"),
+        (1280, 16, "ITU709", False, "uyvy422"),
+    ],
 )
-def test_colour_matrix_is_the_tagged_one_or_the_usual_one_for_the_size(tmp_path, width, height, matrix, tagged):
+def test_colour_matrix_is_the_tagged_one_or_the_usual_one_for_the_size(tmp_path, width, height, matrix, tagged, pixel):
     colour = (220, 40, 90)
     picture = np.full((height, width, 3), colour, np.uint8)
     path = tmp_path / "colour.mkv"
     with av.open(str(path), "w") as output:
-        stream = output.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
+        stream = output.add_stream("ffv1" if pixel.startswith("yuv4") else "rawvideo", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel
         number = {"ITU709": 1, "ITU601": 6}[matrix] if tagged else 2
         stream.codec_context.colorspace = number
         for index in range(2):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(format="yuv444p", dst_colorspace=matrix)
+            frame = frame.reformat(format=pixel, dst_colorspace=matrix)
             frame.colorspace, frame.pts = number, index
             output.mux(stream.encode(frame))
         output.mux(stream.encode())

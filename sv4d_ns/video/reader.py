@@ -725,7 +725,7 @@ def _converted(frame: av.VideoFrame, stream: av.VideoStream, pixel_format: str) 
     scale = graph.add(
         "scale",
         f"{width}:{frame.height}:{CONVERSION}:in_color_matrix={_matrix(frame)}:in_range={'full' if full else 'limited'}"
-        if frame.format.name.startswith(("yuv", "nv", "p01"))
+        if len(frame.format.components) >= 3 and not frame.format.is_rgb
         else f"{width}:{frame.height}:{CONVERSION}",
     )
     chain = [source, scale, graph.add("format", pixel_format), graph.add("buffersink")]
