@@ -314,6 +314,30 @@ def test_hdr_is_brought_to_ordinary_colours(tmp_path, transfer, number):
     np.testing.assert_allclose(clip.frames[0, 20, :, 1], expected, atol=3)
 
 
+@pytest.mark.parametrize(
+    ("gamut", "number", "red"),
+    [("BT.2020", 9, (0.627404, 0.069097, 0.016391)), ("Display P3", 12, (0.822462, 0.033194, 0.017083))],
+)
+def test_wide_gamuts_are_brought_to_srgb(tmp_path, gamut, number, red):
+    """sRGB's red, as light of the wider primaries (the inverse of what is under test), and a grey."""
+    wide = np.asarray(red)
+    levels = 255 * np.where(wide > 0.0031308, 1.055 * wide ** (1 / 2.4) - 0.055, 12.92 * wide)
+    picture = np.full((48, 64, 4), 130, np.uint8)
+    picture[:24, :, :3] = levels.round()
+    path = tmp_path / "wide.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "bgra"
+        stream.codec_context.color_primaries = number
+        for _ in range(2):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        output.mux(stream.encode())
+    clip = read_clip(path)
+    assert f"has the wide colours of {gamut}" in clip.messages[0]
+    np.testing.assert_allclose(clip.frames[0, 5, 5], (255, 0, 0, 130), atol=4)
+    np.testing.assert_array_equal(clip.frames[0, 40, 5], (130, 130, 130, 130))
+
+
 def test_variable_frame_rate_is_thinned_by_time_and_otherwise_announced(tmp_path):
     delays = [50] * 10 + [500] * 4
     pictures = [Image.fromarray(np.full((8, 8), 10 * index, np.uint8)) for index in range(len(delays) + 1)]

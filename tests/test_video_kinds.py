@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 from test_video import FRAMES, HEIGHT, WIDTH, ball, clip_of, over, write_video
 
 from sv4d_ns.utils.errors import InputError
@@ -263,6 +263,26 @@ def test_transparency_of_every_kind_is_kept(tmp_path):
         write(folder / "0.png")
         write(folder / "1.png")
         np.testing.assert_array_equal(read_clip(folder).frames[0, ..., 3] > 127, hard > 0)
+
+
+def test_colour_profiles_are_applied(tmp_path):
+    """Whose red and green primaries are swapped: a red of the file is meant as a green."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"xXYZ").replace(b"gXYZ", b"rXYZ").replace(b"xXYZ", b"gXYZ")
+    picture = Image.new("RGBA", (8, 8), (200, 30, 30, 90))
+    for name, image, profile, expected in (
+        ("rgba", picture, swapped, (30, 200, 30, 90)),
+        ("rgb", picture.convert("RGB"), swapped, (30, 200, 30, 255)),
+        ("palette", picture.quantize(4), swapped, (30, 200, 30, 90)),
+        ("usual", picture, srgb, (200, 30, 30, 90)),
+        ("broken", picture, b"no profile" * 20, (200, 30, 30, 90)),
+        ("of another kind", picture.convert("L"), swapped, (81, 81, 81, 255)),
+    ):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            image.save(tmp_path / name / f"{index}.png", icc_profile=profile)
+        shown = read_clip(tmp_path / name).frames[0, 4, 4]
+        np.testing.assert_allclose(shown, expected, atol=1, err_msg=name)
 
 
 def test_a_series_is_scaled_by_one_range(tmp_path):
