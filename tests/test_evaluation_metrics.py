@@ -12,8 +12,11 @@ from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio
 
 from sv4d_ns.evaluation import backbones, geometry, videos
-from sv4d_ns.evaluation.alignment import Similarity
+from sv4d_ns.evaluation.alignment import Alignment, Similarity
+from sv4d_ns.evaluation.cases import Geometry
+from sv4d_ns.evaluation.command import text_table
 from sv4d_ns.evaluation.frechet import bootstrap, frechet_distance, frechet_with_interval, mean_with_interval
+from sv4d_ns.evaluation.report import geometry_table
 from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.metrics import images, lpips
 from sv4d_ns.metrics.consistency import flicker, hull_agreement
@@ -340,6 +343,17 @@ def test_surface_and_tracks_of_a_field_with_known_motion() -> None:
     # within half a cell of 0.018
     assert np.linalg.norm(centred, axis=-1).mean() == pytest.approx(0.39, abs=0.009)
     assert (videos.unit(centred) * surface.normals).sum(-1).mean() > 0.98
+
+
+def test_truth_at_a_single_moment_has_no_tracks() -> None:
+    field, true = StretchingField(), ball(0.3, 200, 4)
+    truth = Geometry(np.zeros(1), (0,), true.points[None], true.normals[None], true.points[None, :5])
+    world = Alignment((Similarity(1.0, np.eye(3), np.zeros(3)),))
+    figures = geometry.evaluate_geometry(field, Everywhere(), truth, np.linspace(0, 1, 3), world, 32)  # type: ignore[arg-type]
+    assert figures["chamfer"] < 0.1 and not [name for name in figures if name.startswith("track")]
+    report = {"protocol": "benchmark", "candidates": [{"summary": {}, "geometry": {"a case": figures}}]}
+    assert "normal_consistency" in text_table(report) and "track" not in text_table(report)
+    assert geometry_table(report).count("<td class='n'>-</td>") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
