@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import load_object_video, read_clip, segment
 from sv4d_ns.video.background import without_bars
 from sv4d_ns.video.checks import examine
+from sv4d_ns.video.reader import Region
 from sv4d_ns.video.sources import source_files, source_name
 from sv4d_ns.video.timing import in_order
 
@@ -534,6 +536,9 @@ def test_what_the_background_step_filled_dropped_and_cut_is_reported():
     assert {"filled", "dropped", "loose", "still part"} <= set(findings)
     assert "1 patch (frames 0 to 5 at (93, 85), up to " in findings["filled"].sentence.replace("(94, ", "(93, ")
     assert findings["filled"].where[0, 75:95, 82:94].all() and not findings["filled"].where[:, :60].any()
+    source = replace(clip, shown=Region(40, 10, 400, 400, 440, 410, 0.5))  # without bars, and scaled down
+    (filled,) = (finding for finding in examine(source, segment(source)) if finding.name == "filled")
+    assert "1 patch (frames 0 to 5 at (226, 180), up to " in filled.sentence.replace("(228, ", "(226, ")
     assert findings["dropped"].where[0, 101, 21] and findings["loose"].where[0, 160, 80]
     assert "bottom right" in findings["still part"].sentence and findings["still part"].where[0, 185, 185]
 
