@@ -70,10 +70,15 @@ def test_silhouette_overlap_of_shifted_squares_and_of_nothing() -> None:
 def test_the_box_holds_the_object_of_all_frames_and_fits_the_window_of_ssim() -> None:
     alpha = np.zeros((2, 40, 40), np.uint8)
     alpha[0, 10:12, 20], alpha[1, 14, 30] = 255, 255
-    rows, columns = images.union_box(alpha, margin=0)
+    rows, columns = images.opaque_box(alpha, margin=0)
     assert rows.start <= 10 and rows.stop >= 15 and rows.stop - rows.start >= 11
     assert (columns.start, columns.stop) == (20, 31)
-    assert images.union_box(np.zeros_like(alpha)) == (slice(0, 40), slice(0, 40))
+    assert images.opaque_box(np.zeros_like(alpha)) == (slice(0, 40), slice(0, 40))
+    corner = np.zeros((1, 40, 40), np.uint8)
+    corner[0, 0, 39] = 255
+    box = images.opaque_box(corner)
+    a, b = (pictures(seed, size=40)[..., box[0], box[1]] for seed in (4, 5))
+    assert a.shape[-2:] == (6, 6) and images.ssim(a, b) == pytest.approx(images.ssim(b, a))
 
 
 # --------------------------------------------------------------------------------------------------------------- videos
