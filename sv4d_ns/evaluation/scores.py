@@ -95,7 +95,7 @@ def load_backbones(
         except BackboneMissing as error:
             found.missing[f"lpips_{net}"] = str(error)
     try:
-        found.clip = load_clip(protocol.clip, fetch)
+        found.clip = load_clip(fetch)
     except BackboneMissing as error:
         found.missing["clip_s, clip_c"] = str(error)
     try:
