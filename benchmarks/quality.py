@@ -266,7 +266,7 @@ def judge(folder: Path, config: Path, place: Path, settings: Quality) -> dict[st
     from sv4d_ns.evaluation.geometry import evaluate_geometry
     from sv4d_ns.evaluation.protocols import PROTOCOLS
     from sv4d_ns.evaluation.scores import load_backbones, pair_figures, video_figures
-    from sv4d_ns.export.command import load_run
+    from sv4d_ns.runs.open import load_run
     from sv4d_ns.utils.progress import bar
 
     started = time.monotonic()

@@ -197,6 +197,10 @@ def too_small(path: Path) -> None:
     pictures(path, *np.full((3, 40, 40), 255, np.uint8))
 
 
+def too_large(path: Path) -> None:
+    pictures(path, *np.full((3, 192, 192), 255, np.uint8))
+
+
 def empty_masks(path: Path) -> None:
     pictures(path, *np.zeros((3, 96, 96), np.uint8))
 
@@ -208,7 +212,8 @@ def full_masks(path: Path) -> None:
 MASKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "gone": (lambda path: None, "gone does not exist"),
     "few": (too_few, "few holds 2 masks but .* has 3 frames"),
-    "small": (too_small, "masks of .*small are 40x40, smaller than"),
+    "small": (too_small, "masks of .*small are 40x40, but the pictures of .* are 96x96"),
+    "large": (too_large, "masks of .*large are 192x192, but the pictures of .* are 96x96"),
     "black": (empty_masks, "shows no visible object"),
     "all": (full_masks, "covers all of"),
     "folder": (Path.mkdir, "folder has no pictures"),

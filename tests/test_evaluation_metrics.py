@@ -12,8 +12,11 @@ from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio
 
 from sv4d_ns.evaluation import backbones, geometry, videos
-from sv4d_ns.evaluation.alignment import Similarity
+from sv4d_ns.evaluation.alignment import Alignment, Similarity
+from sv4d_ns.evaluation.cases import Geometry
+from sv4d_ns.evaluation.command import text_table
 from sv4d_ns.evaluation.frechet import bootstrap, frechet_distance, frechet_with_interval, mean_with_interval
+from sv4d_ns.evaluation.report import geometry_table
 from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.metrics import images, lpips
 from sv4d_ns.metrics.consistency import flicker, hull_agreement
@@ -67,10 +70,15 @@ def test_silhouette_overlap_of_shifted_squares_and_of_nothing() -> None:
 def test_the_box_holds_the_object_of_all_frames_and_fits_the_window_of_ssim() -> None:
     alpha = np.zeros((2, 40, 40), np.uint8)
     alpha[0, 10:12, 20], alpha[1, 14, 30] = 255, 255
-    rows, columns = images.union_box(alpha, margin=0)
+    rows, columns = images.opaque_box(alpha, margin=0)
     assert rows.start <= 10 and rows.stop >= 15 and rows.stop - rows.start >= 11
     assert (columns.start, columns.stop) == (20, 31)
-    assert images.union_box(np.zeros_like(alpha)) == (slice(0, 40), slice(0, 40))
+    assert images.opaque_box(np.zeros_like(alpha)) == (slice(0, 40), slice(0, 40))
+    corner = np.zeros((1, 40, 40), np.uint8)
+    corner[0, 0, 39] = 255
+    box = images.opaque_box(corner)
+    a, b = (pictures(seed, size=40)[..., box[0], box[1]] for seed in (4, 5))
+    assert a.shape[-2:] == (6, 6) and images.ssim(a, b) == pytest.approx(images.ssim(b, a))
 
 
 # --------------------------------------------------------------------------------------------------------------- videos
@@ -230,10 +238,10 @@ def test_a_hull_explains_the_silhouettes_of_one_ball_and_not_a_shifted_one() -> 
     assert wrong.max() < 0.75
     empty = np.zeros((6, size, size), np.uint8)
     assert hull_agreement(empty, c2w, focal).tolist() == [1.0] * 6
-    # a view without the object leaves nothing for the others
+    # a view without the object leaves nothing for the others, and is none of theirs
     missing = ball_silhouettes(true, 0.3, c2w, focal, size)
     missing[3] = 0
-    assert hull_agreement(missing, c2w, focal).tolist() == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert hull_agreement(missing, c2w, focal).tolist() == [0.0] * 6
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry
@@ -340,6 +348,17 @@ def test_surface_and_tracks_of_a_field_with_known_motion() -> None:
     # within half a cell of 0.018
     assert np.linalg.norm(centred, axis=-1).mean() == pytest.approx(0.39, abs=0.009)
     assert (videos.unit(centred) * surface.normals).sum(-1).mean() > 0.98
+
+
+def test_truth_at_a_single_moment_has_no_tracks() -> None:
+    field, true = StretchingField(), ball(0.3, 200, 4)
+    truth = Geometry(np.zeros(1), (0,), true.points[None], true.normals[None], true.points[None, :5])
+    world = Alignment((Similarity(1.0, np.eye(3), np.zeros(3)),))
+    figures = geometry.evaluate_geometry(field, Everywhere(), truth, np.linspace(0, 1, 3), world, 32)  # type: ignore[arg-type]
+    assert figures["chamfer"] < 0.1 and not [name for name in figures if name.startswith("track")]
+    report = {"protocol": "benchmark", "candidates": [{"summary": {}, "geometry": {"a case": figures}}]}
+    assert "normal_consistency" in text_table(report) and "track" not in text_table(report)
+    assert geometry_table(report).count("<td class='n'>-</td>") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- networks

@@ -297,7 +297,7 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(
         plan=plan, framing=framing.to_dict(), times=case.times, content_id="0", provenance={}, num_frames=FRAMES
     )
     run = SimpleNamespace(field=TrueBall(), occupancy=Occupied(), views=grid, name="run")
-    monkeypatch.setattr("sv4d_ns.export.command.load_run", lambda path: run)
+    monkeypatch.setattr("sv4d_ns.runs.open.load_run", lambda path: run)
     monkeypatch.setattr(candidates, "_run_facts", lambda folder: {})
 
     def exact(field, occupancy, c2w, focal, size, time):  # type: ignore[no-untyped-def]
@@ -314,6 +314,12 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(
     assert figures["track"] < 2e-3 < 0.05 < figures["track_if_static"]
     assert figures["completeness"] < 0.01 and figures["chamfer"] < 2 * figures["chamfer_floor"]
     assert figures["normal_consistency"] > 0.95 and len(figures["per_frame"]) == 3
+
+
+def with_cameras_of_its_own(case: Case) -> Case:
+    """As many views, elsewhere."""
+    first, *others = case.views
+    return replace(case, views=(first, *(replace(view, azimuth_deg=view.azimuth_deg + 30) for view in others)))
 
 
 def test_consistent4d_pictures_are_read_in_its_layout(tmp_path: Path, networks: scores.Backbones) -> None:
@@ -334,6 +340,8 @@ def test_consistent4d_pictures_are_read_in_its_layout(tmp_path: Path, networks: 
     assert figures["psnr"].min() > 20 and figures["iou"].min() > 0.9
     video = scores.video_figures([opened.pictures], networks, protocol)
     assert video["fvd_f"].units == 4 and "one video a side at a time" in video["fvd_f"].note
+    with pytest.raises(InputError, match="judge them with --protocol consistent4d"):
+        candidates.open_candidate(found, with_cameras_of_its_own(object_), 32, lambda done, total: None)
     shutil.rmtree(made / "eval_3")
     with pytest.raises(InputError, match="eval_3"):
         candidates.open_candidate(found, object_, 32, lambda done, total: None)

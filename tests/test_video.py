@@ -89,21 +89,28 @@ def test_video_containers(tmp_path, suffix, codec, pixel, options):
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "matrix", "tagged"),
-    [(64, 48, "ITU709", True), (64, 48, "ITU601", True), (64, 48, "ITU601", False), (1280, 16, "ITU709", False)],
+    ("width", "height", "matrix", "tagged", "pixel"),
+    [
+        (64, 48, "ITU709", True, "yuv444p"),
+        (64, 48, "ITU601", True, "yuv444p"),
+        (64, 48, "ITU601", False, "yuv444p"),
+        (1280, 16, "ITU709", False, "yuv444p"),
+        (1280, 16, "ITU709", False, "yuyv422"),
+        (1280, 16, "ITU709", False, "uyvy422"),
+    ],
 )
-def test_colour_matrix_is_the_tagged_one_or_the_usual_one_for_the_size(tmp_path, width, height, matrix, tagged):
+def test_colour_matrix_is_the_tagged_one_or_the_usual_one_for_the_size(tmp_path, width, height, matrix, tagged, pixel):
     colour = (220, 40, 90)
     picture = np.full((height, width, 3), colour, np.uint8)
     path = tmp_path / "colour.mkv"
     with av.open(str(path), "w") as output:
-        stream = output.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
+        stream = output.add_stream("ffv1" if pixel.startswith("yuv4") else "rawvideo", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel
         number = {"ITU709": 1, "ITU601": 6}[matrix] if tagged else 2
         stream.codec_context.colorspace = number
         for index in range(2):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame = frame.reformat(format="yuv444p", dst_colorspace=matrix)
+            frame = frame.reformat(format=pixel, dst_colorspace=matrix)
             frame.colorspace, frame.pts = number, index
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
@@ -171,6 +178,10 @@ def test_folders_and_patterns_are_read_in_natural_order(tmp_path):
         np.testing.assert_array_equal(clip.frames, expected)
         assert clip.fps == 10 and "10 frames per second" in clip.messages[0]
     np.testing.assert_array_equal(read_clip(tmp_path / "shot1?.png").frames, expected[10:])
+    for index in range(3):  # a suffix that films have, too
+        Image.fromarray(expected[index]).save(tmp_path / f"f_{index:04d}.webp", lossless=True, exact=True)
+    for name in ("*.webp", "f_%04d.webp"):
+        np.testing.assert_array_equal(read_clip(tmp_path / name).frames, expected[:3])
 
 
 def test_grey_16_bit_and_turned_pictures(tmp_path):
@@ -301,6 +312,30 @@ def test_hdr_is_brought_to_ordinary_colours(tmp_path, transfer, number):
     assert f"is HDR ({transfer})" in clip.messages[0]
     expected = 255 * (1.055 * light[0] ** (1 / 2.4) - 0.055)
     np.testing.assert_allclose(clip.frames[0, 20, :, 1], expected, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("gamut", "number", "red"),
+    [("BT.2020", 9, (0.627404, 0.069097, 0.016391)), ("Display P3", 12, (0.822462, 0.033194, 0.017083))],
+)
+def test_wide_gamuts_are_brought_to_srgb(tmp_path, gamut, number, red):
+    """sRGB's red, as light of the wider primaries (the inverse of what is under test), and a grey."""
+    wide = np.asarray(red)
+    levels = 255 * np.where(wide > 0.0031308, 1.055 * wide ** (1 / 2.4) - 0.055, 12.92 * wide)
+    picture = np.full((48, 64, 4), 130, np.uint8)
+    picture[:24, :, :3] = levels.round()
+    path = tmp_path / "wide.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "bgra"
+        stream.codec_context.color_primaries = number
+        for _ in range(2):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        output.mux(stream.encode())
+    clip = read_clip(path)
+    assert f"has the wide colours of {gamut}" in clip.messages[0]
+    np.testing.assert_allclose(clip.frames[0, 5, 5], (255, 0, 0, 130), atol=4)
+    np.testing.assert_array_equal(clip.frames[0, 40, 5], (130, 130, 130, 130))
 
 
 def test_variable_frame_rate_is_thinned_by_time_and_otherwise_announced(tmp_path):

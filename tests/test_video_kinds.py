@@ -4,19 +4,21 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 from test_video import FRAMES, HEIGHT, WIDTH, ball, clip_of, over, write_video
 
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video import load_object_video, read_clip, segment
 from sv4d_ns.video.background import without_bars
 from sv4d_ns.video.checks import examine
+from sv4d_ns.video.reader import Region
 from sv4d_ns.video.sources import source_files, source_name
 from sv4d_ns.video.timing import in_order
 
@@ -263,6 +265,26 @@ def test_transparency_of_every_kind_is_kept(tmp_path):
         write(folder / "0.png")
         write(folder / "1.png")
         np.testing.assert_array_equal(read_clip(folder).frames[0, ..., 3] > 127, hard > 0)
+
+
+def test_colour_profiles_are_applied(tmp_path):
+    """Whose red and green primaries are swapped: a red of the file is meant as a green."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"xXYZ").replace(b"gXYZ", b"rXYZ").replace(b"xXYZ", b"gXYZ")
+    picture = Image.new("RGBA", (8, 8), (200, 30, 30, 90))
+    for name, image, profile, expected in (
+        ("rgba", picture, swapped, (30, 200, 30, 90)),
+        ("rgb", picture.convert("RGB"), swapped, (30, 200, 30, 255)),
+        ("palette", picture.quantize(4), swapped, (30, 200, 30, 90)),
+        ("usual", picture, srgb, (200, 30, 30, 90)),
+        ("broken", picture, b"no profile" * 20, (200, 30, 30, 90)),
+        ("of another kind", picture.convert("L"), swapped, (81, 81, 81, 255)),
+    ):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            image.save(tmp_path / name / f"{index}.png", icc_profile=profile)
+        shown = read_clip(tmp_path / name).frames[0, 4, 4]
+        np.testing.assert_allclose(shown, expected, atol=1, err_msg=name)
 
 
 def test_a_series_is_scaled_by_one_range(tmp_path):
@@ -514,6 +536,9 @@ def test_what_the_background_step_filled_dropped_and_cut_is_reported():
     assert {"filled", "dropped", "loose", "still part"} <= set(findings)
     assert "1 patch (frames 0 to 5 at (93, 85), up to " in findings["filled"].sentence.replace("(94, ", "(93, ")
     assert findings["filled"].where[0, 75:95, 82:94].all() and not findings["filled"].where[:, :60].any()
+    source = replace(clip, shown=Region(40, 10, 400, 400, 440, 410, 0.5))  # without bars, and scaled down
+    (filled,) = (finding for finding in examine(source, segment(source)) if finding.name == "filled")
+    assert "1 patch (frames 0 to 5 at (226, 180), up to " in filled.sentence.replace("(228, ", "(226, ")
     assert findings["dropped"].where[0, 101, 21] and findings["loose"].where[0, 160, 80]
     assert "bottom right" in findings["still part"].sentence and findings["still part"].where[0, 185, 185]
 

@@ -5,7 +5,7 @@ pinned identity: a hash, or the commit of the repository it lies in. A network t
 `BackboneMissing`, whose sentence says what to do; the other metrics go on.
 
 - LPIPS: `metrics/lpips.py`.
-- CLIP: `CLIP_MODELS` on huggingface.co, at a commit.
+- CLIP: ViT-B/32, `CLIP_MODEL` on huggingface.co, at a commit.
 - I3D (Kinetics-400, the TorchScript file of StyleGAN-V, Skorokhodov et al. 2022): `I3D_URL`, or its copy on
   huggingface.co, `I3D_MIRROR`; either way `I3D_SHA256`.
 
@@ -14,7 +14,7 @@ it is never opened before its sha256 is the pinned one, or one the user gave on 
 """
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,13 +25,8 @@ from sv4d_ns.metrics.lpips import BackboneMissing, Identity
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import sha256
 
-ClipVariant = Literal["ViT-B/32", "ViT-L/14"]
-
-CLIP_MODELS: dict[ClipVariant, tuple[str, str]] = {
-    "ViT-B/32": ("openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"),
-    "ViT-L/14": ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"),
-}
-"""Variant: repository and commit on huggingface.co."""
+CLIP_MODEL = ("openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268")
+"""Repository and commit on huggingface.co; it has no safetensors file there."""
 
 I3D_URL = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"
 I3D_MIRROR = ("flateon/FVD-I3D-torchscript", "1c2d61711c52571ad617a1063e6fa691b212e184", "i3d_torchscript.pt")
@@ -63,22 +58,20 @@ class Clip:
         return torch.cat(parts).double().numpy()
 
 
-def load_clip(variant: ClipVariant, fetch: bool = False) -> Clip:
-    """A CLIP of `CLIP_MODELS` from the Hugging Face cache; raises `BackboneMissing`."""
+def load_clip(fetch: bool = False) -> Clip:
+    """`CLIP_MODEL` from the Hugging Face cache; raises `BackboneMissing`."""
     from huggingface_hub import snapshot_download
 
-    repository, revision = CLIP_MODELS[variant]
-    patterns = ["config.json", "preprocessor_config.json", "model.safetensors"]
-    if variant == "ViT-B/32":  # this repository has no safetensors file at the pinned commit
-        patterns[-1] = "pytorch_model.bin"
+    repository, revision = CLIP_MODEL
+    patterns = ["config.json", "preprocessor_config.json", "pytorch_model.bin"]
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=not fetch)
     except OSError as error:
         how = "go online" if fetch else "'sv4d evaluate --fetch' downloads it"
         raise BackboneMissing(
-            f"CLIP ({variant}) needs {repository} at {revision[:7]} in the Hugging Face cache: {how}."
+            f"CLIP (ViT-B/32) needs {repository} at {revision[:7]} in the Hugging Face cache: {how}."
         ) from error
-    return open_clip(Path(folder), f"CLIP {variant}", f"huggingface.co/{repository}@{revision}")
+    return open_clip(Path(folder), "CLIP ViT-B/32", f"huggingface.co/{repository}@{revision}")
 
 
 def open_clip(folder: Path, name: str, source: str) -> Clip:

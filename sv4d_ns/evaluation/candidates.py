@@ -76,7 +76,7 @@ class Opened:
     skipped: tuple[str, ...]
     """Views of the truth the candidate does not have."""
     run: Any = None
-    """The opened run (`export.cli.FinishedRun`), for geometry; None for pictures."""
+    """The opened run (`runs.open.FinishedRun`), for geometry; None for pictures."""
     to_source: Alignment | None = None
     """From the run's world to the truth's."""
 
@@ -105,7 +105,7 @@ def novel_views(case: Case) -> tuple[CaseView, ...]:
 
 
 def _open_run(folder: Path, case: Case | None, size: int | None, progress: Progress) -> Opened:
-    from sv4d_ns.export.command import load_run
+    from sv4d_ns.runs.open import load_run
 
     run = load_run(folder / CONFIG_FILE)
     grid = run.views
@@ -127,7 +127,7 @@ def render_views(
     """A run's field seen by cameras of its case, beside the truth.
 
     Args:
-        run: an `export.cli.FinishedRun`.
+        run: an `runs.open.FinishedRun`.
         to_source: from the run's world to the case's (`alignment_to`).
     """
     moments = [to_source.at(float(time)).inverse() for time in case.times]
@@ -291,7 +291,8 @@ def _seen_at(
 def _open_pictures(folder: Path, case: Case, size: int | None) -> Opened:
     size = size or case.size
     views = novel_views(case)
-    if len(views) != len(CONSISTENT4D_AZIMUTHS):
+    angles, wanted = [_relative(case, view) for view in views], [(azimuth, 0.0) for azimuth in CONSISTENT4D_AZIMUTHS]
+    if len(angles) != len(wanted) or not all(map(_same_view, angles, wanted)):
         raise InputError(f"{folder} holds pictures in Consistent4D's layout: judge them with --protocol consistent4d.")
     files = [eval_files(folder, number) for number in range(len(views))]
     if any(len(one) != case.num_frames for one in files):

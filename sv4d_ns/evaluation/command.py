@@ -233,7 +233,7 @@ def text_table(report: dict[str, Any]) -> str:
     for side in sides:
         for name, figures in side["geometry"].items():
             shown = ("chamfer", "chamfer_floor", "f_score@0.01", "f_score@0.02", "normal_consistency", "track")
-            lines.append(f"  {name}: " + ", ".join(f"{key} {figures[key]:.4f}" for key in shown))
+            lines.append(f"  {name}: " + ", ".join(f"{key} {figures[key]:.4f}" for key in shown if key in figures))
     return "\n".join(lines)
 
 

@@ -177,6 +177,8 @@ def evaluate_geometry(
 ) -> dict[str, Any]:
     """Everything geometric, per frame and on average, in the case's world units.
 
+    Figures of tracks are left out where the truth is of a single moment.
+
     Args:
         frame_times: all times of the run's clip, [0, 1]; tracks are followed through them.
         to_source: from the field's world to the case's.
@@ -196,6 +198,8 @@ def evaluate_geometry(
         moved = [Surface(extra.points(one.points), extra.directions(one.normals)) for one in made]
         per_frame = [chamfer_and_friends(a, b) for a, b in zip(moved, true, strict=True)]
         mean = {name: float(np.mean([frame[name] for frame in per_frame])) for name in per_frame[0]}
+        if len(truth.times) < 2:
+            return {**mean, "per_frame": per_frame}
         moments = [extra.after(to_source.at(float(time))) for time in truth.times]
         start = moments[0].inverse().points(truth.tracks[0])
         carried = carried_tracks(field, start, float(truth.times[0]), dense)[at]

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from sv4d_ns.evaluation.backbones import ClipVariant
 from sv4d_ns.evaluation.cases import INPUT_ROLE, Case, CaseView, find_cases
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
 from sv4d_ns.metrics.lpips import LpipsNet
@@ -32,7 +31,6 @@ class Protocol:
     size: int | None
     """Pixels that pictures are compared at; None takes the truth's own."""
     lpips: tuple[LpipsNet, ...]
-    clip: ClipVariant
     fvd_of_each_video: bool
     """One distance for every video, then their mean; otherwise all videos of all objects make two sets."""
     choices: tuple[str, ...]
@@ -59,7 +57,6 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         "benchmark",
         None,
         ("alex", "vgg"),
-        "ViT-B/32",
         False,
         (
             *COMMON_CHOICES,
@@ -71,7 +68,6 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         "consistent4d",
         512,
         ("vgg",),
-        "ViT-B/32",
         True,
         (
             *COMMON_CHOICES,
@@ -87,7 +83,6 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         "objaversedy",
         None,
         ("alex", "vgg"),
-        "ViT-B/32",
         False,
         (
             *COMMON_CHOICES,

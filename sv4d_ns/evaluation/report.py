@@ -152,7 +152,7 @@ def geometry_table(report: dict[str, Any]) -> str:
     rows = []
     for i, side in enumerate(report["candidates"]):
         for name, figures in side["geometry"].items():
-            cells = "".join(f"<td class='n'>{figures[key]:.4f}</td>" for key in shown)
+            cells = "".join(f"<td class='n'>{_figure(figures.get(key))}</td>" for key in shown)
             rows.append(f"<tr><td>{'AB'[i]}</td><td>{html.escape(name)}</td>{cells}</tr>")
     if not rows:
         return ""
@@ -161,6 +161,10 @@ def geometry_table(report: dict[str, Any]) -> str:
         "<h2>Geometry</h2><p class='soft'>World units; the object's box is 1.14 wide.</p><div class='scroll'><table>"
         f"<tr><th></th><th>object</th>{head}</tr>{''.join(rows)}</table></div>"
     )
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def plots(sides: "Sequence[Side]", index: int) -> str:

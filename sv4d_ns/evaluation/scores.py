@@ -18,7 +18,7 @@ from sv4d_ns.evaluation.frechet import Estimate, frechet_distance, frechet_with_
 from sv4d_ns.evaluation.protocols import Protocol
 from sv4d_ns.evaluation.videos import ORDERS, frame_similarity, paired_similarity, videos
 from sv4d_ns.metrics.consistency import flicker, hull_agreement
-from sv4d_ns.metrics.images import on_white, psnr, silhouette_iou, ssim, union_box
+from sv4d_ns.metrics.images import on_white, opaque_box, psnr, silhouette_iou, ssim
 from sv4d_ns.metrics.lpips import BackboneMissing, Identity, Lpips, lpips_at_hand
 
 
@@ -95,7 +95,7 @@ def load_backbones(
         except BackboneMissing as error:
             found.missing[f"lpips_{net}"] = str(error)
     try:
-        found.clip = load_clip(protocol.clip, fetch)
+        found.clip = load_clip(fetch)
     except BackboneMissing as error:
         found.missing["clip_s, clip_c"] = str(error)
     try:
@@ -145,7 +145,7 @@ def pair_figures(
 ) -> dict[str, Float[np.ndarray, " t"]]:
     """PSNR, SSIM (both also in the box, and the box's D-SSIM), silhouette IoU and LPIPS of one view's pictures."""
     a, b = on_white(made), on_white(truth)
-    rows, columns = union_box(truth[..., 3])
+    rows, columns = opaque_box(truth[..., 3])
     a_box, b_box = a[..., rows, columns], b[..., rows, columns]
     in_box = ssim(a_box, b_box)
     figures = {

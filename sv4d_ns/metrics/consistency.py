@@ -42,15 +42,17 @@ def hull_agreement(
     A cell of the box belongs to the hull if every view sees it inside its silhouette (grown by a cell's half diagonal,
     so that discretisation alone does not carve). The hull is drawn back into each view; what remains uncovered no solid
     object can show together with the other views. The figure is the covered share of each silhouette: 1 for silhouettes
-    of one object, and 1 for an empty silhouette among empty ones. Colours play no part.
+    of one object, and of empty ones alone; 0 for all where one is empty among others. Colours play no part.
     """
     size, masks = alpha.shape[-1], alpha >= OPAQUE
+    if not masks.any(axis=(1, 2)).all():  # no cell is inside all of them
+        return np.full(len(masks), float(not masks.any()))
     axis = (np.arange(resolution) + 0.5) / resolution * 2 * half_extent - half_extent
     hull = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     cell_px = focal_px * (half_extent / resolution) * np.sqrt(3)  # half a cell's diagonal at unit depth
     for mask, matrix in zip(masks, c2w, strict=True):
         column, row, depth, seen = _pixels(hull, matrix, focal_px, size)
-        outside_by = ndimage.distance_transform_edt(~mask) if mask.any() else np.full(mask.shape, np.inf)
+        outside_by = ndimage.distance_transform_edt(~mask)
         keep = np.zeros(len(hull), bool)
         keep[seen] = outside_by[row[seen], column[seen]] <= cell_px / depth[seen] + 1.0
         hull = hull[keep]
@@ -61,7 +63,7 @@ def hull_agreement(
         drawn[row[seen], column[seen]] = True
         if seen.any():
             drawn = ndimage.distance_transform_edt(~drawn) <= cell_px / depth[seen].min() + 1.0
-        shares.append((drawn & mask).sum() / mask.sum() if mask.any() else float(not drawn.any()))
+        shares.append((drawn & mask).sum() / mask.sum())
     return np.array(shares, float)
 
 

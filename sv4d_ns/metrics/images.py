@@ -48,10 +48,11 @@ def ssim(made: Float[Tensor, "n c h w"], truth: Float[Tensor, "n c h w"]) -> Flo
     return torch.cat(values).double().cpu().numpy()
 
 
-def union_box(alpha: UInt8[np.ndarray, "n h w"], margin: int = 4) -> tuple[slice, slice]:
+def opaque_box(alpha: UInt8[np.ndarray, "n h w"], margin: int = 4) -> tuple[slice, slice]:
     """Rows and columns of the smallest box around everything opaque in any picture, grown by `margin` pixels.
 
-    Whole pictures where nothing is opaque. At least 11 pixels wide, so that SSIM's window fits where pictures allow.
+    Whole pictures where nothing is opaque. A side below 11 pixels, SSIM's window, is grown to that; what lies beyond
+    the pictures is cut off, which leaves at least the 6 pixels that the window needs beside a mirrored border.
     """
     union: np.ndarray = np.any(alpha >= OPAQUE, axis=0)
     if not union.any():
@@ -94,7 +95,7 @@ def gaussian_window(size: int = WINDOW, sigma: float = SIGMA) -> Float[Tensor, "
 def padded_ssim(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
     """Mean structural similarity (Wang et al. 2004) with gradients, zeros beyond the border.
 
-    Gaussian window of 11 pixels; `ssim` leaves the border out, which gives other values.
+    Gaussian window of 11 pixels; `ssim` mirrors the pictures at their border, which gives other values.
     """
     channels, c1, c2 = a.shape[1], 0.01**2, 0.03**2
     kernel = upload(gaussian_window(), a.device).to(a).expand(channels, 1, -1, -1)

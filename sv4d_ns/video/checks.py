@@ -165,9 +165,9 @@ def _undecided(case: _Case) -> Iterator[Found]:
     patches = _tracked(half, case.step, UNDECIDED_SHARE * area)
     if patches:
         yield (
-            f"The model is undecided about {_those(patches, area)}: the object may lack a part there, or hold some of "
-            "the background; look at them (sv4d doctor --picture), and film before a plain background or give masks "
-            "(--pipeline.datamanager.masks).",
+            f"The model is undecided about {_those(patches, area, case)}: the object may lack a part there, or hold "
+            "some of the background; look at them (sv4d doctor --picture), and film before a plain background or give "
+            "masks (--pipeline.datamanager.masks).",
             _painted(half, patches, case.step),
         )
 
@@ -205,7 +205,7 @@ def _filled(case: _Case) -> Iterator[Found]:
     patches = _tracked(mask, case.step, PATCH_SHARE * area)
     if patches:
         yield (
-            f"{_those(patches, area)} inside the object and in the colour of the background "
+            f"{_those(patches, area, case)} inside the object and in the colour of the background "
             f"{_were(patches)} taken as part of it: if you can look through there, give a video with an alpha channel, "
             "masks (--pipeline.datamanager.masks), or film before another colour.",
             _painted(mask, patches, case.step),
@@ -221,8 +221,8 @@ def _dropped(case: _Case) -> Iterator[Found]:
     patches = _tracked(mask, 1, max(DROPPED_PIXELS, DROPPED_SHARE * area))
     if patches:
         yield (
-            f"{_those(patches, area)} apart from the object {_were(patches)} left out as too small: if it belongs to "
-            "the object, give masks (--pipeline.datamanager.masks) or a larger picture.",
+            f"{_those(patches, area, case)} apart from the object {_were(patches)} left out as too small: if it "
+            "belongs to the object, give masks (--pipeline.datamanager.masks) or a larger picture.",
             _painted(mask, patches, 1),
         )
 
@@ -259,9 +259,12 @@ def _tracked(mask: Bool[np.ndarray, "t H W"], step: int, least: float) -> list[_
     return sorted(patches, key=lambda patch: -patch.largest)
 
 
-def _those(patches: list[_Patch], area: float) -> str:
+def _those(patches: list[_Patch], area: float, case: _Case) -> str:
+    """Where the patches are, in pixels of the source, and how large."""
+    region = case.clip.region
     each = [
-        f"{_frames(patch.frames)} at ({patch.x:.0f}, {patch.y:.0f}), up to {patch.largest / area:.1%} of its area"
+        f"{_frames(patch.frames)} at ({region.left + patch.x / region.scale:.0f}, "
+        f"{region.top + patch.y / region.scale:.0f}), up to {patch.largest / area:.1%} of its area"
         for patch in patches[:MOST_NAMED]
     ]
     more = f"; {len(patches) - MOST_NAMED} smaller" if len(patches) > MOST_NAMED else ""

@@ -125,10 +125,10 @@ def read_masks(path: Path, film: Film, chosen: list[int], region: Region) -> UIn
         )
     result = np.empty((len(wanted), *region.shape), np.uint8)
     for index, picture in enumerate(masks.frames(set(wanted))):
-        if picture.shape[0] < region.top + region.height or picture.shape[1] < region.left + region.width:
+        if picture.shape[:2] != (region.source_height, region.source_width):
             raise InputError(
-                f"The masks of {path} are {picture.shape[1]}x{picture.shape[0]}, smaller than the pictures of "
-                f"{film.path}: give masks of the same size."
+                f"The masks of {path} are {picture.shape[1]}x{picture.shape[0]}, but the pictures of {film.path} are "
+                f"{region.source_width}x{region.source_height}: give masks of the same size."
             )
         opaque = picture[..., 3].min() == 255
         grey = picture[..., :3].max(axis=-1) if opaque else picture[..., 3]

@@ -6,6 +6,7 @@ clip does not flicker: cameras store 10, 12 or 14 bits in files of 16, and float
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,35 @@ def rgba_of_deep(levels: DeepPicture, colours: LevelRange) -> UInt8[np.ndarray, 
 
 
 def rgba(image: Image.Image) -> UInt8[np.ndarray, "h w 4"]:
-    """A picture of 8 bits, upright: palettes, grey with alpha, CMYK, CIELAB and the rest."""
+    """A picture of 8 bits, upright and in sRGB: palettes, grey with alpha, CMYK, CIELAB, profiles and the rest."""
     if image.mode == "LAB":
         image = _of_lab(image)
     elif image.mode == "1" and "transparency" in image.info:
         image = image.convert("L")
-    return np.array(ImageOps.exif_transpose(image).convert("RGBA"))
+    image = ImageOps.exif_transpose(image)
+    shown = image.convert("RGBA")
+    picture = np.array(shown)
+    profile = image.info.get("icc_profile")
+    turned = _of_profile(image if image.mode == "CMYK" else shown, profile) if profile else None
+    if turned is not None:
+        picture[..., :3] = turned
+    return picture
+
+
+_PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Pillow's mode of the pictures that a profile of a colour space belongs to."""
+
+
+def _of_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The colours in sRGB by the profile of the file; None for one that is broken or of another kind of picture."""
+    try:
+        given = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = _PROFILE_MODES.get(given.profile.xcolor_space)
+        if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+            return None
+        return ImageCms.profileToProfile(image.convert(mode), given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
 
 
 def _of_lab(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError, features
 
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.video.damage import is_cut_short
-from sv4d_ns.video.hdr import Transfer, tone_map
+from sv4d_ns.video.hdr import Gamut, Transfer, from_gamut, tone_map
 from sv4d_ns.video.pictures import (
     DeepPicture,
     LevelRange,
@@ -33,6 +33,7 @@ from sv4d_ns.video.pictures import (
 from sv4d_ns.video.sources import (
     FILM_SUFFIXES,
     HEAD_BYTES,
+    IMAGE_SUFFIXES,
     check_no_run,
     check_one_series,
     is_pattern,
@@ -85,6 +86,8 @@ _MOST_OBLONG = 4
 """Pixels said to be wider or taller than this are a damaged header: real video stays below 2.5."""
 
 _HDR_TRANSFERS: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
+_WIDE_GAMUTS: dict[int, Gamut] = {9: "BT.2020", 12: "Display P3"}
+"""FFmpeg's numbers for transfer curves and primaries (ISO/IEC 23091-2)."""
 
 CLIP_PIXELS = 64_000_000
 """Pixels a clip holds at most over all its frames (256 MB): larger footage is scaled down as it is read. Full HD stays
@@ -259,7 +262,7 @@ def _open(path: Path) -> Film:
         pictures = source_files(path)
         if not pictures:
             raise InputError(f"No file matches {path}: check the pattern.")
-        films = [found for found in pictures if found.suffix.lower() in FILM_SUFFIXES]
+        films = [found for found in pictures if found.suffix.lower() in FILM_SUFFIXES - IMAGE_SUFFIXES]
         if films:
             raise InputError(f"{path} stands for pictures and matches {_give_the_film(films, 'pattern')}")
         return _open_pictures(path, pictures)
@@ -510,7 +513,7 @@ def _open_video(path: Path, head: bytes) -> Film:
             for frame in decoded:
                 stamps.append(None if frame.pts is None else float(frame.pts * _time_base(stream)))
                 interlaced += frame.interlaced_frame
-        hdr = _HDR_TRANSFERS.get(stream.codec_context.color_trc)
+        hdr, gamut = _colours(stream)
         one_each = "mp4" in container.format.name  # one sample, one picture
     times, order = in_order(stamps, rate or FOLDER_FPS, any_order=not predicted)
     last = max((stamp for stamp in stamps if stamp is not None), default=0.0)
@@ -520,7 +523,11 @@ def _open_video(path: Path, head: bytes) -> Film:
     lost = one_each and missing > start.unreadable
     if lost or ((len(times) < promised or short) and is_cut_short(path, head) is not False):
         raise _damaged(path, len(times))
-    messages = [f"{path.name} is HDR ({hdr}); it was brought to ordinary sRGB colours."] if hdr else []
+    messages = []
+    if hdr:
+        messages.append(f"{path.name} is HDR ({hdr}); it was brought to ordinary sRGB colours.")
+    elif gamut:
+        messages.append(f"{path.name} has the wide colours of {gamut}; they were brought to those of sRGB.")
     if start.unreadable and missing > 0:
         messages.append(
             f"{path.name} begins between two key frames (it was cut out of a longer video): {missing} pictures at its "
@@ -683,13 +690,21 @@ def _promised_end(container: av.container.InputContainer, stream: av.VideoStream
 
 
 def _upright_rgba(frame: av.VideoFrame, stream: av.VideoStream) -> UInt8[np.ndarray, "h w 4"]:
-    hdr = _HDR_TRANSFERS.get(int(frame.color_trc))
+    hdr, gamut = _colours(stream)
     if hdr is None:
         picture = _converted(frame, stream, "rgba").to_ndarray()
+        if gamut:
+            picture = np.dstack([from_gamut(picture[..., :3], gamut), picture[..., 3]])
     else:
         levels = tone_map(_converted(frame, stream, "rgb48le").to_ndarray(), hdr)
         picture = np.dstack([levels, np.full_like(levels[..., :1], 255)])
     return _upright(picture, frame)
+
+
+def _colours(stream: av.VideoStream) -> tuple[Transfer | None, Gamut | None]:
+    """The curve of high dynamic range and the primaries wider than sRGB's that a stream states."""
+    context = stream.codec_context  # frames do not tell in every PyAV
+    return _HDR_TRANSFERS.get(int(context.color_trc)), _WIDE_GAMUTS.get(int(context.color_primaries))
 
 
 def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
@@ -724,7 +739,7 @@ def _converted(frame: av.VideoFrame, stream: av.VideoStream, pixel_format: str) 
     scale = graph.add(
         "scale",
         f"{width}:{frame.height}:{CONVERSION}:in_color_matrix={_matrix(frame)}:in_range={'full' if full else 'limited'}"
-        if frame.format.name.startswith(("yuv", "nv", "p01"))
+        if len(frame.format.components) >= 3 and not frame.format.is_rgb
         else f"{width}:{frame.height}:{CONVERSION}",
     )
     chain = [source, scale, graph.add("format", pixel_format), graph.add("buffersink")]

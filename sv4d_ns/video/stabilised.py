@@ -32,14 +32,6 @@ class StabilisedFraming:
         """Side of the crops in their own pixels."""
         return self.squares[0].size
 
-    def to_crop(self, xy: Float[np.ndarray, "*n 2"], frame: int) -> Float[np.ndarray, "*n 2"]:
-        """Source pixel coordinates to crop pixel coordinates of a frame; `to_source` is the exact inverse."""
-        return self.squares[frame].to_crop(xy)
-
-    def to_source(self, xy: Float[np.ndarray, "*n 2"], frame: int) -> Float[np.ndarray, "*n 2"]:
-        """Crop pixel coordinates of a frame to source pixel coordinates."""
-        return self.squares[frame].to_source(xy)
-
     def apply(self, frames: UInt8[np.ndarray, "t h w 4"]) -> UInt8[np.ndarray, "t size size 4"]:
         """Cut each frame's square out of it, as `Framing.apply` does."""
         return np.concatenate(
