@@ -13,7 +13,7 @@ from pathlib import Path
 from sv4d_ns.app.jobs import Job, State, Store, plain_name
 from sv4d_ns.app.work import LOOK_FILE, PAGE_FILE, RESULT_FOLDER
 from sv4d_ns.cli.batch import error_in
-from sv4d_ns.runs.layout import RUN_FILE, SUMMARY_FILE
+from sv4d_ns.runs.layout import SUMMARY_FILE, latest_run
 from sv4d_ns.utils.progress import PROGRESS_VARIABLE
 
 PROGRAM = ("-m", "sv4d_ns.app.work")
@@ -40,8 +40,7 @@ class Settings:
 
 def run_folder(job_folder: Path) -> Path | None:
     """The newest run of a job."""
-    records = sorted(job_folder.glob(f"run/*/sv4d/*/{RUN_FILE}"), key=lambda path: path.stat().st_mtime)
-    return records[-1].parent if records else None
+    return latest_run(job_folder / "run", "*/sv4d/*")
 
 
 class Runner:
