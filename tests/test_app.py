@@ -25,7 +25,7 @@ from sv4d_ns.app import jobs as jobs_module
 from sv4d_ns.app import runner as runner_module
 from sv4d_ns.app.jobs import MAX_OPEN, Job, Store, plain_name, title_of
 from sv4d_ns.app.runner import Runner, Settings
-from sv4d_ns.app.seen import described, files
+from sv4d_ns.app.seen import PHASES, _phase, described, files
 from sv4d_ns.app.server import BODY_BYTES, OURS, App, Place, announce, application, command, is_own_name
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.progress import PROGRESS_VARIABLE
@@ -188,6 +188,15 @@ def test_a_cancelled_run_is_stopped_and_goes_on_with_the_same_command(tmp_path: 
 
     working(store, test)
     assert words[0] == words[1] and words[0][:2] == ["train", "sv4d"]
+
+
+def test_every_bar_of_a_run_belongs_to_a_phase_after_the_first() -> None:
+    plugin = ROOT / "sv4d_ns" / "plugin"
+    sources = "".join(path.read_text() for path in plugin.glob("*.py"))
+    titles = re.findall(r'\bbar(?:\.update)?\(f?"([^"]+)"', sources)
+    assert {"Fitting the 4D field", "Making the mesh that the movies show", "Estimating normals"} <= set(titles)
+    assert {title: _phase(title, 1) for title in titles if not _phase(title, 1)} == {}
+    assert PHASES[_phase("Making the mesh that the movies show", 2)] == "Pictures and movies"
 
 
 def test_a_run_that_does_not_listen_is_ended(tmp_path: Path, fake: Path) -> None:
