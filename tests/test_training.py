@@ -20,14 +20,7 @@ from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training import train as trainer
 from sv4d_ns.diffusion_training.checkpoint import checkpoints, trainable
 from sv4d_ns.diffusion_training.config import TrainConfig, changes_since, check
-from sv4d_ns.diffusion_training.data import (
-    HELD_OUT_SEEDS,
-    TRAINING_SEEDS,
-    BatchShape,
-    draw_cameras,
-    make_batch,
-    to_model_images,
-)
+from sv4d_ns.diffusion_training.data import BatchShape, draw_cameras, make_batch, to_model_images
 from sv4d_ns.diffusion_training.evaluate import (
     EvaluateConfig,
     as_floats,
@@ -99,10 +92,6 @@ def test_training_cameras_ascend_and_include_the_default_plan():
     for call in (0, 1):
         wanted = np.array(ViewPlan.BUNDLED.azimuths_deg[call::2])
         assert np.abs(azimuths - wanted).max(axis=1).min() < 15
-
-
-def test_held_out_seeds_are_disjoint():
-    assert TRAINING_SEEDS.stop <= HELD_OUT_SEEDS.start
 
 
 def test_pictures_become_rgb_on_white_and_alpha():

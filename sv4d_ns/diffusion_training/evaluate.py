@@ -19,13 +19,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.diffusion_training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, VIDEO_FRAMES
+from sv4d_ns.diffusion_training.data import VIDEO_FRAMES
 from sv4d_ns.diffusion_training.report import on_white, sample_views
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.metrics.consistency import hull_agreement
 from sv4d_ns.metrics.images import psnr, silhouette_iou, ssim
 from sv4d_ns.metrics.lpips import lpips_at_hand
-from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural import HELD_OUT_SEEDS, TRAINING_SEEDS, creature, render
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
 
