@@ -630,6 +630,13 @@ def test_evaluation_clips_are_held_out_and_the_mean_view_is_a_picture():
     assert mean.shape == (8, 16, 16, 4) and mean.min() >= 0 and mean.max() <= 1 and mean[..., 3].max() > 0.3
 
 
+@pytest.mark.parametrize("views", [3, 16])
+def test_a_model_whose_calls_do_not_make_the_scored_views_is_refused(tmp_path, views):
+    tiny_pipeline(num_views=views).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"makes {views} views at once.*1, 2, 4 or 8"):
+        evaluate(EvaluateConfig(model=tmp_path, objects=1, frames=1, mean_image_objects=1))
+
+
 def test_evaluating_a_folder_without_a_model_says_so(tmp_path):
     with pytest.raises(InputError, match="holds no model"):
         evaluate(EvaluateConfig(model=tmp_path))
