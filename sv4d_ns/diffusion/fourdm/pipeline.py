@@ -112,7 +112,8 @@ class FourDMPipeline(DiffusionPipeline):
         """Image tokens of matted input frames, those of "no image", and the frames' scaled latents; all float32.
 
         Args:
-            frames: straight-alpha RGBA, put on white and resized to `image_size`.
+            frames: straight-alpha RGBA of any size, put on white; resized to `image_size` for the latents, and by the
+                feature extractor to the image encoder's size for the tokens.
             generator: of the autoencoder's posterior sample; None takes its mean.
         """
         device, dtype = self._execution_device, self.unet.dtype
