@@ -22,7 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
+from sv4d_ns.diffusion.fourdm.guidance import ddim_scheduler
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
 
@@ -84,7 +84,7 @@ def fourdm_pipeline(folder: Path) -> FourDMPipeline:
         image_encoder(24, 8),
         image_processor(),
         FourDMUNet(**NETWORK).eval(),
-        released_scheduler(),
+        ddim_scheduler(),
         num_frames=3,
         image_size=16,
     )

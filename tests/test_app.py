@@ -1,6 +1,7 @@
 """`sv4d app`: uploads, queue, restart and what strangers may not do; and once through it all in a browser."""
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -20,10 +21,11 @@ from browser import Page, browser, executable, until
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httpserver import HTTPServer
 
+from sv4d_ns.app import jobs as jobs_module
 from sv4d_ns.app import runner as runner_module
 from sv4d_ns.app.jobs import MAX_OPEN, Job, Store, plain_name, title_of
 from sv4d_ns.app.runner import Runner, Settings
-from sv4d_ns.app.seen import described, files
+from sv4d_ns.app.seen import PHASES, _phase, described, files
 from sv4d_ns.app.server import BODY_BYTES, OURS, App, Place, announce, application, command, is_own_name
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.progress import PROGRESS_VARIABLE
@@ -40,6 +42,7 @@ kind, words = sys.argv[1], sys.argv[2:]
 value = lambda flag: Path(words[words.index(flag) + 1])
 if kind == "look":
     text = Path(words[0]).read_text()
+    time.sleep(0.5 if text == "slow" else 0)
     if text == "bad":
         sys.exit(f"Error: {words[0]} is no video: give another one.")
     (Path(words[0]).parent / "look.json").write_text(json.dumps({"frames": 3, "words": words[1:]}))
@@ -187,6 +190,15 @@ def test_a_cancelled_run_is_stopped_and_goes_on_with_the_same_command(tmp_path: 
     assert words[0] == words[1] and words[0][:2] == ["train", "sv4d"]
 
 
+def test_every_bar_of_a_run_belongs_to_a_phase_after_the_first() -> None:
+    plugin = ROOT / "sv4d_ns" / "plugin"
+    sources = "".join(path.read_text() for path in plugin.glob("*.py"))
+    titles = re.findall(r'\bbar(?:\.update)?\(f?"([^"]+)"', sources)
+    assert {"Fitting the 4D field", "Making the mesh that the movies show", "Estimating normals"} <= set(titles)
+    assert {title: _phase(title, 1) for title in titles if not _phase(title, 1)} == {}
+    assert PHASES[_phase("Making the mesh that the movies show", 2)] == "Pictures and movies"
+
+
 def test_a_run_that_does_not_listen_is_ended(tmp_path: Path, fake: Path) -> None:
     store = Store(tmp_path / "out")
     job = added(store, "stubborn")
@@ -197,6 +209,45 @@ def test_a_run_that_does_not_listen_is_ended(tmp_path: Path, fake: Path) -> None
             await asyncio.sleep(0.05)
         runner.cancel(store.get(job.id))
         await reached(store, job, "stopped")
+
+    working(store, test)
+
+
+def test_a_full_disk_ends_a_jobs_turn_and_not_the_server(
+    tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "out")
+    first, second = added(store, "first"), added(store, "second")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def test(runner: Runner) -> None:
+        runner.start(await reached(store, first, "ready"))
+        runner.look(store.get(second.id), "u2netp", "fixed")
+        with monkeypatch.context() as disk:
+            disk.setattr(jobs_module, "_write", full)
+            for job, state in ((first, "failed"), (second, "refused")):
+                assert "No space left on device" in (await reached(store, job, state)).error
+        runner.look(store.get(second.id), "u2netp", "fixed")
+        await reached(store, second, "ready")
+        runner.start(store.get(first.id))
+        await reached(store, first, "finished")
+
+    working(store, test)
+
+
+def test_a_choice_made_during_a_look_is_looked_at(tmp_path: Path, fake: Path) -> None:
+    store = Store(tmp_path / "out")
+    job = added(store, "slow")
+
+    async def test(runner: Runner) -> None:
+        while not runner._processes:
+            await asyncio.sleep(0.01)
+        runner.look(store.get(job.id), "u2netp", "stabilised")
+        assert (await reached(store, job, "ready")).crop == "stabilised"
+        words = json.loads((store.folder(job) / "look.json").read_text())["words"]
+        assert words == ["--matting", "u2netp", "--crop", "stabilised"]
 
     working(store, test)
 
@@ -229,6 +280,38 @@ def test_the_doctor_is_asked_with_the_settings_of_the_run(tmp_path: Path, fake: 
         assert runner.train_words(ready)[-6:] == ["--pipeline.datamanager.crop", "stabilised", *flags]
 
     working(store, test, Settings(flags))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--pipeline.datamanager.fps", "8"),
+        ("--pipeline.datamanager.fps=8",),
+        ("--pipeline.datamanager.max_frames", "8"),
+        ("--pipeline.datamanager.max_frames=8",),
+    ],
+)
+def test_the_doctor_hears_of_frames_however_they_are_written(words: tuple[str, ...]) -> None:
+    given = [word for flag in runner_module.DOCTORS_FLAGS for word in runner_module._flag(("--x", *words, "-y"), flag)]
+    assert given == [words[0].partition("=")[0].replace("_", "-"), "8"]
+
+
+def test_a_kill_while_a_job_is_made_leaves_nothing_and_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "0123456789ab").mkdir()
+    (tmp_path / "0123456789ab" / "video.mp4").write_text("not of the page")
+    killed = """
+import os, sys
+from pathlib import Path
+from sv4d_ns.app import jobs
+store = jobs.Store(Path(sys.argv[1]))
+upload = store.new_upload()
+upload.write_text("film")
+jobs.json.dumps = lambda *_, **__: os._exit(9)
+store.add(upload, "fox.mp4")
+"""
+    assert subprocess.run([sys.executable, "-c", killed, str(tmp_path)]).returncode == 9
+    Store(tmp_path).recover()
+    assert [path.name for path in tmp_path.iterdir()] == ["0123456789ab"]
 
 
 def test_jobs_outlive_the_server(tmp_path: Path, fake: Path) -> None:

@@ -146,6 +146,20 @@ def test_one_folder_belongs_to_one_batch_and_finished_videos_are_left_alone(
         batch(config, [])
 
 
+def test_a_run_that_is_found_finished_is_the_one_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one of other settings whose summary is newer: `ns-train` leaves the summary of a finished run as it is."""
+    wanted, other = (tmp_path / "a" / "sv4d" / name for name in ("wanted", "other"))
+    for age, run in enumerate((other, wanted)):
+        touch(run, "run.json", "summary.json")
+        os.utime(run / "run.json", (age, age))
+    os.utime(wanted / "summary.json", (0, 0))
+    done = subprocess.CompletedProcess[bytes]([], 0)
+    monkeypatch.setattr(batch_module.subprocess, "run", lambda *_, **__: done)
+    assert batch_module.run_training("a.mp4", "a", str(tmp_path), "sv4d", []) == (str(wanted), "")
+    (wanted / "summary.json").unlink()
+    assert batch_module.run_training("a.mp4", "a", str(tmp_path), "sv4d", [])[0] == ""
+
+
 def test_the_report_lists_failures_and_shows_what_was_finished(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -294,6 +294,7 @@ def test_workers_with_another_version_or_none_are_named(tmp_path):
     [
         ("procedural:1", "procedural:SEED:COUNT"),
         ("procedural:1:0", "names no creatures"),
+        ("procedural:2147483647:2", "the largest seed .* is 2147483647"),
         ("{empty}", "holds no asset"),
         ("{empty}/nothing", "does not exist"),
         ("objaverse:abc", "holds no Objaverse id"),
@@ -363,6 +364,21 @@ def test_bad_assets_are_skipped_counted_and_listed(tmp_path, fake):
     assert not [path for path in (out / "objects").iterdir() if path.name.startswith(".")]
     still = render_dataset(dataclasses.replace(settings, output=tmp_path / "still", frames=1, timeout_s=8.0))
     assert "still" in still.rendered, "one frame needs no animation"
+
+
+def test_what_a_killed_render_through_blender_left_is_cleared_away(tmp_path, fake, monkeypatch):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "fine.glb").write_bytes(b"asset")
+    settings = config(
+        tmp_path / "out", source=str(tmp_path / "assets"), renderer="blender", blender_python=fake, licence="own"
+    )
+    with monkeypatch.context() as killed:
+        killed.setattr(render.shutil, "rmtree", lambda *_, **__: None)
+        render_dataset(settings)
+    objects = tmp_path / "out" / "objects"
+    assert len(list(objects.glob(".*"))) > 0
+    render_dataset(settings)
+    assert [path.name for path in objects.iterdir()] == ["fine"]
 
 
 def test_nothing_usable_is_an_error(tmp_path, fake):

@@ -10,8 +10,8 @@ from fourdm_fixture import NETWORK as TINY
 
 from sv4d_ns.diffusion.fourdm import official
 from sv4d_ns.diffusion.fourdm.checkpoints import MOTION, convert_network, keys_of
-from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, TokenOrder, camera_vectors, network_rows
-from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
+from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, TokenOrder, flat_cameras, network_rows
+from sv4d_ns.diffusion.fourdm.guidance import ddim_scheduler
 from sv4d_ns.diffusion.fourdm.motion_module import MotionModule
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline, view_cameras
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
@@ -171,14 +171,14 @@ def tiny_condition(frames: int, seed: int = 0) -> FourDMCondition:
 
 
 def pipeline(network: FourDMUNet) -> FourDMPipeline:
-    return FourDMPipeline(None, None, None, None, None, network, released_scheduler(), num_frames=3, image_size=8)
+    return FourDMPipeline(None, None, None, None, None, network, ddim_scheduler(), num_frames=3, image_size=8)
 
 
 def test_frames_and_views_do_not_leak_where_they_must_not():
     """A change of one frame's image reaches other frames through motion modules only."""
     network = FourDMUNet(**TINY).eval()  # motion modules untrained: the identity
     condition = tiny_condition(3)
-    rows = network_rows(condition, camera_vectors(view_cameras([0, 90, 180, 270])))
+    rows = network_rows(condition, flat_cameras(view_cameras([0, 90, 180, 270])))
     noise = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def predict(noise):
@@ -209,7 +209,7 @@ def test_known_latents_stay_and_steer():
 
 def test_token_orders_agree_for_a_single_image_only():
     condition = tiny_condition(3)
-    cameras = camera_vectors(view_cameras([0, 90, 180, 270]))
+    cameras = flat_cameras(view_cameras([0, 90, 180, 270]))
     right = network_rows(condition, cameras, TokenOrder.FRAME).image_tokens
     demo = network_rows(condition, cameras, TokenOrder.DEMO_SCRIPT).image_tokens
     assert torch.equal(right[15:20], condition.image_tokens[:1].expand(5, -1, -1))

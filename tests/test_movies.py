@@ -84,6 +84,22 @@ def test_time_passes_at_the_clips_own_speed_at_any_rate() -> None:
     assert all((shot.c2w == finer[0].c2w).all() for shot in finer)
 
 
+@pytest.mark.parametrize("fps", [4.0, 10.0, 40.0])
+def test_a_movie_beside_or_over_the_input_keeps_its_speed_at_any_rate(tmp_path: Path, fps: float) -> None:
+    """Frames repeat or are left out: the last one is reached as late as in the clip."""
+    framing = Framing(20.0, 15.0, 20.0, 40, 30, SIZE).to_dict()
+    source = write_source(tmp_path / "source.mp4")
+    one = subject(view_grid(framing=framing, provenance={"source": str(source)}))
+    frames = {4.0: [0, 2], 10.0: [0, 1, 2], 40.0: [0, 0, 0, 1, 1, 1, 2, 2, 2]}[fps]
+    for preset in ("side-by-side", "overlay"):
+        made = movie(preset, one, replace(OPTIONS, fps=fps))
+        assert made.fps == fps and made.input_views is not None
+        assert [frame for frame, _ in made.input_views] == frames and made.count == len(list(made.pictures()))
+    assert len(one._input_views) <= FRAMES, "what repeats is rendered once"
+    cost = made.cost(SIZE, set())
+    assert sum(value == movies.KEPT_COST for value in cost) == len(frames) - len(set(frames))
+
+
 def test_orbit_time_moves_both() -> None:
     taken, _ = shots("orbit-time", subject(), replace(OPTIONS, loops=2))
     assert [shot.time for shot in taken] == [0.0, 0.5, 1.0] * 2
@@ -125,6 +141,7 @@ def test_a_runs_movies_show_its_mesh_and_the_field_where_there_is_none(monkeypat
     assert one.identity() != of_field.identity(), "movies of the field are made again"
     (shot,) = shots("time", one, OPTIONS)[0][:1]
     assert one.render(shot, SIZE).shape == (SIZE, SIZE, 4)
+    assert one.name == of_field.name, "the caption is of what is drawn"
 
     plate = np.array([[0, -0.2, -0.2], [0.1, 0.2, -0.2], [0, 0.2, 0.2], [0.1, -0.2, 0.2]], np.float32)
     moving = np.stack([plate + np.array([0, 0, rise], np.float32) for rise in (0, 0.1, 0.2)])
@@ -140,6 +157,7 @@ def test_a_runs_movies_show_its_mesh_and_the_field_where_there_is_none(monkeypat
 
     monkeypatch.setattr(make, "make_asset", make_asset)
     one.prepare(lambda *counts: done.append(counts))
+    assert one.name == "4D asset (mesh)"
     assert done == [(1, mesh_subject.STAGES), (mesh_subject.STAGES, mesh_subject.STAGES)]
     first, later = (one.render(replace(shot, time=time), 64) for time in (0.0, 0.25))
     assert (first[first[..., 3] > 0][:, :3] == (200, 0, 0)).all()

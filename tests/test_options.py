@@ -1,10 +1,12 @@
 """The choices of the command line are those of the rooms that make them."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from sv4d_ns.cli.doctor import Doctor
 from sv4d_ns.diffusion.sv4d.attention import CameraAttention
 from sv4d_ns.diffusion.sv4d.grid import GridOptions
 from sv4d_ns.diffusion.sv4d.guidance import GuidanceRule
@@ -41,6 +43,13 @@ def test_defaults_are_fixed_input_and_the_models_own_network() -> None:
     assert (config.crop, config.window_stride, config.guidance) == ("auto", "fixed", "released")
     assert config.camera_attention is config.view_references is config.guidance_scale is None
     assert GridOptions.from_values({"stride": config.window_stride, "guidance": config.guidance}) == GridOptions()
+
+
+def test_the_doctor_frames_a_video_as_a_run_does() -> None:
+    doctor, run = Doctor(Path("film.mp4")), SV4DDataManagerConfig()
+    for name in ("max_frames", "fps", "masks", "matting", "crop"):
+        assert getattr(doctor, name) == getattr(run, name), name
+    assert choices(get_type_hints(Doctor)["crop"]) == {rule.value for rule in CropRule}
 
 
 def test_the_users_views_become_a_plan() -> None:

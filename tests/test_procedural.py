@@ -6,10 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from sv4d_ns.diffusion_training.data import HELD_OUT_SEEDS, TRAINING_SEEDS
 from sv4d_ns.diffusion_training.evaluate import FIRST_EVALUATED
 from sv4d_ns.geometry.cameras import CAMERA_RADIUS, FIELD_OF_VIEW_DEG, OBJECT_BOX, look_at_cameras
-from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural import HELD_OUT_SEEDS, TRAINING_SEEDS, creature, render
 from sv4d_ns.training_data.procedural.creatures import frame_along
 from sv4d_ns.training_data.procedural.renderer import Shape, bounding_balls, draw
 from sv4d_ns.training_data.procedural.sample import SAMPLE_SEED
@@ -124,6 +123,7 @@ def test_nearer_parts_hide_farther_ones():
 
 
 def test_the_bundled_sample_is_the_creature_it_claims_to_be_and_is_held_out():
+    assert TRAINING_SEEDS.stop <= HELD_OUT_SEEDS.start
     assert SAMPLE_SEED in HELD_OUT_SEEDS and SAMPLE_SEED not in TRAINING_SEEDS
     assert SAMPLE_SEED > FIRST_EVALUATED + 10_000
     with av.open(str(SAMPLE)) as container:

@@ -20,14 +20,7 @@ from sv4d_ns.diffusion_training import loss as objective
 from sv4d_ns.diffusion_training import train as trainer
 from sv4d_ns.diffusion_training.checkpoint import checkpoints, trainable
 from sv4d_ns.diffusion_training.config import TrainConfig, changes_since, check
-from sv4d_ns.diffusion_training.data import (
-    HELD_OUT_SEEDS,
-    TRAINING_SEEDS,
-    BatchShape,
-    draw_cameras,
-    make_batch,
-    to_model_images,
-)
+from sv4d_ns.diffusion_training.data import BatchShape, draw_cameras, make_batch, to_model_images
 from sv4d_ns.diffusion_training.evaluate import (
     EvaluateConfig,
     as_floats,
@@ -99,10 +92,6 @@ def test_training_cameras_ascend_and_include_the_default_plan():
     for call in (0, 1):
         wanted = np.array(ViewPlan.BUNDLED.azimuths_deg[call::2])
         assert np.abs(azimuths - wanted).max(axis=1).min() < 15
-
-
-def test_held_out_seeds_are_disjoint():
-    assert TRAINING_SEEDS.stop <= HELD_OUT_SEEDS.start
 
 
 def test_pictures_become_rgb_on_white_and_alpha():
@@ -639,6 +628,13 @@ def test_evaluation_clips_are_held_out_and_the_mean_view_is_a_picture():
     np.testing.assert_array_equal(clip.views, again.views)
     mean = mean_views(16, objects=6)
     assert mean.shape == (8, 16, 16, 4) and mean.min() >= 0 and mean.max() <= 1 and mean[..., 3].max() > 0.3
+
+
+@pytest.mark.parametrize("views", [3, 16])
+def test_a_model_whose_calls_do_not_make_the_scored_views_is_refused(tmp_path, views):
+    tiny_pipeline(num_views=views).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"makes {views} views at once.*1, 2, 4 or 8"):
+        evaluate(EvaluateConfig(model=tmp_path, objects=1, frames=1, mean_image_objects=1))
 
 
 def test_evaluating_a_folder_without_a_model_says_so(tmp_path):

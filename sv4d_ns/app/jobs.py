@@ -16,12 +16,13 @@ import shutil
 import time
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from sv4d_ns.utils.errors import InputError
-from sv4d_ns.utils.files import TEMPORARY, atomic_path, is_temporary
+from sv4d_ns.utils.files import TEMPORARY, atomic_folder, atomic_path, is_temporary
 from sv4d_ns.video.sources import FILM_SUFFIXES
 
 State = Literal["looking", "refused", "ready", "waiting", "running", "stopped", "failed", "finished"]
@@ -122,18 +123,26 @@ class Store:
 
     def save(self, job: Job) -> Job:
         """Write a job down."""
-        with atomic_path(self.folder(job) / JOB_FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(job), indent=1))
+        _write(job, self.folder(job))
+        self._jobs[job.id] = job
+        return job
+
+    def settle(self, job: Job) -> Job:
+        """Write a job down, or at least know it until the server ends, where the disk does not take it."""
+        with suppress(OSError):
+            _write(job, self.folder(job))
         self._jobs[job.id] = job
         return job
 
     def add(self, upload: Path, title: str) -> Job:
-        """A new job of an uploaded file, which is moved to its place."""
+        """A new job of an uploaded file, which is moved to its place; a kill leaves no video without a job."""
         now = time.time()
         job = Job(secrets.token_hex(6), title, f"video{suffix_of(title)}", now, since=now)
-        self.folder(job).mkdir()
-        upload.replace(self.video(job))
-        return self.save(job)
+        with atomic_folder(self.folder(job), JOB_FILE, "a job") as folder:
+            upload.replace(folder / job.file)
+            _write(job, folder)
+        self._jobs[job.id] = job
+        return job
 
     def delete(self, job: Job) -> None:
         """Remove a job and all its files."""
@@ -198,6 +207,11 @@ def plain_name(title: str) -> str:
     """A title as the name of folders and of downloads: letters, digits, - and _ alone."""
     name = unicodedata.normalize("NFKD", title.rpartition(".")[0]).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-_")[:60] or "video"
+
+
+def _write(job: Job, folder: Path) -> None:
+    with atomic_path(folder / JOB_FILE) as temporary:
+        temporary.write_text(json.dumps(asdict(job), indent=1))
 
 
 def _read(path: Path) -> Job | None:

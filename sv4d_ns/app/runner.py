@@ -13,7 +13,7 @@ from pathlib import Path
 from sv4d_ns.app.jobs import Job, State, Store, plain_name
 from sv4d_ns.app.work import LOOK_FILE, PAGE_FILE, RESULT_FOLDER
 from sv4d_ns.cli.batch import error_in
-from sv4d_ns.runs.layout import RUN_FILE, SUMMARY_FILE
+from sv4d_ns.runs.layout import SUMMARY_FILE, latest_run
 from sv4d_ns.utils.progress import PROGRESS_VARIABLE
 
 PROGRAM = ("-m", "sv4d_ns.app.work")
@@ -40,8 +40,7 @@ class Settings:
 
 def run_folder(job_folder: Path) -> Path | None:
     """The newest run of a job."""
-    records = sorted(job_folder.glob(f"run/*/sv4d/*/{RUN_FILE}"), key=lambda path: path.stat().st_mtime)
-    return records[-1].parent if records else None
+    return latest_run(job_folder / "run", "*/sv4d/*")
 
 
 class Runner:
@@ -114,16 +113,26 @@ class Runner:
             if job is None:
                 news.clear()
                 await news.wait()
-            elif state == "looking":
-                await self._look(job)
-            else:
-                await self._run(job)
+                continue
+            try:
+                await (self._look(job) if state == "looking" else self._run(job))
+            except OSError as error:
+                self._give_up(job, error)
+
+    def _give_up(self, job: Job, error: OSError) -> None:
+        """A full disk is the end of a job's turn, not of the server."""
+        self._cancelled.discard(job.id)
+        sentence = f"The server could not work on it ({error.strerror or error}): free space on its disk and try again."
+        state: State = "refused" if job.state == "looking" else "failed"
+        self.store.settle(self.store.get(job.id).to(state, sentence))
 
     async def _look(self, job: Job) -> None:
         video = self.store.video(job)
         given = [word for flag in DOCTORS_FLAGS for word in _flag(self.settings.train, flag)]
         words = ["look", str(video), "--matting", job.matting, "--crop", job.crop, *given]
         error = await self._work(job, "look.log", words, LOOK_SECONDS)
+        if self.store.get(job.id) != job:  # another look was asked for meanwhile: the job's turn comes again
+            return
         if not self._closing:  # a doctor that was disturbed looks again when the server is back
             ready = not error and (self.store.folder(job) / LOOK_FILE).is_file()
             self._settle(job, "ready" if ready else "refused", error.replace(str(video), job.title))
@@ -213,9 +222,12 @@ class Runner:
 
 
 def _flag(words: Sequence[str], flag: str) -> list[str]:
-    """A flag and its value, if they are among the words."""
-    place = next((number for number, word in enumerate(words) if word == flag), None)
-    return [] if place is None else list(words[place : place + 2])
+    """A flag and its value, if they are among the words, in whichever way ns-train takes them."""
+    for number, word in enumerate(words):
+        name, joined, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            return [flag, *([value] if joined else words[number + 1 : number + 2])]
+    return []
 
 
 def _of_code(code: int, log: str) -> str:

@@ -106,8 +106,10 @@ def _phase(bar: str, views: int) -> int:
     for beginning, phase in (
         ("Stage 1", fitting if views else 1),  # the bar is full, and the fitting is being prepared
         ("Fitting", fitting),
+        ("Estimating", fitting),
         ("Stage 2", 3),
         ("Rendering", 5),
+        ("Making", 5),
     ):
         if bar.startswith(beginning):
             return phase

@@ -13,7 +13,7 @@ import tyro
 from PIL import Image
 
 from sv4d_ns.runs.cluster import open_cluster, run_all
-from sv4d_ns.runs.layout import SUMMARY_FILE
+from sv4d_ns.runs.layout import SUMMARY_FILE, latest_run
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash, sole_use
 from sv4d_ns.utils.processes import end_with_the_parent
@@ -104,7 +104,7 @@ def names_of(videos: Sequence[Path]) -> list[str]:
     return names
 
 
-def make_asset(video: str, name: str, out: str, method: str, settings: Sequence[str]) -> tuple[str, str]:
+def run_training(video: str, name: str, out: str, method: str, settings: Sequence[str]) -> tuple[str, str]:
     """Run `ns-train` on a video in a process of its own that ends with this one; (run folder, error sentence).
 
     A run that was stopped goes on, because `ns-train` finds it by its data and settings.
@@ -117,9 +117,9 @@ def make_asset(video: str, name: str, out: str, method: str, settings: Sequence[
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False).returncode
-    finished = sorted((Path(out) / name / method).glob(f"*/{SUMMARY_FILE}"), key=lambda path: path.stat().st_mtime)
-    if code == 0 and finished:
-        return str(finished[-1].parent), ""
+    run = latest_run(Path(out) / name / method)
+    if code == 0 and run is not None and (run / SUMMARY_FILE).is_file():
+        return str(run), ""
     return "", error_in(log) or f"ns-train ended with code {code}; see {log}."
 
 
@@ -173,7 +173,7 @@ def _locked_batch(config: BatchConfig, videos: list[Path], settings: list[str]) 
                 _write_state(config.out, [*known.values(), *outcomes.values()])
                 show(sum(n in outcomes for n in coming), len(coming))
 
-            run_all(client, make_asset, arguments, on_result)
+            run_all(client, run_training, arguments, on_result)
     return [outcomes[number] for number in range(len(videos))]
 
 

@@ -14,12 +14,8 @@ from torch import Tensor
 from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.training_data.dataset import ObjectRecord, RenderedDataset, composited
 from sv4d_ns.training_data.orbits import Orbit
-from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural import TRAINING_SEEDS, creature, render
 from sv4d_ns.utils.errors import InputError
-
-TRAINING_SEEDS = range(0, 2**31)
-HELD_OUT_SEEDS = range(2**31, 2**32)
-"""Creatures of these two ranges are never mixed: the second is for evaluation and for the bundled sample."""
 
 VIDEO_FRAMES = 21
 """Frames of a whole motion; consecutive frames of a clip are about 1/20 of it apart."""

@@ -19,13 +19,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.diffusion_training.data import HELD_OUT_SEEDS, TRAINING_SEEDS, VIDEO_FRAMES
+from sv4d_ns.diffusion_training.data import VIDEO_FRAMES
 from sv4d_ns.diffusion_training.report import on_white, sample_views
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.metrics.consistency import hull_agreement
 from sv4d_ns.metrics.images import psnr, silhouette_iou, ssim
 from sv4d_ns.metrics.lpips import lpips_at_hand
-from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural import HELD_OUT_SEEDS, TRAINING_SEEDS, creature, render
 from sv4d_ns.utils.errors import InputError, one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
 
@@ -67,7 +67,7 @@ class Scores:
     mean absolute difference of neighbouring pixels divided by the truth's (1 is as sharp as the truth). motion: error
     of the difference of neighbouring frames divided by the true difference (temporal consistency: 0 is right, 1 is a
     still picture, above is flicker or wrong motion). hull: share of the silhouettes that one solid object can explain
-    (cross-view consistency, 1 is best; `evaluation.consistency`). seconds: of sampling, for each picture. lpips: with
+    (cross-view consistency, 1 is best; `metrics.consistency`). seconds: of sampling, for each picture. lpips: with
     AlexNet, 0 for equal pictures; None where its weights are not on this machine or the pictures are too small.
     """
 
@@ -173,7 +173,8 @@ def _hull(pictures: Float[np.ndarray, "t v h w 4"], plan: ViewPlan) -> float:
 
 
 def sample_clip(pipeline: StableVideo4D2Pipeline, clip: Clip, plan: ViewPlan, seed: int) -> np.ndarray:
-    """All views of a clip, [t, v, h, w, 4] in [0, 1], in interleaved calls of the model's number of views."""
+    """All views of a clip, [t, v, h, w, 4] in [0, 1], in interleaved calls of the model's number of views, which
+    divides the plan's."""
     calls = plan.num_views // pipeline.config.num_views
     made = np.empty((*clip.views.shape[:4], 4))
     for call in range(calls):
@@ -187,13 +188,19 @@ def evaluate(config: EvaluateConfig) -> list[Scores]:
     """Both baselines, then the model with every combination of steps and sigma_max.
 
     Raises:
-        InputError: when the model's folder is not one.
+        InputError: when the model's folder is not one, or its calls do not make the scored views.
     """
     torch.set_num_threads(config.threads)
     folder = config.model
     if not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} holds no model (no model_index.json): give --model the 'model' folder of a run.")
     pipeline = StableVideo4D2Pipeline.from_pretrained(folder)
+    scored, at_once = ViewPlan.BUNDLED.num_views, pipeline.config.num_views
+    if scored % at_once:
+        raise InputError(
+            f"--model {folder} makes {at_once} views at once, and the {scored} scored views are no multiple of that: "
+            "give a model of 1, 2, 4 or 8 views."
+        )
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.config.image_size
     clips = [held_out_clip(index, config.frames, size) for index in range(config.objects)]

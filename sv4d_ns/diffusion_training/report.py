@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sv4d_ns.diffusion.sv4d.pipeline import StableVideo4D2Pipeline
-from sv4d_ns.diffusion_training.data import HELD_OUT_SEEDS, to_model_images
+from sv4d_ns.diffusion_training.data import to_model_images
 from sv4d_ns.geometry.cameras import look_at_cameras
-from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural import HELD_OUT_SEEDS, creature, render
 from sv4d_ns.utils.files import atomic_path
 
 SHEET_OBJECTS = 6

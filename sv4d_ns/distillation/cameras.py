@@ -2,7 +2,8 @@
 side 1.
 
 Source: aejion/4Diffusion @ 627d0cd, its random-camera data module. The frame differs from this package's by one factor
-(`WORLD_SCALE`); `view_plan` makes the same picture of an object normalised as everywhere here.
+(`WORLD_SCALE`); `DrawnViews.plan` at that many times the distance makes the same picture of an object normalised as
+everywhere here.
 """
 
 import math

@@ -90,7 +90,7 @@ class Objective:
     """The terms of a training step.
 
     Args:
-        field: what is optimised.
+        space: the field that is optimised.
         occupancy: where it is looked at.
         prior: the model behind score distillation; None leaves that term (and the opacity terms) out.
         anchor: the view to match; None leaves that term out.

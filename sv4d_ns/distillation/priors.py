@@ -136,7 +136,7 @@ class FourDMPrior:
 
         latents = latents.detach()
         azimuths = [azimuth - self.front_deg for azimuth in views.azimuths_deg]
-        cameras = fourdm.camera_vectors(view_cameras(azimuths, views.elevation_deg)).to(latents.device)
+        cameras = fourdm.flat_cameras(view_cameras(azimuths, views.elevation_deg)).to(latents.device)
         rows = fourdm.network_rows(self.condition.frames(list(frames)), cameras)
         alpha = float(self.alphas[noise_step])
         noisy = guidance.add_noise(latents, unit_noise(latents, generator), alpha)

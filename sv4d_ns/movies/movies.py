@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -79,8 +79,10 @@ class Subject:
     grid: ViewGrid
     canonical_time: float
 
-    name: ClassVar[str] = "4D field"
-    """Of what the pictures show."""
+    @property
+    def name(self) -> str:
+        """Of what the pictures show."""
+        return "4D field"
 
     def identity(self) -> str:
         """Hash of the field's numbers and of the grid: movies of the same subject are the same."""
@@ -120,7 +122,11 @@ class Movie:
         """What each picture takes, in renders of this size, where some renders from the input camera are kept."""
         if self.input_views is None:
             return [1.0] * self.count
-        return [KEPT_COST if view in kept else (view[1] / size) ** 2 for view in self.input_views]
+        known, costs = set(kept), []
+        for view in self.input_views:
+            costs.append(KEPT_COST if view in known else (view[1] / size) ** 2)
+            known.add(view)
+        return costs
 
 
 def orbit_cameras(grid: ViewGrid, count: int, elevation_deg: float) -> Float[np.ndarray, "n 4 4"]:
@@ -137,15 +143,12 @@ def _clear_of_poles(elevation_deg: float) -> float:
 def shots(preset: Preset, subject: Subject, options: MovieOptions) -> tuple[list[Shot], float]:
     """The shots of a preset that needs nothing but the field, and their rate in pictures per second."""
     grid = subject.grid
-    moments = [float(time) for time in grid.times]
     if preset == "orbit":
         fps = options.fps or ORBIT_FPS
         cameras = orbit_cameras(grid, max(round(options.seconds * fps), 2), options.elevation_deg)
         time = subject.canonical_time if options.time is None else options.time
         return [Shot(camera, time) for camera in cameras], fps
-    fps = options.fps or grid.fps
-    if options.fps is not None and grid.num_frames > 1:  # moments at another rate, the clip's own speed
-        moments = list(np.linspace(0, 1, max(round((grid.num_frames - 1) / grid.fps * fps), 1) + 1))
+    moments, fps = passing(grid, options)
     if preset == "time":
         elevation = _clear_of_poles(grid.plan.input_elevation_deg + options.elevation_deg)
         camera = look_at_cameras(np.array([options.azimuth_deg]), np.array([elevation]), grid.plan.radius)[0]
@@ -155,6 +158,20 @@ def shots(preset: Preset, subject: Subject, options: MovieOptions) -> tuple[list
         Shot(camera, time)
         for camera, time in zip(orbit_cameras(grid, len(moments), options.elevation_deg), moments, strict=True)
     ], fps
+
+
+def passing(grid: ViewGrid, options: MovieOptions) -> tuple[list[float], float]:
+    """Moments in [0, 1] at which the clip passes once, at its own speed whatever the rate, and the rate."""
+    if options.fps is None or grid.num_frames == 1:
+        return [float(time) for time in grid.times], options.fps or grid.fps
+    steps = max(round((grid.num_frames - 1) / grid.fps * options.fps), 1)
+    return list(np.linspace(0, 1, steps + 1)), options.fps
+
+
+def passing_frames(grid: ViewGrid, options: MovieOptions) -> tuple[list[int], float]:
+    """As `passing`, with the clip's frames nearest to the moments: they repeat or are left out at another rate."""
+    moments, fps = passing(grid, options)
+    return [round(moment * (grid.num_frames - 1)) for moment in moments], fps
 
 
 def movie(preset: Preset, subject: Subject, options: MovieOptions) -> Movie:
@@ -187,17 +204,17 @@ def _side_by_side(subject: Subject, options: MovieOptions) -> Movie:
     from sv4d_ns.utils.images import resize_rgba
 
     grid = subject.grid
+    frames, fps = passing_frames(grid, options)
 
     def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         names = ["input video", f"{subject.name}, same camera"]
         strip = captioned(names, 2 * options.size, caption_height(options.size))
-        for frame in range(grid.num_frames):
+        for frame in frames:
             given = over_white(resize_rgba(grid.input_frames[frame][None], options.size)[0])
             made = over_white(subject.render_input_view(frame, options.size))
             yield np.concatenate([strip, np.concatenate([given, made], axis=1)])
 
-    views = tuple((frame, options.size) for frame in range(grid.num_frames))
-    return Movie(pictures, grid.num_frames, options.fps or grid.fps, views)
+    return Movie(pictures, len(frames), fps, tuple((frame, options.size) for frame in frames))
 
 
 def _overlay(subject: Subject, options: MovieOptions) -> Movie:
@@ -209,13 +226,14 @@ def _overlay(subject: Subject, options: MovieOptions) -> Movie:
 
     # no finer than it is shown
     sizes = [min(options.size, max(math.ceil(square.side * scale), 16)) for square in squares]
+    frames, fps = passing_frames(grid, options)
 
     def pictures() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        for frame, (square, size) in enumerate(zip(squares, sizes, strict=True)):
-            picture = subject.render_input_view(frame, size)
-            yield paste_in_source(over_white(clip.frames[frame]), picture, square, scale)
+        for frame in frames:
+            picture = subject.render_input_view(frame, sizes[frame])
+            yield paste_in_source(over_white(clip.frames[frame]), picture, squares[frame], scale)
 
-    return Movie(pictures, grid.num_frames, options.fps or grid.fps, tuple(enumerate(sizes)))
+    return Movie(pictures, len(frames), fps, tuple((frame, sizes[frame]) for frame in frames))
 
 
 def source_squares(grid: ViewGrid) -> "list[Framing]":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -51,7 +51,10 @@ class _Stages(Terminal):
 class MeshSubject(Subject):
     """A run as its mesh; as its field where that has no surface."""
 
-    name: ClassVar[str] = "4D asset (mesh)"
+    @property
+    def name(self) -> str:
+        """Of what the pictures show."""
+        return "4D asset (mesh)" if self._made else super().name
 
     def identity(self) -> str:
         """Of the field and of how the mesh is made."""

@@ -156,6 +156,17 @@ def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, .
         path.write_text(json.dumps(record))
 
 
+def latest_run(runs: Path, pattern: str = "*") -> Path | None:
+    """The run that was begun, continued or found finished last: each of these writes its run.json.
+
+    Args:
+        runs: a folder of runs, or one above it.
+        pattern: of the runs' paths below that.
+    """
+    records = sorted(runs.glob(f"{pattern}/{RUN_FILE}"), key=lambda path: path.stat().st_mtime)
+    return records[-1].parent if records else None
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run: it holds what `record_run` writes (a run.json have others, too)."""
     try:

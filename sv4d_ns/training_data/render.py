@@ -457,7 +457,7 @@ def _render_file(
         raise AssetError("the file is missing or empty")
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".render-", dir=folder.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
     try:
         job = {
             "asset": str(asset.path.resolve()),

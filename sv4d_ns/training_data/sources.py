@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sv4d_ns.training_data.exclusions import is_test_object
+from sv4d_ns.training_data.procedural import TRAINING_SEEDS
 from sv4d_ns.utils.errors import InputError
 
 SUFFIXES = (".glb", ".gltf", ".fbx", ".blend")
@@ -64,6 +65,11 @@ def _creatures(source: str) -> list[Asset]:
     if match is None or int(match[2]) < 1:
         raise InputError(f"'{source}' names no creatures: write procedural:SEED:COUNT, for example procedural:0:100.")
     first, count = int(match[1]), int(match[2])
+    if first + count > TRAINING_SEEDS.stop:
+        raise InputError(
+            f"'{source}' reaches creatures that are held out for evaluations: the largest seed for training is "
+            f"{TRAINING_SEEDS.stop - 1}, so take an earlier SEED or a smaller COUNT."
+        )
     return [
         Asset(f"creature-{seed:010d}", None, seed, PROCEDURAL_LICENCE, {"kind": "procedural", "seed": seed})
         for seed in range(first, first + count)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sv4d_ns.diffusion.fourdm.checkpoints import convert_network, keys_of
-from sv4d_ns.diffusion.fourdm.conditioning import TokenOrder, camera_vectors
-from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
+from sv4d_ns.diffusion.fourdm.conditioning import TokenOrder, flat_cameras
+from sv4d_ns.diffusion.fourdm.guidance import ddim_scheduler
 from sv4d_ns.diffusion.fourdm.motion_module import MotionModule
 from sv4d_ns.diffusion.fourdm.pipeline import VIEW_AZIMUTHS_DEG, FourDMPipeline, view_cameras
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
@@ -137,10 +137,10 @@ def test_sampling(name, order):
     recorded, described = folder.tensors(file), folder.metadata(file)
     model = folder.network(described["unet_weights"])
     condition = folder.condition(model, recorded, recorded["ip_img"])
-    cameras = camera_vectors(view_cameras(VIEW_AZIMUTHS_DEG))
+    cameras = flat_cameras(view_cameras(VIEW_AZIMUTHS_DEG))
     folder.assert_within(cameras, recorded["camera"][: folder.VIEWS], 1e-6)
 
-    pipeline = FourDMPipeline(None, None, None, None, None, model, released_scheduler())
+    pipeline = FourDMPipeline(None, None, None, None, None, model, ddim_scheduler())
     start = folder.real_views(recorded["x_T"])
     arguments = (condition, start, int(described["steps"]), float(described["guidance_scale"]))
     made = pipeline.sample(*arguments, order)
@@ -156,7 +156,7 @@ def test_the_right_token_order_is_the_default(name):
     file = f"ddim_{name}.safetensors"
     recorded, described = folder.tensors(file), folder.metadata(file)
     model = folder.network(described["unet_weights"])
-    pipeline = FourDMPipeline(None, None, None, None, None, model, released_scheduler())
+    pipeline = FourDMPipeline(None, None, None, None, None, model, ddim_scheduler())
     condition = folder.condition(model, recorded, recorded["ip_img"])
     steps: list[torch.Tensor] = []
     step = pipeline.scheduler.step

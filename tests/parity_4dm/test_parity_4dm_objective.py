@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sv4d_ns.diffusion.fourdm import guidance
-from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, camera_vectors, composite, network_rows
+from sv4d_ns.diffusion.fourdm.conditioning import FourDMCondition, composite, flat_cameras, network_rows
 from sv4d_ns.diffusion.fourdm.frame import DISTANCE, FIELD_OF_VIEW
 from sv4d_ns.diffusion.fourdm.pipeline import spread_frames, view_cameras
 from sv4d_ns.distillation.anchor import anchor_target
@@ -65,7 +65,7 @@ def test_arguments_of_the_network(name):
         torch.zeros(1, 1),
         recorded["vae_latent_of_images"] * SCALING_FACTOR,
     )
-    rows = network_rows(condition, camera_vectors(recorded["c2w"]))
+    rows = network_rows(condition, flat_cameras(recorded["c2w"]))
 
     def conditional_first(values: torch.Tensor) -> torch.Tensor:
         return torch.cat(values.chunk(2)[::-1])
@@ -113,7 +113,7 @@ def test_noise_of_the_network(name):
     recorded = recording(name)
     model = folder.network(folder.metadata(f"sds_{name}.safetensors")["unet_weights"])
     latents = recorded["vae_latent_of_images"] * SCALING_FACTOR
-    rows = network_rows(folder.condition(model, recorded, latents), camera_vectors(recorded["c2w"]))
+    rows = network_rows(folder.condition(model, recorded, latents), flat_cameras(recorded["c2w"]))
     alpha = guidance.alphas_cumprod()[int(recorded["t"])].item()
     noisy = guidance.add_noise(recorded["latents"], recorded["noise"], alpha)
     unconditional, conditional = guidance.predict_noise(model, noisy, int(recorded["t"]), rows)
@@ -138,7 +138,7 @@ def test_diffusion_schedule():
     folder.assert_within(before.float(), recorded["alphas_cumprod_prev"], 1e-6)
     folder.assert_within(alphas.sqrt().float(), recorded["sqrt_alphas_cumprod"], 1e-6)
     folder.assert_within((1 - alphas).sqrt().float(), recorded["sqrt_one_minus_alphas_cumprod"], 1e-6)
-    folder.assert_within(guidance.released_scheduler().alphas_cumprod, recorded["alphas_cumprod"], 1e-6)
+    folder.assert_within(guidance.ddim_scheduler().alphas_cumprod, recorded["alphas_cumprod"], 1e-6)
 
 
 @folder.needs("schedule.safetensors")
@@ -201,7 +201,7 @@ def test_training_cameras(name):
     )
     c2w = torch.from_numpy(made).float()
     folder.assert_within(c2w, entry("c2w"), CAMERA_ATOL)
-    folder.assert_within(camera_vectors(c2w), entry("camera_cond"), CAMERA_ATOL)
+    folder.assert_within(flat_cameras(c2w), entry("camera_cond"), CAMERA_ATOL)
     folder.assert_within(c2w[:, :3, 3], entry("rays_o"), CAMERA_ATOL)
     size = int(entry("height"))
     points = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)) * 0.4 - 0.2
@@ -246,7 +246,7 @@ def test_sampling_cameras(name):
     elevation, azimuth = (float(part[2:]) for part in name.partition(".")[2].split("_"))
     # ImageDream's azimuth 90 is +x
     views = view_cameras([azimuth - 90.0 + 90.0 * view for view in range(4)], elevation)
-    ours = torch.cat([camera_vectors(views), torch.zeros(1, 16)])
+    ours = torch.cat([flat_cameras(views), torch.zeros(1, 16)])
     folder.assert_within(ours, folder.tensors(CAMERAS)[name], CAMERA_ATOL)
 
 

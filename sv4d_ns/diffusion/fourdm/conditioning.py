@@ -78,7 +78,7 @@ class NetworkRows:
     num_views: int
 
 
-def camera_vectors(c2w: Float[Tensor, "v 4 4"]) -> Float[Tensor, "v 16"]:
+def flat_cameras(c2w: Float[Tensor, "v 4 4"]) -> Float[Tensor, "v 16"]:
     """Camera-to-world matrices (OpenGL, z up, azimuth 0 at +x) row by row, the translation scaled to length one."""
     scaled = c2w.clone()
     position = scaled[:, :3, 3]

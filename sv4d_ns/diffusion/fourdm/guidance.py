@@ -18,7 +18,7 @@ STD_RESCALE = 0.2
 BETA_START, BETA_END = 0.00085, 0.012
 
 
-def released_scheduler() -> DDIMScheduler:
+def ddim_scheduler() -> DDIMScheduler:
     """The noise schedule of Stable Diffusion 2.1 and the sampler of the reference."""
     return DDIMScheduler(
         beta_start=BETA_START,

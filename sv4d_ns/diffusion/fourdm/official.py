@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from sv4d_ns.diffusion.fourdm.checkpoints import MOTION, convert_network
-from sv4d_ns.diffusion.fourdm.guidance import released_scheduler
+from sv4d_ns.diffusion.fourdm.guidance import ddim_scheduler
 from sv4d_ns.diffusion.fourdm.pipeline import FourDMPipeline
 from sv4d_ns.diffusion.fourdm.unet import FourDMUNet
 from sv4d_ns.utils.errors import InputError
@@ -175,7 +175,7 @@ def load_fourdm_pipeline(
             ),
             feature_extractor=CLIPImageProcessor(),
             unet=network.to(dtype).eval(),
-            scheduler=released_scheduler(),
+            scheduler=ddim_scheduler(),
         )
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

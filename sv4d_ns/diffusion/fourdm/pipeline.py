@@ -22,8 +22,8 @@ from sv4d_ns.diffusion.fourdm.conditioning import (
     SAMPLING_NEGATIVE_PROMPT,
     FourDMCondition,
     TokenOrder,
-    camera_vectors,
     composite,
+    flat_cameras,
     network_rows,
 )
 from sv4d_ns.diffusion.fourdm.guidance import GUIDANCE_SCALE, add_noise, guided, predict_noise
@@ -49,7 +49,7 @@ class FourDMPipeline(DiffusionPipeline):
         image_encoder: CLIP ViT-H/14's image half, of which the second-last hidden states are used.
         feature_extractor: its preprocessing.
         unet: the network.
-        scheduler: see `guidance.released_scheduler`.
+        scheduler: see `guidance.ddim_scheduler`.
         num_frames: f the model was trained for; the window length for long videos.
         image_size: height and width in pixels.
     """
@@ -112,7 +112,8 @@ class FourDMPipeline(DiffusionPipeline):
         """Image tokens of matted input frames, those of "no image", and the frames' scaled latents; all float32.
 
         Args:
-            frames: straight-alpha RGBA, put on white and resized to `image_size`.
+            frames: straight-alpha RGBA of any size, put on white; resized to `image_size` for the latents, and by the
+                feature extractor to the image encoder's size for the tokens.
             generator: of the autoencoder's posterior sample; None takes its mean.
         """
         device, dtype = self._execution_device, self.unet.dtype
@@ -240,7 +241,7 @@ class FourDMPipeline(DiffusionPipeline):
         if condition.num_frames > MAX_FRAMES:
             raise InputError(f"A window has at most {MAX_FRAMES} frames, not {condition.num_frames}.")
         device = noise.device
-        cameras = camera_vectors(view_cameras(VIEW_AZIMUTHS_DEG)).to(device)
+        cameras = flat_cameras(view_cameras(VIEW_AZIMUTHS_DEG)).to(device)
         rows = network_rows(condition, cameras, token_order)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps[num_inference_steps - steps_to_run(num_inference_steps, strength) :]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sv4d_ns.diffusion.bundled.frustum import Frustum, pixel_directions, relative_poses
 from sv4d_ns.diffusion.bundled.pictures import continued, premultiplied
-from sv4d_ns.diffusion_training.data import TRAINING_SEEDS, draw_times
+from sv4d_ns.diffusion_training.data import draw_times
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
-from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural import TRAINING_SEEDS, creature, render
 from sv4d_ns.training_data.procedural.volume import inside, surface_colours
 
 RAY_SHARE_AT_EDGES = 0.75

@@ -8,10 +8,9 @@ from PIL import Image
 
 from sv4d_ns.diffusion.bundled.network import VolumeDenoiser
 from sv4d_ns.diffusion.bundled.pipeline import BundledVideoPipeline
-from sv4d_ns.diffusion_training.data import HELD_OUT_SEEDS
 from sv4d_ns.diffusion_training.report import on_white
 from sv4d_ns.geometry.cameras import look_at_cameras
-from sv4d_ns.training_data.procedural import creature, render
+from sv4d_ns.training_data.procedural import HELD_OUT_SEEDS, creature, render
 from sv4d_ns.utils.files import atomic_path
 
 SHEET_OBJECTS = 6

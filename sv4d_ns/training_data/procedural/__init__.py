@@ -7,7 +7,11 @@ from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG
 from sv4d_ns.training_data.procedural.creatures import Creature, creature
 from sv4d_ns.training_data.procedural.renderer import draw
 
-__all__ = ["Creature", "creature", "render"]
+__all__ = ["HELD_OUT_SEEDS", "TRAINING_SEEDS", "Creature", "creature", "render"]
+
+TRAINING_SEEDS = range(0, 2**31)
+HELD_OUT_SEEDS = range(2**31, 2**32)
+"""Creatures of these two ranges are never mixed: the second is for evaluation and for the bundled sample."""
 
 
 def render(
