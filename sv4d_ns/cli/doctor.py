@@ -37,7 +37,7 @@ class Doctor:
     """A folder, pattern or video of masks, one for each frame."""
     matting: Annotated[str | None, _as_in_training("matting")] = "u2netp"
     """Model that finds the object where the background is not plain."""
-    crop: Annotated[Literal["fixed", "stabilised", "released"], _as_in_training("crop")] = "fixed"
+    crop: Annotated[Literal["auto", "fixed", "stabilised", "released"], _as_in_training("crop")] = "auto"
     """The square shown to the model."""
     picture: Path | None = None
     """Write the cut-out frames side by side as one picture (png), with what was found marked in colours."""
