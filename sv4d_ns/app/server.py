@@ -23,7 +23,7 @@ from sv4d_ns.app.jobs import Crop, Store, title_of
 from sv4d_ns.app.runner import Runner, Settings
 from sv4d_ns.app.seen import brief, described, download_name, files
 from sv4d_ns.app.work import PAGE_FILE
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 from sv4d_ns.utils.files import sole_use
 from sv4d_ns.video.matting import BUNDLED
 from sv4d_ns.video.sources import FILM_SUFFIXES
@@ -33,7 +33,7 @@ try:
     from tornado.httpserver import HTTPServer
     from tornado.web import Application, HTTPError, RequestHandler, StaticFileHandler, stream_request_body
 except ImportError as error:
-    raise InputError("'sv4d app' needs tornado, which is not installed: pip install 'sv4d-ns[app]'.") from error
+    raise InputError(f"'sv4d app' needs tornado, which is not installed: {install_extra('app')}.") from error
 
 LOCK_FILE = ".app.lock"
 PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
