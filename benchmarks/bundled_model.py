@@ -1,6 +1,6 @@
 """The bundled model against the truth on objects it never saw, beside copying the input and an older pipeline.
 
-    python benchmarks/bundled_model.py --cases ../shared/benchmark --assets ../shared/assets/animated --sheet sheet.png
+    python benchmarks/bundled_model.py --cases CASES --assets ASSETS/animated --sheet sheet.png
 
 Three sets: held-out creatures (8 frames), held-out assets (the tenth of the folder that training leaves out, 21
 frames), and benchmark cases (21 frames, their `nv8` views). Scores are those of `sv4d_ns.diffusion_training.evaluate`,

@@ -1,4 +1,4 @@
-"""4D cases in the format of the 4D benchmark (shared/benchmark/README.md) from animated GLBs, by the compiled renderer.
+"""4D cases (docs/evaluation.md, "Truth") from animated GLBs, by the compiled renderer.
 
     python benchmarks/make_cases.py ASSETS OUT --names animated/NAME[:CLIP[:YAW[:ELEVATION]]] ... [--spin animated/NAME]
 

@@ -1,6 +1,6 @@
 """How well the model of this package finds objects before photographs: IoU with the true silhouettes, and confidence.
 
-    python benchmarks/matting.py /work/shared/benchmark --frames 5
+    python benchmarks/matting.py CASES --frames 5
 
 The cases of the public benchmark are laid over photographs that come with scikit-image and scikit-learn, some without
 a subject of their own (texture, sky) and some with one (a face, a cup, a cat). Each clip is judged as a run sees it:

@@ -3,7 +3,7 @@
     python examples/04_train_on_my_assets.py my_assets runs/mine
 
 Every clip of every file is used: textures, skins and morph targets are drawn without Blender. The same command goes on
-after an interrupt. `sv4d train --help` lists all settings.
+after an interrupt. `sv4d train --config recipes/bundled.yaml --help` lists all settings.
 """
 
 from pathlib import Path

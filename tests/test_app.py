@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import requests
@@ -23,10 +23,12 @@ from tornado.httpserver import HTTPServer
 
 from sv4d_ns.app import jobs as jobs_module
 from sv4d_ns.app import runner as runner_module
-from sv4d_ns.app.jobs import MAX_OPEN, Job, Store, plain_name, title_of
+from sv4d_ns.app.jobs import MAX_OPEN, Crop, Job, Store, plain_name, title_of
 from sv4d_ns.app.runner import Runner, Settings
 from sv4d_ns.app.seen import PHASES, _phase, described, files
 from sv4d_ns.app.server import BODY_BYTES, OURS, App, Place, announce, application, command, is_own_name
+from sv4d_ns.cli.doctor import Doctor
+from sv4d_ns.plugin.datamanager import SV4DDataManagerConfig
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.progress import PROGRESS_VARIABLE
 
@@ -314,6 +316,20 @@ store.add(upload, "fox.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["0123456789ab"]
 
 
+def test_a_video_is_cropped_as_by_the_commands(tmp_path: Path, fake: Path) -> None:
+    store = Store(tmp_path / "out")
+    job = added(store, "good")
+
+    async def test(runner: Runner) -> None:
+        ready = await reached(store, job, "ready")
+        words = json.loads((store.folder(job) / "look.json").read_text())["words"]
+        assert words[-2:] == ["--crop", SV4DDataManagerConfig().crop]
+        assert Doctor(Path("fox.mp4")).crop == SV4DDataManagerConfig().crop
+        assert runner.train_words(ready)[-2:] == ["--pipeline.datamanager.crop", SV4DDataManagerConfig().crop]
+
+    working(store, test)
+
+
 def test_jobs_outlive_the_server(tmp_path: Path, fake: Path) -> None:
     store = Store(tmp_path / "out")
     running, waiting = added(store, "first"), added(store, "second")
@@ -466,6 +482,7 @@ def test_the_page_is_whole_and_asks_nobody_else() -> None:
     ids = set(re.findall(r'id="([^"]+)"', page))
     assert set(re.findall(r'\$\("([^"]+)"\)', script)) <= ids
     assert set(re.findall(r'for="([^"]+)"', page)) <= ids
+    assert tuple(re.findall(r'<option value="([^"]+)"', page)) == get_args(Crop)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

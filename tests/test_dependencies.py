@@ -55,3 +55,12 @@ def test_every_import_is_declared() -> None:
         if not {normal(name) for name in distributions.get(module, [module])} & known
     }
     assert not missing
+
+
+def test_extras_that_users_are_told_to_install_exist() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    texts = [path.read_text() for path in [*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]]
+    # the package is on no index, so its name with an extra leads nowhere
+    assert not [text[at.start() : at.end() + 20] for text in texts for at in re.finditer(r"sv4d[-_]ns\[", text)]
+    named = {name for text in texts for name in re.findall(r"pip install '\.\[(\w+)\]'|install_extra\('(\w+)'\)", text)}
+    assert {name or other for name, other in named} <= extras and len(named) > 5

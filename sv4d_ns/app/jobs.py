@@ -28,7 +28,7 @@ from sv4d_ns.video.sources import FILM_SUFFIXES
 State = Literal["looking", "refused", "ready", "waiting", "running", "stopped", "failed", "finished"]
 """looking: the doctor's turn is coming or on; refused: it cannot use the video; ready: to be started; waiting: for its
 turn; stopped: by the user or with the server; failed: with `Job.error`."""
-Crop = Literal["fixed", "stabilised"]
+Crop = Literal["auto", "fixed", "stabilised"]
 JOB_FILE = "job.json"
 MAX_OPEN = 20
 """Jobs that may wait for the doctor or for their turn at once: more would only fill the disk."""
@@ -60,7 +60,8 @@ class Job:
     since: float = 0.0
     """When it came into this state."""
     matting: str = "u2netp"
-    crop: Crop = "fixed"
+    crop: Crop = "auto"
+    """As a run on the command line where nothing is said."""
     begun: bool = False
     """Whether a run of it has been started."""
     error: str = ""

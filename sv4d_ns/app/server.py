@@ -14,16 +14,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 from urllib.parse import quote, unquote
 
 import tyro
 
-from sv4d_ns.app.jobs import Store, title_of
+from sv4d_ns.app.jobs import Crop, Store, title_of
 from sv4d_ns.app.runner import Runner, Settings
 from sv4d_ns.app.seen import brief, described, download_name, files
 from sv4d_ns.app.work import PAGE_FILE
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 from sv4d_ns.utils.files import sole_use
 from sv4d_ns.video.matting import BUNDLED
 from sv4d_ns.video.sources import FILM_SUFFIXES
@@ -33,7 +33,7 @@ try:
     from tornado.httpserver import HTTPServer
     from tornado.web import Application, HTTPError, RequestHandler, StaticFileHandler, stream_request_body
 except ImportError as error:
-    raise InputError("'sv4d app' needs tornado, which is not installed: pip install 'sv4d-ns[app]'.") from error
+    raise InputError(f"'sv4d app' needs tornado, which is not installed: {install_extra('app')}.") from error
 
 LOCK_FILE = ".app.lock"
 PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
@@ -284,7 +284,7 @@ def _choices(body: bytes) -> tuple[str, str]:
         matting, crop = asked["matting"], asked["crop"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError("The choice of background and crop cannot be read: reload the page.") from error
-    if matting not in (BUNDLED, "isnet-general-use") or crop not in ("fixed", "stabilised"):
+    if matting not in (BUNDLED, "isnet-general-use") or crop not in get_args(Crop):
         raise InputError("There is no such choice of background or crop: reload the page.")
     return matting, crop
 

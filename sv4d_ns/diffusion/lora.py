@@ -8,7 +8,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import is_peft_available
 from torch import Tensor
 
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 
 PREFIX = "unet"
 
@@ -16,7 +16,7 @@ PREFIX = "unet"
 def require_peft() -> None:
     """Raise InputError where PEFT is not installed."""
     if not is_peft_available():
-        raise InputError("LoRA needs the package peft, which is not installed: pip install 'sv4d-ns[lora]'.")
+        raise InputError(f"LoRA needs the package peft, which is not installed: {install_extra('lora')}.")
 
 
 class LoraLoader(LoraBaseMixin):  # type: ignore[misc]

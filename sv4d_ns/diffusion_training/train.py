@@ -51,7 +51,7 @@ from sv4d_ns.diffusion_training.sharding import set_up, whole, without_weights
 from sv4d_ns.diffusion_training.starts import open_start
 from sv4d_ns.training_data.dataset import disk_errors
 from sv4d_ns.utils.devices import choose_device
-from sv4d_ns.utils.errors import InputError, one_sentence_errors
+from sv4d_ns.utils.errors import InputError, install_extra, one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
 from sv4d_ns.utils.progress import bar
 
@@ -97,7 +97,7 @@ def _add_adapters(parts: TrainedParts, config: TrainConfig) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise InputError("--lora-rank needs the peft package: pip install 'sv4d-ns[lora]'.") from error
+        raise InputError(f"--lora-rank needs the peft package: {install_extra('lora')}.") from error
     parts.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

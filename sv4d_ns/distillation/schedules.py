@@ -92,8 +92,9 @@ class NoiseLevels:
 REFERENCE_NOISE = NoiseLevels(Ramp(0, 0.98, 0.02, 5000), Ramp(0, 0.98, 0.25, 5000))
 """Annealed: coarse shape first, then detail."""
 ONE_STEP_NOISE = NoiseLevels(Ramp.constant(0.85), Ramp.constant(0.98))
-"""For models that sample in one step (the shipped one). They were made to know best at the noise they start from;
-below it they repeat what they are shown. Measured in docs/4diffusion.md."""
+"""For models that sample in one step, and for the bundled one. A one-step model knows best at the noise it starts from;
+below it it repeats what it is shown. Measured with the former bundled model, which sampled in one step
+(docs/4diffusion.md); today's samples in three and was not measured."""
 
 RENDER_SIZES = ((0, 64), (5000, 192), (10_000, 256))
 """(first step, pixels a side) of the renders."""

@@ -120,7 +120,7 @@ class ExportMesh(_Export):
     """Metres the object is to be tall, from its lowest to its highest point where it stands tallest (1.8 for a person).
     None keeps the run's scale, in which the object's box is about 1 m wide."""
     usd: Literal["none", "usdc", "usdz"] = "none"
-    """Also write the animation as USD (needs the extra 'usd': pip install 'sv4d-ns[usd]')."""
+    """Also write the animation as USD (needs the extra 'usd': pip install '.[usd]' in this package's folder)."""
     sequence: Literal["none", "obj", "ply"] = "none"
     """Also write one coloured mesh per frame in this format."""
 

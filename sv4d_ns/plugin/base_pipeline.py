@@ -51,8 +51,8 @@ class FieldPipelineConfig(VanillaPipelineConfig):
         "side-by-side",
         "overlay",
     )
-    """Movies made at the end of the run, in its folder `movies`, of its mesh; () for none. `sv4d render` makes
-    them of the field."""
+    """Movies made at the end of the run, in its folder `movies`, of its mesh; no value after the flag makes none.
+    `sv4d render` makes them of the field."""
     movie_size: int = 512
     """Pixels along the side of their pictures, even."""
 

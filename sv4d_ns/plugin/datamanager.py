@@ -111,8 +111,9 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Which tokens of different views attend to each other; None takes what the model was made with."""
     normals: str | None = None
     """What estimates normals for the normal loss: a folder of normal maps named like the grid's pictures
-    (view00_frame0000.png, camera axes as in docs/optimisation.md), or a diffusers pipeline on this machine (its folder,
-    or its name in the local cache, e.g. prs-eth/marigold-normals-v1-1)."""
+    (view00_frame0000.png; 8-bit RGB, 0 is -1 and 255 is 1 along the camera's axes: red to the right, green up, blue
+    towards the camera), or a diffusers pipeline on this machine (its folder, or its name in the local cache, e.g.
+    prs-eth/marigold-normals-v1-1)."""
     leave_out: bool = True
     """Where the silhouettes of all views but a few (one in four) agree, fit the field to those and leave out the rest.
     Views that come with a confidence, as the bundled model's do, are all kept."""

@@ -159,7 +159,8 @@ def time_sentence(seconds: float | None) -> str:
 REFERENCE_GFLOPS = 96.0
 """What one thread did in float32 matrix products, by its CPU time, where the figures above come from."""
 THREAD_GAIN = 1.4
-"""How much faster a whole run is with two or more threads than with one (docs/performance.md)."""
+"""How much faster a whole run is with two or more threads than with one: it had 172 s of processor time in 126 s on two
+cores (benchmarks/results/main_job.md)."""
 BUSY_SHARE = 0.8
 """Share of the time a core is ours below which the user is told: the guess holds while that is so."""
 SPEED_SECONDS = 1.0

@@ -36,11 +36,12 @@ class SV4DPipelineConfig(FieldPipelineConfig):
     """Training steps between updates of the visibility weights, one frame each, once frames move; 0 weights generated
     views by their angle from the input alone."""
     refine_steps: tuple[int, ...] | None = None
-    """Training steps at which stage 2 renders, noises and denoises all views; one round each, () for stage 1 alone.
-    None is one round at 0.64 of --max-num-iterations (of the run that is continued, if it had one already)."""
+    """Training steps at which stage 2 renders, noises and denoises all views; one round each; no value after the
+    flag is stage 1 alone. None is one round at 0.64 of --max-num-iterations (of the run that is continued, if it had
+    one already)."""
     refine_strength: float | None = None
     """Noise level of stage 2 in (0, 1]: the share of the denoising schedule that is run again; None takes what suits
-    the model (0.4 for the official one; the paper does not say)."""
+    the model (0.5 for the bundled one, 0.4 for the official one; the paper does not say)."""
 
 
 class SV4DPipeline(FieldPipeline):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sv4d_ns import __version__
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -48,7 +48,7 @@ def open_cluster(cluster: str | None) -> Iterator["Client"]:
         import dask
         from distributed import Client
     except ImportError as error:
-        raise InputError("Work on several processes or machines needs Dask: pip install 'sv4d-ns[cluster]'.") from error
+        raise InputError(f"Work in processes of its own needs Dask: {install_extra('cluster')}.") from error
     # a dead worker is not the task's fault, up to a limit
     with dask.config.set({"distributed.scheduler.allowed-failures": TRIES, "distributed.comm.timeouts.connect": "10s"}):
         own = None if cluster and cluster.startswith(("tcp://", "tls://")) else _own_workers(cluster)

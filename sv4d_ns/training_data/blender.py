@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 
 WORKER = Path(__file__).with_name("blender_worker.py")
 LAST_LINES = 3
@@ -33,7 +33,7 @@ def find_blender(given: Path | None) -> list[str]:
     if (found := shutil.which("blender")) is not None:
         return _command(found)
     raise InputError(
-        "Rendering assets needs Blender: pip install 'sv4d-ns[render]', or name a Python that has bpy (or Blender "
+        f"Rendering assets needs Blender: {install_extra('render')}, or name a Python that has bpy (or Blender "
         "itself) with --blender-python; procedural:SEED:COUNT needs neither."
     )
 

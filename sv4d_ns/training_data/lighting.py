@@ -1,7 +1,7 @@
 """Soft light that is fixed in the world: a sky over a ground with ambient occlusion, and a few shadowed lamps.
 
 What reaches a place is kept on a coarse grid around the object, so colour depends on place and normal only, never on
-the camera: all views of a moment agree, as in the 4D benchmark (shared/benchmark/README.md, "Lighting and materials").
+the camera: all views of a moment agree, as in the cases that models are judged on (`benchmarks/make_cases.py`).
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 from sv4d_ns.training_data.exclusions import is_test_object
 from sv4d_ns.training_data.procedural import TRAINING_SEEDS
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 
 SUFFIXES = (".glb", ".gltf", ".fbx", ".blend")
 PROCEDURAL = "procedural:"
@@ -138,7 +138,7 @@ def _objaverse(text: str, include_test_objects: bool) -> list[Asset]:
         import objaverse
     except ImportError as error:
         raise InputError(
-            "Objaverse assets need the objaverse package: pip install 'sv4d-ns[objaverse]', or download the assets "
+            f"Objaverse assets need the objaverse package: {install_extra('objaverse')}, or download the assets "
             "yourself and give their folder."
         ) from error
     try:

@@ -29,6 +29,11 @@ class InputError(ValueError):
     """
 
 
+def install_extra(name: str) -> str:
+    """How to get the packages of an extra: this package is on no index, so its name would lead nowhere."""
+    return f"pip install '.[{name}]' in the folder that holds this package's pyproject.toml"
+
+
 class NotFiniteError(ArithmeticError):
     """A term of the loss is NaN or infinite; raised before the step changes anything."""
 

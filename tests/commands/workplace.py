@@ -24,7 +24,7 @@ READY_S, ENDS_S = 240, 60
 
 
 class Workplace:
-    """video.mp4, CASE, GRID, assets and so on; RUN and every `...` are the run that the documents' ns-train makes."""
+    """video.mp4, CASE, GRID, grid, assets ...; RUN and every `...` are the run that the documents' ns-train makes."""
 
     def __init__(self, folder: Path, train: Callable[["Workplace", str], None]) -> None:
         self.folder, self._train = folder, train
@@ -48,7 +48,7 @@ class Workplace:
         from sv4d_ns.evaluation.cases import Case
 
         case = Case.load(self.folder / "CASE")
-        for name in ("GRID", "A", "B"):
+        for name in ("GRID", "grid", "A", "B"):
             case.grid(case.with_role("nv8"), 32).save(self.folder / name)
 
     def run_of(self, method: str) -> Path:

@@ -61,7 +61,7 @@ class ConvertConfig:
     """A local .safetensors file, or sv4d2.safetensors or sv4d2_8views.safetensors to fetch it from the hub, or
     OWNER/REPOSITORY/FILE.safetensors of the hub."""
     output: tyro.conf.Positional[Path]
-    """Folder to make; it must not exist."""
+    """Folder to make; it must not exist, or be empty."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the weights in the folder."""
     variant: str | None = None

@@ -12,7 +12,7 @@ import numpy as np
 
 from sv4d_ns.export.formats.gltf import encoded_image, linear_from_srgb, to_gltf_axes
 from sv4d_ns.export.formats.sequence import Still
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 from sv4d_ns.utils.files import atomic_path
 
 
@@ -21,7 +21,7 @@ def require_usd() -> None:
     try:
         import pxr  # noqa: F401
     except ImportError as error:
-        raise InputError("--usd needs usd-core, which is not installed: pip install 'sv4d-ns[usd]'.") from error
+        raise InputError(f"--usd needs usd-core, which is not installed: {install_extra('usd')}.") from error
 
 
 def write_usd(

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sv4d_ns.export.surface.extraction import CanonicalMesh, without_floaters, wound_outward
-from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.errors import InputError, install_extra
 
 Remesh = Literal["none", "triangle", "quad"]
 SYMMETRY = {"triangle": (6, 3), "quad": (4, 4)}
@@ -25,7 +25,7 @@ SYMMETRY = {"triangle": (6, 3), "quad": (4, 4)}
 def require_instant_meshes() -> None:
     """Raises `InputError` where pynanoinstantmeshes is not installed."""
     if importlib.util.find_spec("pynanoinstantmeshes") is None:
-        raise InputError("--remesh needs pynanoinstantmeshes, which is not installed: pip install 'sv4d-ns[remesh]'.")
+        raise InputError(f"--remesh needs pynanoinstantmeshes, which is not installed: {install_extra('remesh')}.")
 
 
 def remeshed(surface: CanonicalMesh, kind: Literal["triangle", "quad"], max_faces: int) -> CanonicalMesh:
