@@ -240,7 +240,8 @@ class SV4DPrior(_SigmaPrior):
         )[0].float()
         if not guidance.needs_unconditional:
             return output
-        return guide(*output.chunk(2), guidance.scales(frames, views).flatten().to(output.device))
+        unconditional, conditional = output.chunk(2)
+        return guide(unconditional, conditional, guidance.scales(frames, views).flatten().to(output.device))
 
     def _condition(self, frames: list[int], views: DrawnViews) -> GridCondition:
         count = len(views.azimuths_deg)
