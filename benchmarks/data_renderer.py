@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sv4d_ns.diffusion.bundled.frustum import Frustum
 from sv4d_ns.geometry.cameras import FIELD_OF_VIEW_DEG, look_at_cameras
 from sv4d_ns.training_data import rasterise, volume
 from sv4d_ns.training_data.blender import WORKER
@@ -64,7 +65,7 @@ def measure(library: AssetLibrary, rng: np.random.Generator, name: str) -> dict[
     inside = sample.occupancy(0, VIEWS[0])
     marks.append(time.process_time())
     coarse = inside.reshape(32, 2, 32, 2, 32, 2).any(axis=(1, 3, 5))
-    points = volume.cell_centres(VIEWS[0], 32)[coarse]
+    points = Frustum().world_points(32, VIEWS[0], coarse)
     marks.append(time.process_time())
     sample.nearest_colours(0, points)
     marks.append(time.process_time())

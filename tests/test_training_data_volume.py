@@ -5,13 +5,14 @@ import pytest
 import trimesh
 from glb_fixture import BOX_FACES, Glb, box, solid
 
+from sv4d_ns.diffusion.bundled.frustum import Frustum
 from sv4d_ns.geometry.cameras import look_at_cameras
 from sv4d_ns.training_data.gltf_scene import load_scene, pose
 from sv4d_ns.training_data.lighting import benchmark_lighting, light_field
-from sv4d_ns.training_data.volume import cell_centres, nearest_colours, occupancy
+from sv4d_ns.training_data.volume import FAR, NEAR, nearest_colours, occupancy
 
 CAMERA = look_at_cameras(np.array([30.0]), np.array([20.0]))[0]
-CENTRES = cell_centres(CAMERA)
+CENTRES = Frustum().world_points(64, CAMERA, np.ones((64,) * 3, bool)).reshape(64, 64, 64, 3)
 DEPTH = np.einsum("dhwk,k->dhw", CENTRES - CAMERA[:3, 3], -CAMERA[:3, 2])
 CELL = (2.57 - 1.43) / 64
 SIZES = CELL * (2 * np.tan(np.deg2rad(33.9) / 2) / 64 * DEPTH) ** 2
@@ -27,6 +28,7 @@ def world(points):
 
 
 def test_cells_are_where_the_camera_sees_them():
+    assert pytest.approx((Frustum().near, Frustum().far)) == (NEAR, FAR), "the network's grid and the true one"
     assert DEPTH[0, 5, 9] == pytest.approx(1.43 + CELL / 2) and DEPTH[63, 0, 0] == pytest.approx(2.57 - CELL / 2)
     middle = CENTRES[:, 31:33, 31:33].mean(axis=(1, 2))
     np.testing.assert_allclose(np.cross(middle - CAMERA[:3, 3], CAMERA[:3, 2]), 0, atol=1e-9)

@@ -39,8 +39,6 @@ class DiffusionSynthesizer:
     plan: ViewPlan
     num_inference_steps: int | None = None
     """Denoising steps of `generate`; None takes the pipeline's own default."""
-    refine_inference_steps: int | None = None
-    """Denoising steps of `refine` from its noise level down; None takes the pipeline's own step size."""
     refine_strength: float = 0.4
     """Noise level of `refine` where the user names none (our choice; the paper does not say)."""
     options: "GridOptions | None" = None
@@ -72,7 +70,6 @@ class DiffusionSynthesizer:
             "weights": self.weights,
             "code": __version__,
             "num_inference_steps": self.num_inference_steps,
-            "refine_inference_steps": self.refine_inference_steps,
             "options": asdict(self._options),
             "pipeline": scalars,
         }
@@ -94,7 +91,7 @@ class DiffusionSynthesizer:
         store: Path,
         progress: Progress,
     ) -> Views:
-        steps = self.refine_inference_steps or self.pipeline.steps_to_run(self.num_inference_steps, strength)
+        steps = self.pipeline.steps_to_run(self.num_inference_steps, strength)
         full_schedule = self.pipeline.scheduler
         # the schedule from the noise level of `strength` down, in as many steps as we like
         short_schedule = type(full_schedule).from_config(

@@ -27,18 +27,6 @@ SPACING = 0.012
 """Between the surface samples that `nearest_colours` looks among, world units."""
 
 
-def cell_centres(
-    input_c2w: Float[np.ndarray, "4 4"], resolution: int = RESOLUTION, fov_deg: float = FIELD_OF_VIEW_DEG
-) -> Float[np.ndarray, "d h w 3"]:
-    """World places of the centres of the grid's cells, [depth, row, column]; depth is linear from NEAR to FAR."""
-    tangent = np.tan(np.deg2rad(fov_deg) / 2)
-    steps = (np.arange(resolution) + 0.5) / resolution
-    depth, across = NEAR + (FAR - NEAR) * steps, (2.0 * steps - 1.0) * tangent
-    z, y, x = np.meshgrid(depth, -across, across, indexing="ij")
-    seen = np.stack([x * z, y * z, -z], axis=-1)
-    return seen @ input_c2w[:3, :3].T + input_c2w[:3, 3]
-
-
 def occupancy(
     mesh: PosedMesh,
     input_c2w: Float[np.ndarray, "4 4"],

@@ -23,22 +23,19 @@ class AssetSource:
     Args:
         folder: of GLB files.
         cache: where decoded files are kept.
-        held_out: draw from the held-out tenth instead.
 
     Raises:
         InputError: the folder holds no asset that can be used.
     """
 
-    def __init__(self, folder: Path, cache: Path | None = None, held_out: bool = False):
+    def __init__(self, folder: Path, cache: Path | None = None):
         self.library = AssetLibrary(folder, cache=cache)
-        self.names = self.library.held_out if held_out else self.library.train
-        self.largest_stretch, self.cropped_share = (1.0, 0.0) if held_out else (LARGEST_STRETCH, CROPPED_SHARE)
 
     def sample(self, rng: np.random.Generator, frames: int, views: int, size: int) -> Sample:
         elevation, c2w = draw_cameras(rng, views)
         asset = self.library.sample(
-            rng, frames, names=self.names, elevation_deg=elevation, longest_window_s=FRAME_SECONDS * max(frames - 1, 3),
-            largest_stretch=self.largest_stretch, cropped_share=self.cropped_share,
+            rng, frames, elevation_deg=elevation, longest_window_s=FRAME_SECONDS * max(frames - 1, 3),
+            largest_stretch=LARGEST_STRETCH, cropped_share=CROPPED_SHARE,
         )  # fmt: skip
         frustum = Frustum()
         occupancy = np.stack([asset.occupancy(frame, c2w[0], size) for frame in range(frames)])
