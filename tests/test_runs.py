@@ -58,8 +58,22 @@ def test_the_fingerprint_follows_every_picture(tmp_path: Path, kind: str) -> Non
     path = tmp_path / "shots" if kind == "folder" else tmp_path / "shots" / "*.png"
     before = fingerprint(None, path)
     assert before == fingerprint(None, path)
+    for name in (".DS_Store", "._1.png", "Thumbs.db"):
+        (tmp_path / "shots" / name).write_bytes(b"of the file manager")
+    assert fingerprint(None, path) == before, "no pictures"
     (tmp_path / "shots" / "1.png").write_bytes(b"changed")
     assert fingerprint(None, path) != before
+
+
+def test_the_fingerprint_follows_every_file_of_a_view_grid(tmp_path: Path) -> None:
+    from tiny_run import tiny_grid
+
+    folder = tiny_grid().save(tmp_path / "grid")
+    known = {fingerprint(None, folder)}
+    for name in ("grid.json", "transforms.json", "images/view00_frame0000.png"):
+        (folder / name).write_bytes(b"changed")
+        known.add(fingerprint(None, folder))
+    assert len(known) == 4
 
 
 def test_the_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:

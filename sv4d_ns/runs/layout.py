@@ -244,9 +244,10 @@ def _files_hash(path: Path | None) -> str | None:
     if path is None:
         return None
     path = local_path(path)
-    if path.is_dir():  # of pictures, or of a view grid with its own folders
-        folders = [path, *(path / name for name in ("images", "confidence"))]
-        files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
+    if path.is_dir():  # of pictures, or of a view grid with its own folders; what others put beside them is not read
+        folders = [folder for folder in (path, path / "images", path / "confidence") if folder.is_dir()]
+        files = [*(file for folder in folders for file in source_files(folder)), path / "grid.json"]
+        files = sorted(file for file in [*files, path / "transforms.json"] if file.is_file())
     else:
         # a pattern may match what is no file: a pipe, for one, would never end
         files = [file for file in source_files(path) if file.is_file()]
