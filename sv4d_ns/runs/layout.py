@@ -136,11 +136,6 @@ def free_name(runs: Path, name: str) -> str:
     return next(candidate for candidate in candidates if not (runs / candidate).exists())
 
 
-def is_dated(name: str) -> bool:
-    """Whether a run was named after the time it began, not by the user."""
-    return re.fullmatch(r"\d{4}-\d\d-\d\d_\d{6}(-\d+)?", name) is not None
-
-
 def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, ...] | None = None) -> None:
     """Make the folder of a run and write down what it is made from, and when its views are refined.
 
