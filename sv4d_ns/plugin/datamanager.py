@@ -6,7 +6,7 @@ keeps on disk, so they never need the diffusion model.
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -478,6 +478,7 @@ class SV4DDataManager(VanillaDataManager):
         return BatchSampler(views, config, ScheduleConfig(), self.config.seed)
 
     def _with_normals(self, views: "list[TrainView]", source: str) -> "list[TrainView]":
+        from sv4d_ns.fitting.train_views import with_normals
         from sv4d_ns.utils.progress import bar
         from sv4d_ns.views.normals import estimated_normals
 
@@ -485,7 +486,7 @@ class SV4DDataManager(VanillaDataManager):
         store = windows_folder(self.config.run_dir, "normals")
         with bar("Estimating normals") as progress:
             normals = estimated_normals(self.grid, source, store, str(self.device), progress)
-        return [replace(view, normals=torch.from_numpy(normals[view.number]).to(self.device)) for view in views]
+        return with_normals(views, normals)
 
     def _first_frame_rays(self) -> RayBundle:
         """What ns-export pointcloud and poisson fuse: one moment, seen from everywhere."""
