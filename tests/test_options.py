@@ -1,6 +1,7 @@
 """The choices of the command line are those of the rooms that make them."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -55,6 +56,34 @@ def test_the_users_views_become_a_plan() -> None:
     ):
         with pytest.raises(InputError):
             view_plan(SV4DDataManagerConfig(**wrong))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "datamanager.eval-num-rays-per-batch",
+        "datamanager.pixel-sampler.num-rays-per-batch",
+        "model.collider-params.near-plane",
+    ],
+)
+def test_what_nothing_reads_is_no_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from sv4d_ns.method_configs.sv4d import method
+
+    with pytest.raises(SystemExit):
+        tyro.cli(type(method.config), default=method.config, args=[f"--pipeline.{flag}", "7"])
+    assert flag in capsys.readouterr().err
+    assert method.config.pipeline.datamanager.eval_num_rays_per_batch, "nerfstudio's commands may set it"
+
+
+@pytest.mark.parametrize("method", ["sv4d", "4diffusion"])
+def test_the_prompt_reaches_the_model_that_makes_the_views(tmp_path: Path, method: str) -> None:
+    from tiny_run import tiny_config, tiny_grid
+
+    config = tiny_config(method, tmp_path)
+    tiny_grid().save(config.get_base_dir() / "views")
+    config.pipeline.model.prompt = "a fox"  # where nerfstudio puts --prompt
+    config.pipeline.setup(device="cpu", test_mode="val")
+    assert config.pipeline.datamanager.prompt == "a fox"
 
 
 def own_settings(config: Any, prefix: str = "") -> list[str]:
