@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import tyro
 
 from sv4d_ns.diffusion.sv4d.attention import CameraAttention
 from sv4d_ns.diffusion.sv4d.grid import GridOptions
@@ -94,8 +95,9 @@ def own_settings(config: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             found += own_settings(value, f"{prefix}{field.name}.")
         elif field.name != "_target" and any(
-            field.name in vars(kind).get("__annotations__", {}) and kind.__module__.startswith("sv4d_ns")
+            "Fixed" not in str(vars(kind).get("__annotations__", {}).get(field.name, "Fixed"))
             for kind in type(config).__mro__
+            if kind.__module__.startswith("sv4d_ns")
         ):
             found.append(prefix + field.name)
     return found

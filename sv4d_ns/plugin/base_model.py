@@ -18,6 +18,8 @@ from nerfstudio.models.base_model import Model, ModelConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from sv4d_ns.plugin.help import without_flags
+
 if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
     from sv4d_ns.fitting.schedule import Window
@@ -29,6 +31,7 @@ DYNAMIC_VIDEO_FPS = 24.0
 """Frame rate ns-render writes; cameras without a time advance by one such frame from picture to picture."""
 
 
+@without_flags("collider_params", "loss_coefficients")
 @dataclass
 class FieldModelConfig(ModelConfig):
     """How a field is rendered, whatever it is fitted to."""

@@ -23,7 +23,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
 
 from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
-from sv4d_ns.plugin.help import first_in_help
+from sv4d_ns.plugin.help import first_in_help, without_flags
 from sv4d_ns.runs.layout import newest_views, windows_folder
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.progress import say
@@ -51,6 +51,11 @@ class GridParserConfig:
 
 
 @first_in_help("max_frames", "fps", "masks", "matting", "crop", "synthesis", "seed")
+@without_flags(
+    *("train_num_images_to_sample_from", "train_num_times_to_repeat_images", "eval_num_rays_per_batch"),
+    *("eval_num_images_to_sample_from", "eval_num_times_to_repeat_images", "eval_image_indices", "collate_fn"),
+    *("camera_res_scale_factor", "patch_size", "pixel_sampler", "masks_on_gpu", "images_on_gpu"),
+)
 @dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Where the views come from and how their pixels are drawn."""
