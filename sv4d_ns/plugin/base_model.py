@@ -122,13 +122,14 @@ class FieldModel(Model):
         return self._render_picture(ray_bundle)
 
     def _render_picture(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        from sv4d_ns.field.images import surface_normals
+        from sv4d_ns.field.visibility import surface_normals
         from sv4d_ns.plugin.render_outputs import flat_rays, render_flat
 
         shape = ray_bundle.origins.shape[:-1]
         rays = flat_rays(ray_bundle)
         out = render_flat(self, rays)
-        normals = surface_normals(self.field, rays.origins, rays.directions, rays.times, out)
+        points = rays.origins + out["depth"][:, None] * rays.directions
+        normals = surface_normals(self.field, points, out["alpha"], rays.times)
         outputs = {
             "rgb": out["rgb"],
             "accumulation": out["alpha"][:, None],
