@@ -434,7 +434,7 @@ class SV4DDataManager(VanillaDataManager):
         return data if data is not None and data.exists() else self.config.run_dir or Path.cwd()
 
     def setup_train(self) -> None:
-        """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `sampling`."""
+        """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `BatchSampler`."""
         rays = self.config.train_num_rays_per_batch
         self.train_pixel_sampler = PixelSamplerConfig().setup(num_rays_per_batch=rays)
 

@@ -2,7 +2,7 @@
 
 outputs/<video>/sv4d/<timestamp>/
     config.yml  nerfstudio_models/step-*.ckpt     nerfstudio's own
-    views/                                        stage 1's view grid (a nerfstudio dataset, see views.py)
+    views/                                        stage 1's view grid (a nerfstudio dataset, see views/grid.py)
     views_refined_<k>/                            stage 2's grid of round k (from 1)
     contact_sheet.png  summary.json               what came out; written last
     run.json  run.lock                            the fingerprint of data and settings; held while the run is alive
