@@ -1,6 +1,7 @@
 """`sv4d cache`: what is there, what is whole, what may go."""
 
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,9 +71,41 @@ def test_verify_names_every_damaged_file(outputs: Path, capsys: pytest.CaptureFi
     assert all(path.name in said for path in broken)
 
 
+def test_verify_names_kept_normals_that_are_none(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = outputs / "video" / "sv4d" / WINDOWS / "normals" / f"{KEY}.npy"
+    kept.parent.mkdir()
+    np.save(kept, np.zeros((2, 4, 4, 3), np.float16))
+    assert not [flaw for entry in entries(outputs) for flaw in flaws(entry)]
+    whole = kept.read_bytes()
+    for content in (b"garbage", b"PK\x03\x04garbage", whole[: len(whole) // 2]):
+        kept.write_bytes(content)
+        with pytest.raises(SystemExit, match=r"1 files below .* are damaged"):
+            main(["cache", "verify", str(outputs)])
+        assert f"{kept} holds no estimated normals" in capsys.readouterr().out
+
+
+def make_old(path: Path) -> None:
+    os.utime(path, (0, 0))
+
+
+@pytest.mark.parametrize("lock", [".app.lock", ".batch.lock"])
+def test_prune_leaves_what_an_app_or_a_batch_is_writing(outputs: Path, lock: str) -> None:
+    files = [outputs / f"{TEMPORARY}upload-1", outputs / "job" / f"{TEMPORARY}model.glb"]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"half")
+        make_old(file)
+    with FileLock(outputs / lock):
+        assert not stale_files(outputs)
+    assert stale_files(outputs) == files
+
+
 def test_prune_keeps_finished_runs_and_asks_first(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (outputs / "video" / "sv4d" / "second" / "checkpoint.partial").write_bytes(b"half")
     (outputs / "video" / "sv4d" / f"{TEMPORARY}views").mkdir()
+    assert not stale_files(outputs), "somebody may still be writing them"
+    make_old(outputs / "video" / "sv4d" / "second" / "checkpoint.partial")
+    make_old(outputs / "video" / "sv4d" / f"{TEMPORARY}views")
     assert len(stale_files(outputs)) == 2
     before = sorted(outputs.rglob("*"))
     main(["cache", "prune", str(outputs)])

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sv4d_ns.utils.files import atomic_path, content_hash
+from sv4d_ns.utils import files
+from sv4d_ns.utils.files import atomic_folder, atomic_path, content_hash
 
 
 def test_the_file_appears_whole_with_the_users_permissions(tmp_path):
@@ -57,6 +58,48 @@ def test_a_kill_inside_the_block_leaves_the_old_file(tmp_path):
     os.waitpid(child, 0)
     assert target.read_text() == "old"
     assert all(path == target or path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "by two renames"])
+def test_a_folder_takes_the_place_of_an_older_one(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "views", "mark", "a grid") as new:
+            (new / "mark").write_text(content)
+        assert (tmp_path / "views" / "mark").read_text() == content
+        assert list(tmp_path.iterdir()) == [tmp_path / "views"]
+
+
+@pytest.mark.parametrize("way", ["error", "kill"])
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch, way):
+    """`new` cannot be moved to its place, or the process is killed before it is there."""
+    folder = tmp_path / "views"
+    folder.mkdir()
+    (folder / "mark").write_text("old")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name != "new":
+            return rename(path, target)
+        if way == "kill":
+            os.kill(os.getpid(), 9)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", fails)
+    if way == "error":
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        with pytest.raises(OSError), atomic_folder(folder, "mark", "a grid") as new:
+            (new / "mark").write_text("new")
+        assert (folder / "mark").read_text() == "old" and list(tmp_path.iterdir()) == [folder]
+        return
+    child = os.fork()
+    if child == 0:
+        with atomic_folder(folder, "mark", "a grid") as new:
+            (new / "mark").write_text("new")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (folder / "mark").read_text() in ("old", "new")
 
 
 json_values = st.recursive(

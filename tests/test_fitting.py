@@ -10,6 +10,8 @@ from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
 from sv4d_ns.field.volume_rendering import render_rays
 from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
+from sv4d_ns.fitting.fit import FitOptions, GridFit
+from sv4d_ns.fitting.frame_order import FrameOrder
 from sv4d_ns.fitting.objective import RIGIDITY_BESIDE_FLOW, TURNS, loss_terms
 from sv4d_ns.fitting.registration import band_losses, draw_band
 from sv4d_ns.fitting.schedule import ScheduleConfig, Window, apply_schedule
@@ -24,6 +26,7 @@ from sv4d_ns.fitting.train_views import (
 )
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.utils import randomness
+from sv4d_ns.utils.errors import InputError
 from sv4d_ns.views.grid import ViewGrid
 
 
@@ -192,6 +195,37 @@ def test_one_frame_and_a_frame_without_object_can_be_fitted(frames: int, empty_f
         loss = torch.stack(list(loss_terms(field, occupancy, flow, out, batch, LossWeights(), 0, step).values())).sum()
         assert loss.isfinite()
         loss.backward()
+
+
+def test_frames_that_another_order_brings_into_the_window_start_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 2's views may show another order: frames far away then lie in the window all at once."""
+    sizes = {"levels": 2, "max_resolution": 32, "motion_resolutions": (2,), "density_resolutions": (4,)}
+    field = DeformableField(DeformableFieldConfig(keyframes=6, **sizes))
+    occupancy = OccupancyGrid(6, resolution=16)
+    first, second = FrameOrder.outward(6, 0), FrameOrder((0, 0, 1, 2, 0, 4))
+    for step, order, frames in ((30, first, {0, 1, 2}), (31, second, {0, 1, 2, 4, 5})):
+        monkeypatch.setattr("sv4d_ns.fitting.schedule.frame_order", lambda *_, order=order: order)
+        window = apply_schedule(field, occupancy, None, ScheduleConfig(), step, 100, 200)
+        assert set(window.frames) == frames == field.admitted_frames
+        assert frames == set(field.admitted.nonzero()[:, 0].tolist())
+    again = DeformableField(DeformableFieldConfig(keyframes=6, **sizes))
+    again.load_state_dict(field.state_dict())
+    assert again.admitted_frames == field.admitted_frames
+
+
+def test_a_fit_looks_through_a_network_and_at_normals_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sv4d_ns.fitting.fit.vgg_distance", lambda _: lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    up = np.broadcast_to(np.float32([0, 0, 1]), (3, 32, 32, 3)).copy()
+    options = FitOptions(steps=10, rays=32, losses=LossWeights(perceptual=0.5))
+    fit = GridFit(grid(), options, normals=[up] * 4)
+    assert "perceptual" in fit.take_step()
+    normals = fit.sampler.draw(1, Window.whole(3), 1).normals
+    assert normals is not None and (normals[..., 2] == 1).all()
+    monkeypatch.undo()
+    monkeypatch.setattr("sv4d_ns.metrics.lpips.packaged_file", lambda _: None)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: "/nowhere")
+    with pytest.raises(InputError, match=r"LPIPS \(vgg\) needs its network"):
+        GridFit(grid(), options)
 
 
 def test_a_short_fit_finds_the_moving_ball() -> None:

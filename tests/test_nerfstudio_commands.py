@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,13 @@ def test_going_back_draws_other_pixels_and_leaves_the_settings(runs: dict[str, P
     pipeline.go_back(0)
     assert pipeline.datamanager.config.seed == 0
     assert not torch.equal(before.jitter, pipeline.datamanager.training_sampler().draw(2, window, 0).jitter)
+
+
+def test_an_ffmpeg_that_is_lent_to_a_command_leaves_no_folder_behind() -> None:
+    code = (
+        "import os, shutil; shutil.which = lambda name: None; import sv4d_ns.utils.devices as devices; "
+        "devices.ensure_ffmpeg_on_path(); print(os.environ['PATH'].split(os.pathsep)[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    folder = Path(done.stdout.strip())
+    assert folder.name.startswith("sv4d-ffmpeg-") and not folder.exists()

@@ -17,7 +17,7 @@ from sv4d_ns.fitting.batch_sampler import BatchConfig, BatchSampler
 from sv4d_ns.fitting.objective import loss_terms
 from sv4d_ns.fitting.schedule import ScheduleConfig, Window
 from sv4d_ns.fitting.settings import LossWeights
-from sv4d_ns.fitting.train_views import hull_views, train_views
+from sv4d_ns.fitting.train_views import hull_views, train_views, with_normals
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.views.grid import ViewGrid, image_name
 from sv4d_ns.views.normals import estimated_normals
@@ -70,7 +70,7 @@ def test_a_folder_of_maps_becomes_world_normals_on_the_object(tmp_path: Path, gr
 def test_the_normal_loss_turns_the_surface_towards_the_estimate(tmp_path: Path, grid: ViewGrid) -> None:
     torch.manual_seed(0)
     normals = estimated_normals(grid, str(write_maps(tmp_path / "maps", grid)), tmp_path, "cpu", quiet)
-    views = [replace(view, normals=torch.from_numpy(normals[view.number])) for view in train_views(grid, "cpu")]
+    views = with_normals(train_views(grid, "cpu"), normals)
     field = DeformableField(
         DeformableFieldConfig(keyframes=2, levels=4, max_resolution=64, motion_resolutions=(2,), density_resolutions=())
     )

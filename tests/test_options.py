@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import tyro
 
 from sv4d_ns.cli.doctor import Doctor
 from sv4d_ns.diffusion.sv4d.attention import CameraAttention
@@ -66,6 +67,34 @@ def test_the_users_views_become_a_plan() -> None:
             view_plan(SV4DDataManagerConfig(**wrong))
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "datamanager.eval-num-rays-per-batch",
+        "datamanager.pixel-sampler.num-rays-per-batch",
+        "model.collider-params.near-plane",
+    ],
+)
+def test_what_nothing_reads_is_no_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from sv4d_ns.method_configs.sv4d import method
+
+    with pytest.raises(SystemExit):
+        tyro.cli(type(method.config), default=method.config, args=[f"--pipeline.{flag}", "7"])
+    assert flag in capsys.readouterr().err
+    assert method.config.pipeline.datamanager.eval_num_rays_per_batch, "nerfstudio's commands may set it"
+
+
+@pytest.mark.parametrize("method", ["sv4d", "4diffusion"])
+def test_the_prompt_reaches_the_model_that_makes_the_views(tmp_path: Path, method: str) -> None:
+    from tiny_run import tiny_config, tiny_grid
+
+    config = tiny_config(method, tmp_path)
+    tiny_grid().save(config.get_base_dir() / "views")
+    config.pipeline.model.prompt = "a fox"  # where nerfstudio puts --prompt
+    config.pipeline.setup(device="cpu", test_mode="val")
+    assert config.pipeline.datamanager.prompt == "a fox"
+
+
 def own_settings(config: Any, prefix: str = "") -> list[str]:
     """Settings that this package adds to nerfstudio's, by their path."""
     found = []
@@ -74,8 +103,9 @@ def own_settings(config: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             found += own_settings(value, f"{prefix}{field.name}.")
         elif field.name != "_target" and any(
-            field.name in vars(kind).get("__annotations__", {}) and kind.__module__.startswith("sv4d_ns")
+            "Fixed" not in str(vars(kind).get("__annotations__", {}).get(field.name, "Fixed"))
             for kind in type(config).__mro__
+            if kind.__module__.startswith("sv4d_ns")
         ):
             found.append(prefix + field.name)
     return found

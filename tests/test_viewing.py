@@ -16,8 +16,10 @@ from nerfstudio.configs.base_config import ViewerConfig
 from sv4d_ns.field import volume_rendering as rendering
 from sv4d_ns.field.deformable import DeformableField, DeformableFieldConfig
 from sv4d_ns.field.occupancy import OccupancyGrid
+from sv4d_ns.field.visibility import surface_normals
+from sv4d_ns.field.volume_rendering import render_rays_chunked
 from sv4d_ns.geometry.cameras import ViewPlan
-from sv4d_ns.geometry.rays import pixel_rays
+from sv4d_ns.geometry.rays import picture_rays, pixel_rays
 from sv4d_ns.plugin import adaptive_resolution
 from sv4d_ns.plugin.adaptive_resolution import SMALLEST_SIDE, FluidRenderer, PlayedPictures, SizeControl
 from sv4d_ns.plugin.render_outputs import LEGENDS, GridVisibility, camera_channels
@@ -291,6 +293,22 @@ def model_with_a_ball() -> SimpleNamespace:
     grid = view_grid()
     config = SimpleNamespace(render_samples=64, eval_num_rays_per_chunk=100)
     return SimpleNamespace(field=field, occupancy=occupancy, config=config, views=GridVisibility(lambda: grid))
+
+
+def test_depths_and_normals_are_those_of_a_whole_picture() -> None:
+    model = model_with_a_ball()
+    seen = model.views.at(model.field, model.occupancy, 0.5)
+    for camera, depth in zip(seen.cameras, seen.depth, strict=True):
+        origins, directions = picture_rays(camera, seen.grid.plan.focal_px(len(depth)), len(depth))
+        times = torch.full_like(origins[:, :1], float(seen.grid.times[seen.frame]))
+        picture = render_rays_chunked(model.field, model.occupancy, origins, directions, times, n_samples=96)
+        assert torch.equal(depth.flatten(), picture["depth"])
+    points = origins + depth.view(-1, 1) * directions
+    normals = surface_normals(model.field, points, picture["alpha"], times)
+    hit = picture["alpha"] >= 0.5
+    torch.testing.assert_close(normals[hit], points[hit] / points[hit].norm(dim=-1, keepdim=True), atol=3e-2, rtol=0)
+    assert hit.any() and not normals[~hit].any()
+    assert not surface_normals(model.field, points, 0 * picture["alpha"], times).any(), "a picture of nothing"
 
 
 def rays(view: int, size: int = 24, when: float = 0.5) -> RayBundle:

@@ -23,6 +23,7 @@ from sv4d_ns.app.jobs import Crop, Store, title_of
 from sv4d_ns.app.runner import Runner, Settings
 from sv4d_ns.app.seen import brief, described, download_name, files
 from sv4d_ns.app.work import PAGE_FILE
+from sv4d_ns.runs.layout import APP_LOCK
 from sv4d_ns.utils.errors import InputError, install_extra
 from sv4d_ns.utils.files import sole_use
 from sv4d_ns.video.matting import BUNDLED
@@ -35,7 +36,6 @@ try:
 except ImportError as error:
     raise InputError(f"'sv4d app' needs tornado, which is not installed: {install_extra('app')}.") from error
 
-LOCK_FILE = ".app.lock"
 PAGE = {"": "index.html", "app.js": "app.js", "style.css": "style.css"}
 OURS = "X-Sv4d-App"
 """Header of every request that changes something: another site's page cannot send it without being allowed to."""
@@ -364,5 +364,5 @@ def command(arguments: Sequence[str]) -> None:
     if not 0 <= config.port < 1 << 16:  # tornado would take the lower 16 bits
         raise InputError(f"--port {config.port} is no port: give one up to 65535, or 0 for any that is free.")
     taken = f"Another 'sv4d app' works in {config.out}: open its page, or give another --out."
-    with sole_use(config.out, LOCK_FILE, taken):
+    with sole_use(config.out, APP_LOCK, taken):
         asyncio.run(serve(config, words[split + 1 :]))

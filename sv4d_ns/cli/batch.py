@@ -13,13 +13,13 @@ import tyro
 from PIL import Image
 
 from sv4d_ns.runs.cluster import open_cluster, run_all
-from sv4d_ns.runs.layout import SUMMARY_FILE, latest_run
+from sv4d_ns.runs.layout import BATCH_LOCK, SUMMARY_FILE, latest_run
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash, sole_use
 from sv4d_ns.utils.processes import end_with_the_parent
 from sv4d_ns.video.sources import FILM_SUFFIXES
 
-STATE_FILE, LOCK_FILE, TABLE_FILE, SHEET_FILE = "batch.json", ".batch.lock", "batch.md", "batch.png"
+STATE_FILE, TABLE_FILE, SHEET_FILE = "batch.json", "batch.md", "batch.png"
 SHEET_ROW = 256
 """Height in pixels of a run on the contact sheet."""
 
@@ -146,7 +146,7 @@ def batch(config: BatchConfig, settings: Sequence[str]) -> list[Outcome]:
     """
     videos = find_videos(config.videos)
     taken = f"Another 'sv4d batch' works on {config.out}: wait for it, or give another --out."
-    with sole_use(config.out, LOCK_FILE, taken):
+    with sole_use(config.out, BATCH_LOCK, taken):
         return _locked_batch(config, videos, list(settings))
 
 

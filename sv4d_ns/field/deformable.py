@@ -144,6 +144,8 @@ class DeformableField(nn.Module):
         """The same where it is read in every step: looking at the buffer would wait for the device."""
         self.register_load_state_dict_post_hook(lambda field, _: field._read_buffers())
         self.register_buffer("admitted", torch.arange(config.keyframes) == self._canonical_frame)
+        self.admitted_frames = {self._canonical_frame}
+        """The keyframes that have started, likewise read in every step."""
         self.register_buffer("aabb", torch.tensor([[-e, -e, -e], [e, e, e]]))
         self.register_buffer("bounds", torch.ones((config.bounds_resolution,) * 3, dtype=torch.bool))
 
@@ -195,9 +197,10 @@ class DeformableField(nn.Module):
 
         A keyframe starts once: a longer schedule comes by the frames of a finished run again, and they stay.
         """
-        if bool(self.admitted[new]):
+        if new in self.admitted_frames:
             return False
         self.admitted[new] = True
+        self.admitted_frames.add(new)
         self._share_light()
         cubes = shift / (2 * self.config.half_extent)
         self.motion.start_from(new, known, cubes)
@@ -272,7 +275,8 @@ class DeformableField(nn.Module):
 
     def _read_buffers(self) -> None:
         self._read_residual()
-        if int(self.admitted.sum()) > 1:
+        self.admitted_frames = set(self.admitted.nonzero()[:, 0].tolist())
+        if len(self.admitted_frames) > 1:
             self._share_light()
 
     def color_from_geometry(self, geometry: Float[Tensor, "n g"]) -> Float[Tensor, "n 3"]:

@@ -70,22 +70,6 @@ def _rays_rgba(
     return (rgba * 255).round().byte().cpu().numpy()
 
 
-@torch.no_grad()
-def surface_normals(
-    field: "DeformableField",
-    origins: Float[Tensor, "n 3"],
-    directions: Float[Tensor, "n 3"],
-    times: Float[Tensor, "n 1"],
-    rendered: dict[str, Tensor],
-) -> Float[Tensor, "n 3"]:
-    """Unit world normals where rays meet the surface (rendered depth, alpha >= 0.5), zero elsewhere."""
-    hit = (rendered["alpha"] >= 0.5).nonzero()[:, 0]
-    surface = origins[hit] + rendered["depth"][hit, None] * directions[hit]
-    normals = torch.zeros_like(origins)
-    normals[hit] = field.normals(surface, times[hit])
-    return normals
-
-
 def render_grid(
     field: "DeformableField", occupancy: "OccupancyGrid", grid: ViewGrid, size: int, progress: Progress
 ) -> UInt8[np.ndarray, "t v size size 4"]:

@@ -61,7 +61,7 @@ class SpaceTimeField(nn.Module):
 
     It has the methods of `DeformableField` that rendering, pictures and export need, so that both share them. Pictures
     need no deformation; `deformation` is a network beside the field that learns from it where its matter goes
-    (`four_diffusion.motion`), because a mesh of fixed topology has to know.
+    (`distillation.motion`), because a mesh of fixed topology has to know.
 
     Raises:
         InputError: a size in the config that makes no field.

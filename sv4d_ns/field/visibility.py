@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -96,13 +97,19 @@ def surface_map(
     return SurfaceMap(alpha.reshape(size, size), depth.reshape(size, size), points)
 
 
-def _normals(field: DeformableField, surface: SurfaceMap, time: float) -> Float[Tensor, "n 3"]:
-    """Of the map's points, smooth over a map's pixel; zero where there is no surface."""
-    normals = torch.zeros_like(surface.points)
-    hit = (surface.alpha.flatten() > 0.5).nonzero()[:, 0]
+@torch.no_grad()
+def surface_normals(
+    field: Any, points: Float[Tensor, "n 3"], alpha: Float[Tensor, " n"], times: Float[Tensor, "n 1"], **options: float
+) -> Float[Tensor, "n 3"]:
+    """Unit world normals at the points where rays meet the surface (alpha >= 0.5), zero elsewhere.
+
+    Args:
+        options: of the field's `normals`.
+    """
+    hit = (alpha >= 0.5).nonzero()[:, 0]
+    normals = torch.zeros_like(points)
     if len(hit):
-        at = surface.points[hit]
-        normals[hit] = field.normals(at, torch.full_like(at[:, :1], time), epsilon=0.015)
+        normals[hit] = field.normals(points[hit], times[hit], **options)
     return normals
 
 
@@ -130,7 +137,9 @@ def view_weights(
 
     def seen_from(camera: Float[Tensor, "4 4"]) -> Float[Tensor, "s s"]:
         surface = surface_map(field, occupancy, camera, focal, side, time)
-        normals = _normals(field, surface, time)
+        times = torch.full_like(surface.points[:, :1], time)
+        # smooth over a map's pixel
+        normals = surface_normals(field, surface.points, surface.alpha.flatten(), times, epsilon=0.015)
         facing = soft_visibility(surface.points, normals, camera[:3, 3], config.facing_edges)
         by_input = soft_visibility(surface.points, normals, input_camera[:3, 3], config.facing_edges)
         by_input = by_input * unoccluded(surface.points, seen.depth, input_camera, focal, config.occlusion_tolerance)

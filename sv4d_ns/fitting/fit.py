@@ -1,10 +1,11 @@
 """A field fitted to a view grid, without nerfstudio around it: what `ns-train sv4d` does in stage 1."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from sv4d_ns.fitting.learning_rates import field_optimizer, set_rates
 from sv4d_ns.fitting.objective import loss_terms
 from sv4d_ns.fitting.schedule import ScheduleConfig, apply_schedule
 from sv4d_ns.fitting.settings import LossWeights
-from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_flow, train_views
+from sv4d_ns.fitting.train_views import hull_views, largest_silhouette, surface_flow, train_views, with_normals
+from sv4d_ns.metrics.lpips import vgg_distance
 from sv4d_ns.views.grid import ViewGrid
 
 
@@ -30,6 +32,8 @@ class FitOptions:
     samples: int = 128
     """Steps along the box's diagonal."""
     losses: LossWeights = field(default_factory=LossWeights)
+    """Weights of the losses; `normal` counts where normals are given, `perceptual` needs VGG16's weights on this
+    machine."""
     leave_out: bool = True
     """Whether views that contradict all others are left out."""
     visibility_every: int = 30
@@ -47,6 +51,10 @@ class GridFit:
         options: how they are fitted.
         device: where.
         encoding: who evaluates the hash grid (`DeformableFieldConfig.encoding_backend`).
+        normals: of every view, the input first, in world space [t, h, w, 3] (`views.normals.estimated_normals`).
+
+    Raises:
+        InputError: the perceptual loss is asked for, and its network is not on this machine or damaged.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class GridFit:
         options: FitOptions,
         device: torch.device | str = "cpu",
         encoding: Literal["numba", "tinycudann"] = "numba",
+        normals: Sequence[np.ndarray] | None = None,
     ) -> None:
         torch.manual_seed(options.seed)
         torch.set_flush_denormal(True)  # subnormal moments of rarely touched grid entries would slow Adam down
@@ -65,12 +74,15 @@ class GridFit:
         untrained, occupancy = clip_field(grid.num_frames, self.canonical, encoding)
         self.field, self.occupancy = untrained.to(device), occupancy.to(device)
         self.optimizer = field_optimizer(self.field)
-        self.use_grid(grid)
+        self.perceptual = vgg_distance(device) if options.losses.perceptual else None
+        self.use_grid(grid, normals)
 
-    def use_grid(self, grid: ViewGrid) -> None:
-        """Fit another grid of the same cameras from now on, as stage 2 does."""
+    def use_grid(self, grid: ViewGrid, normals: Sequence[np.ndarray] | None = None) -> None:
+        """Fit another grid of the same cameras from now on, as stage 2 does; `normals` as above, of its views."""
         options = self.options
         views = train_views(grid, self.device, options.leave_out)
+        if normals is not None:
+            views = with_normals(views, normals)
         self.occupancy.carve(hull_views(views))
         self.field.confine(self.occupancy.hull[self.canonical])
         half_extent = self.occupancy.half_extent
@@ -104,7 +116,9 @@ class GridFit:
             self.field, self.occupancy, batch.origins, batch.directions, batch.times, options.samples,
             background=batch.background, jitter=batch.jitter, moments=batch.moments,
         )  # fmt: skip
-        terms = loss_terms(self.field, self.occupancy, self.flow, rendered, batch, options.losses, options.seed, step)
+        terms = loss_terms(
+            self.field, self.occupancy, self.flow, rendered, batch, options.losses, options.seed, step, self.perceptual
+        )
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         self.optimizer.step()

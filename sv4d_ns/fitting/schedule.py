@@ -7,6 +7,7 @@ own decisions.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -75,9 +76,9 @@ def frame_window(fraction: float, order: FrameOrder, config: ScheduleConfig) -> 
     )
 
 
-def admissions(before: Window, now: Window, order: FrameOrder) -> list[Admission]:
-    """Frames of `now` that `before` has not, each after the one it starts from."""
-    new = sorted(set(now.frames) - set(before.frames), key=lambda frame: (order.depths[frame], frame))
+def admissions(window: Window, admitted: Collection[int], order: FrameOrder) -> list[Admission]:
+    """Frames of a window that are not among those `admitted` before, each after the one it starts from."""
+    new = sorted(set(window.frames).difference(admitted), key=lambda frame: (order.depths[frame], frame))
     return [Admission(frame, order.parents[frame]) for frame in new]
 
 
@@ -92,7 +93,7 @@ def apply_schedule(
 ) -> Window:
     """Bring field and occupancy grid to `step` of `total_steps` and return the frames in use there.
 
-    Frames new to the window start from the motion of the one before them, and every `occupancy_every` steps the
+    Frames new to the field start from the motion of the one they are found from, and every `occupancy_every` steps the
     occupancy grid looks at one of the window's moments. Follows from the step alone, so a resumed run continues as it
     would have.
     """
@@ -101,10 +102,9 @@ def apply_schedule(
     fraction = min(step / total_steps, 1.0)
     order = frame_order(flow, frames, canonical)
     window = frame_window(fraction, order, schedule)
-    if step > 0:
-        before = frame_window(min((step - 1) / total_steps, 1.0), order, schedule)
-        for admitted in admissions(before, window, order):
-            init_frame_from_neighbour(field, occupancy, flow, admitted, step)
+    # by what the field knows, not by the window before: stage 2's views may bring another order
+    for admission in admissions(window, field.admitted_frames, order):
+        init_frame_from_neighbour(field, occupancy, flow, admission, step)
     if fraction >= schedule.residual_from and field.density_residual is not None:
         field.open_residual()
     if step % occupancy_every == 0:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -138,6 +139,12 @@ def train_views(grid: ViewGrid, device: torch.device | str, leave_out: bool = Tr
             )
         )
     return views
+
+
+def with_normals(views: list[TrainView], normals: Sequence[Float[np.ndarray, "t h w 3"]]) -> list[TrainView]:
+    """Views with estimated normals in world space (`views.normals.estimated_normals`), given for every view of their
+    grid, the input first."""
+    return [replace(view, normals=torch.from_numpy(normals[view.number]).to(view.rgb.device)) for view in views]
 
 
 def hull_views(views: list[TrainView]) -> list[HullView]:

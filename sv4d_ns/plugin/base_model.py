@@ -18,6 +18,8 @@ from nerfstudio.models.base_model import Model, ModelConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from sv4d_ns.plugin.help import without_flags
+
 if TYPE_CHECKING:
     from sv4d_ns.field.volume_rendering import RenderOutput
     from sv4d_ns.fitting.schedule import Window
@@ -29,6 +31,7 @@ DYNAMIC_VIDEO_FPS = 24.0
 """Frame rate ns-render writes; cameras without a time advance by one such frame from picture to picture."""
 
 
+@without_flags("collider_params", "loss_coefficients")
 @dataclass
 class FieldModelConfig(ModelConfig):
     """How a field is rendered, whatever it is fitted to."""
@@ -119,13 +122,14 @@ class FieldModel(Model):
         return self._render_picture(ray_bundle)
 
     def _render_picture(self, ray_bundle: RayBundle) -> dict[str, Any]:
-        from sv4d_ns.field.images import surface_normals
+        from sv4d_ns.field.visibility import surface_normals
         from sv4d_ns.plugin.render_outputs import flat_rays, render_flat
 
         shape = ray_bundle.origins.shape[:-1]
         rays = flat_rays(ray_bundle)
         out = render_flat(self, rays)
-        normals = surface_normals(self.field, rays.origins, rays.directions, rays.times, out)
+        points = rays.origins + out["depth"][:, None] * rays.directions
+        normals = surface_normals(self.field, points, out["alpha"], rays.times)
         outputs = {
             "rgb": out["rgb"],
             "accumulation": out["alpha"][:, None],

@@ -91,6 +91,9 @@ class FieldPipeline(VanillaPipeline):
         grad_scaler: "GradScaler | None" = None,
     ):
         silence_nerfstudio()
+        assert isinstance(config.datamanager, SV4DDataManagerConfig)
+        if config.model.prompt is not None:  # nerfstudio puts --prompt there
+            config.datamanager.prompt = config.model.prompt
         if test_mode != "val":
             ensure_ffmpeg_on_path()
         with one_sentence_errors():

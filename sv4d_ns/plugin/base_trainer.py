@@ -32,7 +32,6 @@ from sv4d_ns.runs.layout import (
     claim_run,
     fingerprint,
     free_name,
-    is_dated,
     read_checkpoint,
     record_run,
 )
@@ -103,8 +102,8 @@ class FieldTrainerConfig(TrainerConfig):
                 prepare(self, opened)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without where the run happens to lie on this machine."""
-        return {name: value for name, value in vars(self).items() if name != "_moved_to"}
+        """Without where the run happens to lie on this machine, and how this command came to its name."""
+        return {name: value for name, value in vars(self).items() if name not in ("_moved_to", "_named_here")}
 
     def move_to(self, folder: Path) -> None:
         """Say where the run lies, where that is not what output folder and names make of it."""
@@ -143,6 +142,7 @@ class FieldTrainerConfig(TrainerConfig):
             check_settings(self)
             name, sentence = claim_run(self.get_base_dir().parent, self.timestamp, self._fingerprint())
         self.timestamp = name
+        self.__dict__["_named_here"] = True
         if sentence:
             say(sentence)
 
@@ -230,16 +230,21 @@ class FieldTrainerConfig(TrainerConfig):
     def _seconds_left(self, frames: int) -> float:
         """What the run takes from now on, on the reference machine: of one that goes on, what is not done yet."""
         work = self.work(frames, DEFAULT_VIEWS)
-        return work.start + (0 if self._has_views() else work.views) + work.after(self._steps_done())
+        return work.start + (0 if self._has_views() else work.views) + work.after(self.steps_done())
 
-    def _steps_done(self) -> int:
-        """By the checkpoint that is gone on from, of this run or another one."""
-        if self.load_dir is not None and self.load_step is not None:
-            return self.load_step + 1
-        if self.load_checkpoint is not None:
-            named = re.search(r"step-(\d+)", self.load_checkpoint.name)
-            return int(named[1]) + 1 if named else 0
-        return max(checkpoint_steps(self.load_dir or self.get_checkpoint_dir()), default=-1) + 1
+    def steps_done(self) -> int:
+        """By the checkpoint that is gone on from, of this run or another one.
+
+        Raises:
+            InputError: it has another name than nerfstudio gives, and cannot be read.
+        """
+        if self.resumes_itself() or (self.load_dir is None and self.load_checkpoint is None):
+            return max(checkpoint_steps(self.get_checkpoint_dir()), default=-1) + 1
+        if self.load_dir is not None:
+            return (checkpoint_steps(self.load_dir)[-1] if self.load_step is None else self.load_step) + 1
+        assert self.load_checkpoint is not None
+        named = re.search(r"step-(\d+)", self.load_checkpoint.name)
+        return int(named[1] if named else read_checkpoint(self.load_checkpoint)["step"]) + 1
 
     def work(self, frames: int, views: int) -> Work:
         """What the run consists of, for the estimate of its time."""
@@ -251,7 +256,20 @@ class FieldTrainerConfig(TrainerConfig):
             if isinstance(group.get("scheduler"), DecaySchedulerConfig):
                 group["scheduler"].max_steps = self.max_num_iterations
 
+    def is_found_again(self) -> bool:
+        """Whether the same command goes on with this run: one that continues another run makes a new one each time,
+        unless the user names it."""
+        return self.source_run() is None or "_named_here" not in vars(self)
+
+    def resumes_itself(self) -> bool:
+        """Whether the run goes on from its newest checkpoint, also where it once began from another run's: that one is
+        still named by its config.yml. A checkpoint of its own can be asked for by name."""
+        own = self.source_run() == self.get_base_dir().resolve()
+        return not own and bool(checkpoint_steps(self.get_checkpoint_dir()))
+
     def _check_resume(self) -> None:
+        if self.resumes_itself():
+            return
         if self.load_dir is not None and not checkpoint_steps(self.load_dir):
             raise InputError(
                 f"--load-dir {self.load_dir} holds no checkpoint (step-*.ckpt): give the nerfstudio_models folder of "
@@ -288,9 +306,10 @@ class FieldTrainerConfig(TrainerConfig):
             while True:
                 try:
                     return record_run(self.get_base_dir(), identity, self.rounds())
-                except RuntimeError:  # another command of the same second was quicker
-                    if not is_dated(self.timestamp):
+                except RuntimeError:
+                    if "_named_here" not in vars(self):
                         raise
+                    # another command of the same second was quicker
                     self.timestamp = free_name(self.get_base_dir().parent, self.timestamp)
         except OSError as error:
             raise InputError(
@@ -298,7 +317,9 @@ class FieldTrainerConfig(TrainerConfig):
                 "may write to, on a disk with free space."
             ) from error
         except RuntimeError as error:
-            raise InputError(f"{error}: wait for it, or start another run (--timestamp NAME).") from error
+            raise InputError(
+                f"{error}: wait for it, or start another run (--timestamp NAME, without --load-config)."
+            ) from error
 
 
 class FieldTrainer(Trainer):
@@ -318,6 +339,7 @@ class FieldTrainer(Trainer):
         self._threads = ExitStack()
         self._useful: int | None = None
         """Threads that a step may use, as the machine last had them free."""
+        self._is_found_again = True
 
     def train_iteration(self, step: int) -> Any:
         """nerfstudio's; what it returns is only written down, and writers warn of values that ask for gradients."""
@@ -371,17 +393,31 @@ class FieldTrainer(Trainer):
         """Set up as nerfstudio does, continuing this run (or the one of --load-dir) where it stopped."""
         with one_sentence_errors():
             torch.set_num_threads(useful_threads())
+            self._is_found_again = self.config.is_found_again()
             self._adopt_views()
             self._resume_in_place()
             super().setup(test_mode)
             show_behind(self.bar)
 
     def _adopt_views(self) -> None:
-        """Copy the view grids of the run we continue, so that every run folder is complete."""
+        """Copy the view grids of the run we continue, so that every run folder is complete.
+
+        Only those the checkpoint has behind it: a round of stage 2 that is still to come is this run's own.
+
+        Raises:
+            InputError: stage 2 is to lie behind the checkpoint, and the other run has no views of it.
+        """
         source = self.config.source_run()
         if source is None or source == self.base_dir.resolve():
             return
-        for name in VIEW_FOLDERS:
+        steps = self.config.steps_done()
+        rounds = sum(step < steps for step in self.config.rounds())
+        if rounds and not any((folder / VIEW_FOLDERS[rounds]).is_dir() for folder in (source, self.base_dir)):
+            raise InputError(
+                f"--pipeline.refine-steps {self.config.rounds()[rounds - 1]} lies before the checkpoint of {steps} "
+                f"steps, and {source} has no {VIEW_FOLDERS[rounds]}: give steps from {steps} on."
+            )
+        for name in VIEW_FOLDERS[: rounds + 1]:
             if (source / name).is_dir() and not (self.base_dir / name).exists():
                 partial = self.base_dir / f"{TEMPORARY}{name}"
                 shutil.rmtree(partial, ignore_errors=True)
@@ -390,8 +426,8 @@ class FieldTrainer(Trainer):
 
     def _resume_in_place(self) -> None:
         """Go on from the run's own newest checkpoint."""
-        if not self._continues() and checkpoint_steps(self.checkpoint_dir):
-            self.config.load_dir = self.checkpoint_dir
+        if self.config.resumes_itself():
+            self.config.load_dir, self.config.load_step = self.checkpoint_dir, None
 
     def _continues(self) -> bool:
         return self.config.load_dir is not None or self.config.load_checkpoint is not None
@@ -458,8 +494,9 @@ class FieldTrainer(Trainer):
             self.save_checkpoint(self._last_step)
         done = self._start_step if self._last_step is None else self._last_step + 1
         config_file = shlex.quote(str(self.base_dir / "config.yml"))
+        how = "the same command, or:" if self._is_found_again else "this command (the same one makes a new run):"
         leave(
-            f"Stopped after {done} of {total} steps. Go on with the same command, or:\n"
+            f"Stopped after {done} of {total} steps. Go on with {how}\n"
             f"  ns-train {self.config.method_name} --load-config {config_file}"
         )
 

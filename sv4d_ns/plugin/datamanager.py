@@ -6,7 +6,7 @@ keeps on disk, so they never need the diffusion model.
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
 
 from sv4d_ns.fitting.settings import INPUT_SIZE, frames_taken
-from sv4d_ns.plugin.help import first_in_help
+from sv4d_ns.plugin.help import first_in_help, without_flags
 from sv4d_ns.runs.layout import newest_views, windows_folder
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.progress import say
@@ -51,6 +51,11 @@ class GridParserConfig:
 
 
 @first_in_help("max_frames", "fps", "masks", "matting", "crop", "synthesis", "seed")
+@without_flags(
+    *("train_num_images_to_sample_from", "train_num_times_to_repeat_images", "eval_num_rays_per_batch"),
+    *("eval_num_images_to_sample_from", "eval_num_times_to_repeat_images", "eval_image_indices", "collate_fn"),
+    *("camera_res_scale_factor", "patch_size", "pixel_sampler", "masks_on_gpu", "images_on_gpu"),
+)
 @dataclass
 class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Where the views come from and how their pixels are drawn."""
@@ -430,7 +435,7 @@ class SV4DDataManager(VanillaDataManager):
         return data if data is not None and data.exists() else self.config.run_dir or Path.cwd()
 
     def setup_train(self) -> None:
-        """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `sampling`."""
+        """nerfstudio's exporters set the number of rays on this sampler; pixels are drawn by `BatchSampler`."""
         rays = self.config.train_num_rays_per_batch
         self.train_pixel_sampler = PixelSamplerConfig().setup(num_rays_per_batch=rays)
 
@@ -479,6 +484,7 @@ class SV4DDataManager(VanillaDataManager):
         return BatchSampler(views, config, ScheduleConfig(), self.config.seed)
 
     def _with_normals(self, views: "list[TrainView]", source: str) -> "list[TrainView]":
+        from sv4d_ns.fitting.train_views import with_normals
         from sv4d_ns.utils.progress import bar
         from sv4d_ns.views.normals import estimated_normals
 
@@ -486,7 +492,7 @@ class SV4DDataManager(VanillaDataManager):
         store = windows_folder(self.config.run_dir, "normals")
         with bar("Estimating normals") as progress:
             normals = estimated_normals(self.grid, source, store, str(self.device), progress)
-        return [replace(view, normals=torch.from_numpy(normals[view.number]).to(self.device)) for view in views]
+        return with_normals(views, normals)
 
     def _first_frame_rays(self) -> RayBundle:
         """What ns-export pointcloud and poisson fuse: one moment, seen from everywhere."""

@@ -70,10 +70,6 @@ class FourDiffusionPipeline(FieldPipeline):
         local_rank: int = 0,
         grad_scaler: "GradScaler | None" = None,
     ):
-        assert isinstance(config.model, FourDiffusionModelConfig)
-        assert isinstance(config.datamanager, SV4DDataManagerConfig)
-        if config.model.prompt is not None:
-            config.datamanager.prompt = config.model.prompt
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
         self._objective: Objective | None = None
         self._total_steps = 0  # and so no warm-up, until the trainer says how long the run is

@@ -48,7 +48,7 @@ class Work:
 STATIC_STEP, MOVING_STEP = 0.048, 0.062
 """Of a step of sv4d while one frame is fitted, and from then on."""
 STATIC_UNTIL = 0.12
-"""Share of the schedule (`sampling.ScheduleConfig`)."""
+"""Share of the schedule (`fitting.schedule.ScheduleConfig`)."""
 VIEW_SECONDS = 0.05
 """Of a generated picture of the bundled model."""
 ROUND_SECONDS = 0.092

@@ -41,12 +41,30 @@ def first_in_help(*names: str) -> Callable[[Config], Config]:
     return mark
 
 
+def without_flags(*names: str) -> Callable[[Config], Config]:
+    """Class decorator of a configuration: these inherited fields, which nothing reads, are no flags. They stay
+    attributes, which nerfstudio's commands may set."""
+
+    def mark(config: Config) -> Config:
+        _annotate(config, names, tyro.conf.Fixed, tyro.conf.Suppress)
+        return config
+
+    return mark
+
+
 def _suppress(config: Any, names: Sequence[str]) -> None:
+    _annotate(config, names, tyro.conf.Suppress)
+
+
+def _annotate(config: Any, names: Sequence[str], *markers: Any) -> None:
+    """Mark fields for tyro, whose markers are generics to type checkers and so would want a type's name here."""
     hints = get_type_hints(config, include_extras=True)
-    suppress: Any = tyro.conf.Suppress  # a generic to type checkers, which want its argument to be a type's name
+    for name in names:
+        for marker in markers:
+            hints[name] = marker[hints[name]]
     config.__annotations__ = {
         **vars(config).get("__annotations__", {}),
-        **{name: suppress[hints[name]] for name in names},
+        **{name: hints[name] for name in names},
     }
 
 

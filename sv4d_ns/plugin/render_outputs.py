@@ -15,10 +15,10 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sv4d_ns.field.images import render_rgba, surface_normals
-from sv4d_ns.field.visibility import VisibilityConfig, soft_visibility, unoccluded
+from sv4d_ns.field.images import render_rgba
+from sv4d_ns.field.visibility import VisibilityConfig, soft_visibility, surface_map, surface_normals, unoccluded
 from sv4d_ns.field.volume_rendering import Bounds, render_rays_chunked
-from sv4d_ns.geometry.rays import picture_rays, project, sample_picture
+from sv4d_ns.geometry.rays import project, sample_picture
 from sv4d_ns.utils.images import GENERATED_COLOR, OBSERVED_COLOR, UNSEEN_COLOR, over_white
 from sv4d_ns.views.grid import ViewGrid
 
@@ -182,12 +182,16 @@ class _Picture:
         return (self.rendered["alpha"] >= 0.5).nonzero()[:, 0]
 
     @cached_property
+    def _ends(self) -> Float[Tensor, "n 3"]:
+        return self.origins + self.rendered["depth"][:, None] * self.directions
+
+    @cached_property
     def _points(self) -> Float[Tensor, "m 3"]:
-        return self.origins[self._hit] + self.rendered["depth"][self._hit, None] * self.directions[self._hit]
+        return self._ends[self._hit]
 
     @cached_property
     def _all_normals(self) -> Float[Tensor, "n 3"]:
-        return surface_normals(self.model.field, self.origins, self.directions, self.times, self.rendered)
+        return surface_normals(self.model.field, self._ends, self.rendered["alpha"], self.times)
 
     @cached_property
     def _visibility(self) -> "ViewVisibility":
@@ -328,22 +332,14 @@ class GridVisibility:
         if known is None or known[0] != state or known[1].grid is not grid:
             cameras = torch.from_numpy(grid.plan.c2w()).to(field.aabb)
             time = float(grid.times[frame])
-            depth = torch.stack([_depth_map(field, occupancy, grid, camera, time) for camera in cameras])
+            focal = grid.plan.focal_px(DEPTH_MAP_SIZE)
+            maps = [surface_map(field, occupancy, camera, focal, DEPTH_MAP_SIZE, time).depth for camera in cameras]
+            depth = torch.stack(maps)
             known = (state, ViewVisibility(grid, frame, cameras, depth))
             self._known[frame] = known
             while len(self._known) > self.KEPT:
                 del self._known[next(iter(self._known))]
         return known[1]
-
-
-def _depth_map(
-    field: Any, occupancy: Any, grid: ViewGrid, camera: Float[Tensor, "4 4"], time: float
-) -> Float[Tensor, "s s"]:
-    size = DEPTH_MAP_SIZE
-    origins, directions = picture_rays(camera, grid.plan.focal_px(size), size)
-    times = torch.full_like(origins[:, :1], time)
-    out = render_rays_chunked(field, occupancy, origins, directions, times, n_samples=96)
-    return out["depth"].reshape(size, size)
 
 
 def _colormap(values: Float[Tensor, " m"], name: str) -> Float[Tensor, "m 3"]:

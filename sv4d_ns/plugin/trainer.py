@@ -105,7 +105,7 @@ class SV4DTrainerConfig(FieldTrainerConfig):
         if pipeline.refine_steps is None:
             source = self.source_run()
             earlier = None if source is None else recorded_rounds(source)
-            pipeline.refine_steps = earlier or self._default_rounds()
+            pipeline.refine_steps = self._default_rounds() if earlier is None else earlier
 
     def _default_rounds(self) -> tuple[int, ...]:
         step = max(1, round(REFINE_AT * self.max_num_iterations))

@@ -7,6 +7,7 @@ lock; such runs, and what they share, are never touched.
 
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from filelock import FileLock, Timeout
 
 from sv4d_ns.runs.layout import (
+    APP_LOCK,
+    BATCH_LOCK,
     LOCK_FILE,
     MOVIE_FOLDER,
     PARTIAL_CHECKPOINT,
@@ -50,6 +54,8 @@ OWN_RUN_FILES = re.compile(
     rf"|{re.escape(PARTIAL_CHECKPOINT)}|{SUMMARY_FILE}|{RUN_FILE}|{LOCK_FILE}|contact_sheet\.png"
 )
 """The same of a run."""
+STALE_AFTER = 3600.0
+"""Seconds without a change after which nobody writes a file any more."""
 OWN_FOLDERS = frozenset({*VIEW_FOLDERS, "images", "confidence", "nerfstudio_models", MOVIE_FOLDER})
 
 
@@ -104,8 +110,10 @@ def flaws(entry: Entry) -> Iterator[str]:
     """A sentence for each damaged file of an entry; nothing where all is well."""
     if entry.state == "windows":
         from sv4d_ns.diffusion.window_store import flaw_of
+        from sv4d_ns.views.normals import kept_flaw
 
-        found = (flaw_of(file) for file in sorted(entry.path.rglob("*.safetensors")))
+        found = [flaw_of(file) for file in sorted(entry.path.rglob("*.safetensors"))]
+        found += [kept_flaw(file) for file in own_files(entry) if file.suffix == ".npy" and not is_temporary(file)]
         yield from (flaw for flaw in found if flaw is not None)
         return
     from sv4d_ns.views.grid import ViewGrid
@@ -132,13 +140,40 @@ def _checkpoint_flaw(path: Path) -> str | None:
 
 
 def stale_files(output_dir: Path) -> list[Path]:
-    """Half-written files and folders of processes that were killed: nothing reads them."""
+    """Half-written files and folders of processes that were killed: nothing reads them.
+
+    Not what somebody may still be writing: what is younger than `STALE_AFTER`, or lies where an app or a batch is at
+    work.
+    """
     found: list[Path] = []
+    at_work: set[Path] = set()
     for folder in _folders(output_dir):
+        if not at_work.isdisjoint(folder.parents) or _is_at_work(folder):
+            at_work.add(folder)
+            continue
         found += [path for path in folder.iterdir() if is_temporary(path) and not path.is_symlink()]
         if is_run(folder) and (folder / PARTIAL_CHECKPOINT).is_file():
             found.append(folder / PARTIAL_CHECKPOINT)
-    return sorted(found)
+    return sorted(path for path in found if time.time() - _last_change(path) > STALE_AFTER)
+
+
+def _is_at_work(folder: Path) -> bool:
+    """Whether `sv4d app` or `sv4d batch` holds a folder."""
+    for lock in (FileLock(folder / name) for name in (APP_LOCK, BATCH_LOCK) if (folder / name).is_file()):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+    return False
+
+
+def _last_change(path: Path) -> float:
+    """Of a file, or of anything in a folder, in seconds since 1970; now where it has just gone."""
+    try:
+        return max(file.lstat().st_mtime for file in (path, *path.rglob("*")))
+    except FileNotFoundError:
+        return time.time()
 
 
 def own_files(entry: Entry) -> list[Path]:

@@ -2,7 +2,7 @@
 
 outputs/<video>/sv4d/<timestamp>/
     config.yml  nerfstudio_models/step-*.ckpt     nerfstudio's own
-    views/                                        stage 1's view grid (a nerfstudio dataset, see views.py)
+    views/                                        stage 1's view grid (a nerfstudio dataset, see views/grid.py)
     views_refined_<k>/                            stage 2's grid of round k (from 1)
     contact_sheet.png  summary.json               what came out; written last
     run.json  run.lock                            the fingerprint of data and settings; held while the run is alive
@@ -38,6 +38,8 @@ WINDOWS = ".windows"
 STAGES = ".stages"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
+APP_LOCK, BATCH_LOCK = ".app.lock", ".batch.lock"
+"""Held while `sv4d app` and `sv4d batch` are at work in their folder of runs."""
 SUMMARY_FILE = "summary.json"
 MOVIE_FOLDER = "movies"
 PARTIAL_CHECKPOINT = "checkpoint.partial"
@@ -134,11 +136,6 @@ def free_name(runs: Path, name: str) -> str:
     """`name`, or with a number after it where two commands of the same second would have the same folder."""
     candidates = (name if number == 1 else f"{name}-{number}" for number in count(1))
     return next(candidate for candidate in candidates if not (runs / candidate).exists())
-
-
-def is_dated(name: str) -> bool:
-    """Whether a run was named after the time it began, not by the user."""
-    return re.fullmatch(r"\d{4}-\d\d-\d\d_\d{6}(-\d+)?", name) is not None
 
 
 def record_run(folder: Path, fingerprint: str | None, refine_steps: tuple[int, ...] | None = None) -> None:
@@ -255,9 +252,10 @@ def _files_hash(path: Path | None) -> str | None:
     if path is None:
         return None
     path = local_path(path)
-    if path.is_dir():  # of pictures, or of a view grid with its own folders
-        folders = [path, *(path / name for name in ("images", "confidence"))]
-        files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
+    if path.is_dir():  # of pictures, or of a view grid with its own folders; what others put beside them is not read
+        folders = [folder for folder in (path, path / "images", path / "confidence") if folder.is_dir()]
+        files = [*(file for folder in folders for file in source_files(folder)), path / "grid.json"]
+        files = sorted(file for file in [*files, path / "transforms.json"] if file.is_file())
     else:
         # a pattern may match what is no file: a pipe, for one, would never end
         files = [file for file in source_files(path) if file.is_file()]

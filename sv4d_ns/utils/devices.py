@@ -1,5 +1,6 @@
 """Where things run: one place that chooses the device and says so, and the tools the machine may lack."""
 
+import atexit
 import os
 import platform
 import shutil
@@ -62,5 +63,6 @@ def ensure_ffmpeg_on_path() -> None:
     import imageio_ffmpeg
 
     folder = Path(tempfile.mkdtemp(prefix="sv4d-ffmpeg-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"

@@ -1,9 +1,11 @@
 """Files that are either whole or absent, and names that say what is in them."""
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -60,7 +62,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` that takes its place when the block ends without an exception.
 
-    A process killed inside the block leaves `folder` as it was, and at most a hidden temporary folder.
+    A process killed inside the block leaves `folder` as it was, and at most a hidden temporary folder. Where the system
+    can exchange two folders (Linux and macOS, on most disks), a kill during the change of places does so, too;
+    elsewhere one between its two renames leaves the former folder as `old` in the temporary one.
 
     Args:
         folder: the place of the result.
@@ -78,11 +82,28 @@ def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
         new, old = workplace / "new", workplace / "old"
         new.mkdir()
         yield new
-        if folder.exists():
+        if not folder.exists():
+            new.rename(folder)
+        elif not _exchange(new, folder):
             folder.rename(old)
-        new.rename(folder)
+            try:
+                new.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+_EXCHANGES = {"linux": ("renameat2", -100, 2), "darwin": ("renameatx_np", -2, 2)}
+"""By system: the function of the C library, the number that stands for the current folder, and the flag to exchange."""
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders of a disk change places in one step; whether it was done, for not every system and disk can."""
+    name, here, flag = _EXCHANGES.get(sys.platform, ("", 0, 0))
+    function = getattr(ctypes.CDLL(None), name, None) if name else None
+    return function is not None and function(here, os.fsencode(one), here, os.fsencode(other), flag) == 0
 
 
 def check_zip(path: Path) -> None:

@@ -112,9 +112,31 @@ def _estimate(
             store.mkdir(parents=True, exist_ok=True)
             with atomic_path(kept) as path, path.open("wb") as file:
                 np.save(file, np.stack(normals).astype(np.float16))
-        results.append(np.load(kept, allow_pickle=False).astype(np.float32))
+        results.append(_read_kept(kept).astype(np.float32))
         progress(view + 1, grid.num_views + 1)
     return results
+
+
+def kept_flaw(path: Path) -> str | None:
+    """What is wrong with a file in which an estimator's results are kept, and what to do; None where nothing is."""
+    try:
+        _read_kept(path)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _read_kept(path: Path) -> Float[np.ndarray, "t h w 3"]:
+    try:
+        with path.open("rb") as file:
+            normals = np.lib.format.read_array(file, allow_pickle=False)
+        if normals.dtype != np.float16 or normals.shape[3:] != (3,):
+            raise ValueError("it holds something else")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} holds no estimated normals ({error}): delete it; the next run estimates them again."
+        ) from error
+    return normals
 
 
 def _in_world(
