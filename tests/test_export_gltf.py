@@ -15,6 +15,7 @@ from sv4d_ns.export.formats.sequence import stills, write_sequence
 from sv4d_ns.export.rig import decompose
 from sv4d_ns.export.surface.extraction import vertex_normals
 from sv4d_ns.geometry.cameras import look_at_cameras
+from sv4d_ns.utils.errors import InputError
 
 FPS = 12.5
 
@@ -194,6 +195,22 @@ def test_sequence_reads_back_in_trimesh(mesh, tmp_path, file_format):
         np.testing.assert_array_equal(read.faces, mesh.faces)
         np.testing.assert_allclose(np.asarray(read.visual.vertex_colors)[:, :3], mesh.colors, atol=1)
         np.testing.assert_allclose(from_gltf_axes(read.vertex_normals), mesh.normals[index], atol=1e-3)
+
+
+def test_a_sequence_leaves_what_else_lies_in_its_folder(mesh, tmp_path):
+    folder = tmp_path / "frames"
+    (folder / "of mine").mkdir(parents=True)
+    for name in ("scan.ply", "of mine/frame_0000.ply"):
+        (folder / name).write_text(name)
+    (folder / "frame_0007.ply").write_text("of a longer export before")
+    files = write_sequence(stills(mesh), folder, "ply", FPS)
+    assert (folder / "scan.ply").read_text() == "scan.ply"
+    assert (folder / "of mine" / "frame_0000.ply").read_text() == "of mine/frame_0000.ply"
+    assert sorted(folder.glob("frame_*")) == files and list(tmp_path.iterdir()) == [folder]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="file is a file: move it away"):
+        write_sequence(stills(mesh), tmp_path / "file", "ply", FPS)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_textured_obj_names_its_image(textured, tmp_path):

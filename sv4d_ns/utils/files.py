@@ -60,11 +60,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` that takes its place when the block ends without an exception.
-
-    A process killed inside the block leaves `folder` as it was, and at most a hidden temporary folder. Where the system
-    can exchange two folders (Linux and macOS, on most disks), a kill during the change of places does so, too;
-    elsewhere one between its two renames leaves the former folder as `old` in the temporary one.
+    """`replaced_folder` that replaces nothing but its like.
 
     Args:
         folder: the place of the result.
@@ -76,6 +72,18 @@ def atomic_folder(folder: Path, mark: str, kind: str) -> Iterator[Path]:
     """
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not {kind}: choose another place for it.")
+    with replaced_folder(folder) as new:
+        yield new
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` that takes its place when the block ends without an exception.
+
+    A process killed inside the block leaves `folder` as it was, and at most a hidden temporary folder. Where the system
+    can exchange two folders (Linux and macOS, on most disks), a kill during the change of places does so, too;
+    elsewhere one between its two renames leaves the former folder as `old` in the temporary one.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
     try:

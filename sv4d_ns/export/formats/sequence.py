@@ -4,8 +4,8 @@ All are +Y up and in metres like the GLB, with normals and sRGB colours. Colours
 MeshLab; a textured .obj also names its image.
 """
 
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +18,15 @@ from jaxtyping import Float, Int, UInt8
 from sv4d_ns.export.formats.asset import AnimatedMesh, Texture
 from sv4d_ns.export.formats.gltf import encoded_image, to_gltf_axes
 from sv4d_ns.export.formats.points import MovingPoints
+from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.files import replaced_folder
 
 SequenceFormat = Literal["obj", "ply"]
 
 TEXTURE_NAME = "base_color.jpg"
 MATERIAL_NAME = "material.mtl"
+OURS = re.compile(rf"frame_\d{{4,}}\.(obj|ply)|{re.escape(TEXTURE_NAME)}|{re.escape(MATERIAL_NAME)}")
+"""Names of the files in a folder of frames."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,15 +87,22 @@ def write_point_clouds(
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder` that takes its place when the block ends without an exception."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        fresh = Path(scratch) / "frames"
-        fresh.mkdir()
+    """Yield a folder whose files take the place of those of an earlier export, all at once, when the block ends without
+    an exception; whatever else lies there stays.
+
+    Raises:
+        InputError: there is a file at the place.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: move it away, or give another --output-dir.")
+    with replaced_folder(folder) as fresh:
         yield fresh
-        if folder.exists():
-            folder.rename(Path(scratch) / "previous")  # removed with the scratch folder
-        shutil.move(fresh, folder)
+        for other in folder.iterdir() if folder.is_dir() else ():
+            if not OURS.fullmatch(other.name):
+                if other.is_dir():
+                    shutil.copytree(other, fresh / other.name, symlinks=True)
+                else:
+                    shutil.copy2(other, fresh / other.name, follow_symlinks=False)
 
 
 def _write_material(folder: Path, texture: Texture) -> None:
