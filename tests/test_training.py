@@ -30,7 +30,7 @@ from sv4d_ns.diffusion_training.evaluate import (
     motion_error,
     score,
 )
-from sv4d_ns.diffusion_training.learning_rate import learning_rate
+from sv4d_ns.diffusion_training.learning_rate import highest_sentence, learning_rate
 from sv4d_ns.diffusion_training.model import ModelConfig, TrainedParts, bypassed, camera_vectors_of, fit_autoencoder
 from sv4d_ns.diffusion_training.sharding import set_up
 from sv4d_ns.diffusion_training.train import Trainer, prepare, train
@@ -547,12 +547,25 @@ def test_training_writes_a_model_that_loads_samples_and_goes_on(config):
         ({"reference_drop": 1.5}, "--reference-drop is 1.5"),
         ({"accumulation": 3}, "2 objects .1 frames. cannot be split evenly over 1 processes x 3 parts"),
         ({"clips": ()}, "--clips is empty"),
+        ({"changed": ("learning-rte",)}, "--changed learning-rte names no setting"),
         ({"objects_3d": 0}, "at least 1"),
     ],
 )
 def test_settings_that_cannot_be_used_say_so(config, changes, sentence):
     with pytest.raises(InputError, match=sentence):
         check(dataclasses.replace(config, **changes), 1)
+
+
+def test_a_run_too_short_for_its_learning_rate_says_so():
+    assert highest_sentence(1e-3, 3000, 100, 1000) is None
+    assert "reaches 1.6e-05 of 1.0e-03 only: 16 steps are few" in highest_sentence(1e-3, 16, 1000, 1)
+
+
+def test_a_full_disk_is_one_sentence_also_where_torch_tells_of_it(tmp_path):
+    with pytest.raises(InputError, match="The disk is full while writing"), disk_errors(tmp_path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 9620672 vs 9620564")
+    with pytest.raises(RuntimeError, match="other"), disk_errors(tmp_path):
+        raise RuntimeError("other")
 
 
 def test_a_batch_must_divide_over_the_processes(config):

@@ -177,6 +177,10 @@ def test_folders_and_patterns_are_read_in_natural_order(tmp_path):
         clip = read_clip(path)
         np.testing.assert_array_equal(clip.frames, expected)
         assert clip.fps == 10 and "10 frames per second" in clip.messages[0]
+        rated = read_clip(path, fps=24)
+        assert rated.fps == 24 and len(rated.frames) == 12 and not rated.messages, (
+            "pictures have the rate one gives them"
+        )
     np.testing.assert_array_equal(read_clip(tmp_path / "shot1?.png").frames, expected[10:])
     for index in range(3):  # a suffix that films have, too
         Image.fromarray(expected[index]).save(tmp_path / f"f_{index:04d}.webp", lossless=True, exact=True)
@@ -732,6 +736,7 @@ def test_load_object_video(rolling):
 
 
 def test_the_doctor_reports(tmp_path, rolling, capsys):
+    from sv4d_ns.cli.doctor import write_sheet
     from sv4d_ns.cli.main import main
 
     assert main(["doctor", str(rolling), "--max-frames", "4", "--picture", str(tmp_path / "sheet.png")]) == 0
@@ -739,6 +744,8 @@ def test_the_doctor_reports(tmp_path, rolling, capsys):
     assert lines[0].endswith("rolling.mp4: 4 frames at 4.28571 per second.")
     assert any("only 4" in line and line.startswith("- The object is only") for line in lines)
     assert Image.open(tmp_path / "sheet.png").size == (4 * 256, 256)
+    write_sheet(np.zeros((16, 8, 8, 4), np.uint8), tmp_path / "rows.png", [], 7)
+    assert Image.open(tmp_path / "rows.png").size == (7 * 8, 3 * 8)
     with pytest.raises(SystemExit, match=r"Error: .*nothing.mp4 does not exist"):
         main(["doctor", str(tmp_path / "nothing.mp4")])
 

@@ -465,7 +465,7 @@ def test_black_bars_are_cut_off(tmp_path, bars, level):
     framed = np.pad(inner, ((0, 0), (top, bottom), (left, right), (0, 0)), constant_values=level)
     video = load_object_video(write_video(tmp_path / "bars.mkv", framed, "ffv1", "bgr0"), 64)
     plain = load_object_video(write_video(tmp_path / "plain.mkv", inner, "ffv1", "bgr0"), 64)
-    assert any("Black bars were cut off" in message for message in video.messages)
+    assert any("Bars of one colour were cut off" in message for message in video.messages)
     assert video.framing.center_x == pytest.approx(plain.framing.center_x + left, abs=1)
     assert video.framing.center_y == pytest.approx(plain.framing.center_y + top, abs=1)
     assert video.framing.side == pytest.approx(plain.framing.side, rel=0.02)

@@ -13,6 +13,9 @@ from jaxtyping import Bool, UInt8
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path
 
+SHEET_COLUMNS = 7
+"""Frames in a row of --picture: three rows of 21 fit a screen."""
+
 if TYPE_CHECKING:
     from sv4d_ns.video import ObjectVideo
     from sv4d_ns.video.checks import Finding
@@ -40,7 +43,7 @@ class Doctor:
     crop: Annotated[Literal["auto", "fixed", "stabilised", "released"], _as_in_training("crop")] = "auto"
     """The square shown to the model."""
     picture: Path | None = None
-    """Write the cut-out frames side by side as one picture (png), with what was found marked in colours."""
+    """Write the cut-out frames as one picture (png), with what was found marked in colours."""
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -100,7 +103,7 @@ def report(settings: Doctor) -> None:
         say("Nothing was found that would spoil the result.")
     say(f"How far the bundled model reaches, which a run on a CPU takes: {REACH}")
     if settings.picture is not None:
-        write_marked_sheet(video, settings.picture)
+        write_marked_sheet(video, settings.picture, SHEET_COLUMNS)
         say(f"The cut-out frames: {settings.picture}")
 
 
@@ -114,20 +117,25 @@ MARKS = {
 """Colours in which findings are marked."""
 
 
-def write_marked_sheet(video: "ObjectVideo", path: Path) -> None:
-    """All cut-out frames, with what was found marked."""
+def write_marked_sheet(video: "ObjectVideo", path: Path, columns: int | None = None) -> None:
+    """All cut-out frames, with what was found marked; in one row where no number of columns is given."""
     marks = marks_of(video.findings)
-    write_sheet(video.frames, path, [(MARKS[marks[f.name]], f.where) for f in video.findings if f.where is not None])
+    places = [(MARKS[marks[f.name]], f.where) for f in video.findings if f.where is not None]
+    write_sheet(video.frames, path, places, columns or len(video.frames))
 
 
 def write_sheet(
     frames: UInt8[np.ndarray, "t h w 4"],
     path: Path,
-    marks: Sequence[tuple[tuple[int, int, int], Bool[np.ndarray, "t h w"]]] = (),
+    marks: Sequence[tuple[tuple[int, int, int], Bool[np.ndarray, "t h w"]]],
+    columns: int,
 ) -> None:
-    """Frames side by side on grey, which shows white fringes and holes; places marked by their outlines in colours."""
+    """Frames in rows, in reading order, on grey, which shows white fringes and holes; places marked by their outlines in
+    colours."""
     from PIL import Image
     from scipy import ndimage
+
+    from sv4d_ns.utils.images import tiled
 
     share = frames[..., 3:] / 255
     pictures = (frames[..., :3] * share + 128 * (1 - share)).round().astype(np.uint8)
@@ -136,5 +144,8 @@ def write_sheet(
             inside = picture[place]
             picture[place] = (0.5 * inside + 0.5 * np.asarray(colour)).astype(np.uint8)
             picture[ndimage.binary_dilation(place, iterations=2) & ~place] = colour
+    columns = min(len(pictures), columns)
+    blank = np.full((-len(pictures) % columns, *pictures.shape[1:]), 128, np.uint8)
+    rows = np.concatenate([pictures, blank]).reshape(-1, columns, *pictures.shape[1:])
     with atomic_path(path) as temporary:
-        Image.fromarray(np.concatenate(list(pictures), axis=1)).save(temporary, format="PNG")
+        Image.fromarray(tiled(rows)).save(temporary, format="PNG")

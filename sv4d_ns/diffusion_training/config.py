@@ -167,6 +167,9 @@ def changes_since(saved: dict[str, Any], config: TrainConfig, where: Path) -> li
 
 def check(config: TrainConfig, processes: int) -> None:
     """Raise InputError for settings that cannot be used."""
+    unknown = [name for name in config.changed if name not in asdict(config)]
+    if unknown:
+        raise InputError(f"--changed {unknown[0]} names no setting: write it as in the message that asks for it.")
     if config.total_steps < 1 or min(config.steps_3d, config.steps_4d) < 0:
         raise InputError("--steps-3d and --steps-4d must add up to at least one step.")
     if config.steps_4d > 0 and not config.clips:

@@ -43,7 +43,7 @@ from sv4d_ns.diffusion_training.checkpoint import (
 from sv4d_ns.diffusion_training.config import TrainConfig, check, shapes
 from sv4d_ns.diffusion_training.data import Batch, BatchShape, RenderedSource, Source, make_batch, open_sources
 from sv4d_ns.diffusion_training.latent_cache import LatentCache
-from sv4d_ns.diffusion_training.learning_rate import learning_rate
+from sv4d_ns.diffusion_training.learning_rate import highest_sentence, learning_rate
 from sv4d_ns.diffusion_training.model import TrainedParts, bypassed, export, with_components
 from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
 from sv4d_ns.diffusion_training.report import loss_curve, sample_sheet
@@ -305,7 +305,10 @@ class Trainer:
             self.report()  # a finished run: write its model again, perhaps with other sampling settings
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        return config.output_dir / (LORA_WEIGHTS if config.lora_rank else "model")
+        made = config.output_dir / (LORA_WEIGHTS if config.lora_rank else "model")
+        if self.accelerator.is_main_process:
+            print(f"Finished at step {state.step}: the weights are in {made}.", flush=True)
+        return made
 
     def _begin(self) -> None:
         """Say what happens, and set the folder right."""
@@ -322,6 +325,9 @@ class Trainer:
         where += ", sharded (FSDP2)" if self.sharded else ""
         begin = f"Continuing {config.output_dir} at step {state.step}" if state.step else f"New run {config.output_dir}"
         print(f"{begin}: {count:,} trained parameters, {where}.", flush=True)
+        short = highest_sentence(config.learning_rate, config.total_steps, config.warmup_steps, config.decay_steps)
+        if short is not None:
+            print(short, flush=True)
         write_run(state, config)
         truncate_log(config.output_dir / "losses.jsonl", state.step)
 

@@ -52,7 +52,8 @@ def find_candidate(path: Path, object_name: str | None = None) -> Candidate:
         if (path / marker).exists():
             return Candidate(path, kind)
     if not path.is_dir():
-        raise InputError(f"{path} does not exist: give a run's folder, a view grid's folder, or a folder of them.")
+        wrong = "is no config.yml of a run" if path.is_file() else "does not exist"
+        raise InputError(f"{path} {wrong}: give a run's folder, a view grid's folder, or a folder of them.")
     if object_name is None:
         raise InputError(f"{path} is neither a run ({CONFIG_FILE}) nor a view grid ({GRID_FILE}).")
     below = path / object_name

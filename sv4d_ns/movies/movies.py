@@ -266,16 +266,17 @@ def source_clip(grid: ViewGrid, square: "Framing") -> "Clip":
     source = Path(str(grid.provenance.get("source")))
     try:
         film = open_film(source)
-        # by number, else by rate: whichever gives as many frames in the same time
-        candidates = [choose_frames(film, max_frames=grid.num_frames)]
+        # by number, else by rate, also of pictures that were given one: whichever gives as many frames in the same time
+        candidates = [(film, choose_frames(film, max_frames=grid.num_frames))]
         if grid.num_frames > 1:
-            candidates.append(choose_frames(film, fps=grid.fps))
+            rated = film.at_rate(grid.fps)
+            candidates += [(one, choose_frames(one, fps=grid.fps)) for one in (film, rated)]
         width, height = square.source_width, square.source_height
         scale = min(1.0, LONGEST_SIDE / max(width, height))
         same_size = next(film.frames({0})).shape[:2] == (height, width)
-        for chosen in candidates:
+        for played, chosen in candidates:
             if same_size and len(chosen) == grid.num_frames:
-                clip = take(film, chosen, Region(0, 0, width, height, width, height, scale))
+                clip = take(played, chosen, Region(0, 0, width, height, width, height, scale))
                 if grid.num_frames == 1 or math.isclose(clip.fps, grid.fps, rel_tol=0.02):
                     return clip
     except InputError as error:

@@ -557,8 +557,9 @@ class FieldTrainer(Trainer):
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else "the disk is probably full"
             raise InputError(
-                f"{path} cannot be written ({(str(error).splitlines() or [''])[0][:120]}): free some space on the disk "
+                f"{path} cannot be written ({reason}): free some space on the disk "
                 "and give the same command again; it goes on from the checkpoint before."
             ) from error
         if self.config.save_only_latest_checkpoint:

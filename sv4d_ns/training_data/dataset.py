@@ -104,8 +104,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     """A full disk is one sentence; what was written before stays."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        # torch tells of a short write by the place it came to
+        of_torch = isinstance(error, RuntimeError) and "unexpected pos" in str(error)
+        if not of_torch and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
             f"The disk is full while writing {path}: free some space and give the same command again; everything "

@@ -5,6 +5,7 @@ on one bone, its node. So skins, rigid nodes and morph targets are one piece of 
 """
 
 import io
+import struct
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pygltflib
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sv4d_ns.training_data.blender import AssetError
 from sv4d_ns.utils.compiled import njit
@@ -146,6 +147,8 @@ def load_scene(path: Path) -> Scene:
     """
     try:
         document = pygltflib.GLTF2.load_binary(str(path))
+    except struct.error as error:
+        raise AssetError("it is no GLB, or is cut off") from error
     except Exception as error:  # the reader raises whatever a broken file leads it to
         raise AssetError(f"it cannot be read as a GLB ({type(error).__name__}: {error})") from error
     if document is None:
@@ -525,6 +528,8 @@ class _Reader:
         try:
             with Image.open(io.BytesIO(data)) as opened:
                 return opened.convert("RGBA")
+        except UnidentifiedImageError as error:
+            raise AssetError("a picture of it is damaged, or cut off with the end of the file") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise AssetError(f"a picture of it cannot be read ({error})") from error
 

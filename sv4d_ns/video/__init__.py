@@ -78,7 +78,7 @@ def load_object_video(
         size: side of the square frames, pixels.
         max_frames: keep at most so many frames, evenly spaced in time.
         frame_ratio: share of the frame that the longer side of the object fills over the whole clip, in (0, 1].
-        fps: keep so many frames a second instead of a number of frames.
+        fps: keep so many frames a second instead of a number of frames; the rate of pictures, which carry none.
         masks: a folder, pattern or video of masks, which then separate object and background.
         matting: name of the model that finds the object where the background is not plain (`MATTING_MODELS`).
         crop: which square of the video is shown.
@@ -87,7 +87,7 @@ def load_object_video(
         InputError: the file cannot be read, or no object can be told from its background.
     """
     model = load_matting(matting) if matting else None
-    film = open_film(path)
+    film = open_film(path).at_rate(fps)
     chosen = choose_frames(film, max_frames, fps)
 
     def cut_out(clip: Clip, known: Foreground | None) -> Foreground:
@@ -98,9 +98,7 @@ def load_object_video(
     bars = None if clip.has_alpha or masks else without_bars(clip)
     if bars is not None:
         clip = take(film, chosen, bars)
-        cropped = (
-            f"Black bars were cut off: {bars.width}x{bars.height} of {bars.source_width}x{bars.source_height} pixels."
-        )
+        cropped = f"Bars of one colour were cut off: {bars.width}x{bars.height} of {bars.source_width}x{bars.source_height} pixels."
         clip = replace(clip, messages=(*clip.messages, cropped))
     foreground = cut_out(clip, None)
     findings = examine(clip, foreground)

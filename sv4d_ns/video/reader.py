@@ -62,6 +62,10 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,ogg,asf,
 
 FOLDER_FPS = 10.0
 """Frame rate of image folders, which carry none: the rate the released SV4D 2.0 scripts write."""
+ASSUMED = (
+    f"Pictures carry no frame rate; {FOLDER_FPS:g} frames per second are assumed (another one: "
+    "--pipeline.datamanager.fps, or --fps of the export)."
+)
 
 SHORTEST_DELAY_MS = 10
 DEFAULT_DELAY_MS = 100
@@ -171,6 +175,16 @@ class Film:
     frames: Callable[[set[int]], Iterator[np.ndarray]]
     """Yields the RGBA pictures of the given frame indices, in order; nothing else is converted or kept."""
     messages: tuple[str, ...] = ()
+    is_rated: bool = True
+    """Whether the source says when its frames are shown; for pictures a rate is assumed."""
+
+    def at_rate(self, fps: float | None) -> "Film":
+        """Pictures at the rate the user gives; any other film, and no rate, change nothing."""
+        if self.is_rated or fps is None or not (math.isfinite(fps) and fps > 0):
+            return self
+        times = [index / fps for index in range(len(self.times))]
+        messages = tuple(message for message in self.messages if message != ASSUMED)
+        return replace(self, times=times, nominal_fps=fps, messages=messages, is_rated=True)
 
 
 def read_clip(path: Path, max_frames: int | None = None, fps: float | None = None) -> Clip:
@@ -181,13 +195,14 @@ def read_clip(path: Path, max_frames: int | None = None, fps: float | None = Non
             pattern inside one folder, in natural order (2 before 10) and at 10 frames per second.
         max_frames: keep at most so many frames, evenly spaced in time; the rate adapts and a message says so. 1 is
             allowed: the first frame, for a model that does not move.
-        fps: keep so many frames a second instead. Frames that are not kept are never held in memory.
+        fps: keep so many frames a second instead. Frames that are not kept are never held in memory. Pictures, which
+            carry no rate, are all kept and have this one.
 
     Raises:
         InputError: the path is missing, unreadable, not a moving picture, damaged, has one frame where more than one
             was asked for, holds pictures of different sizes, or both or senseless numbers of frames were given.
     """
-    film = open_film(path)
+    film = open_film(path).at_rate(fps)
     return take(film, choose_frames(film, max_frames, fps))
 
 
@@ -398,9 +413,8 @@ def _open_pictures(source: Path, paths: list[Path]) -> Film:
                 )
             yield picture
 
-    messages = (f"Pictures carry no frame rate; {FOLDER_FPS:g} frames per second are assumed.", *messages)
     times = [index / FOLDER_FPS for index in range(len(paths))]
-    return Film(source, times, FOLDER_FPS, frames, messages)
+    return Film(source, times, FOLDER_FPS, frames, (ASSUMED, *messages), is_rated=False)
 
 
 def _levels_of_files(paths: list[Path]) -> tuple[LevelRange, tuple[str, ...]]:

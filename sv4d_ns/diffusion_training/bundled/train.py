@@ -28,7 +28,7 @@ from sv4d_ns.diffusion_training.bundled.config import BundledTrainConfig, check
 from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Source, make_batch, mirrored
 from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
-from sv4d_ns.diffusion_training.learning_rate import learning_rate
+from sv4d_ns.diffusion_training.learning_rate import highest_sentence, learning_rate
 from sv4d_ns.diffusion_training.train import MAX_SKIPPED, read_step, truncate_log
 from sv4d_ns.metrics.lpips import BackboneMissing, vgg_distance
 from sv4d_ns.utils.devices import choose_device
@@ -206,6 +206,9 @@ class Trainer:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         begin = f"Continuing {config.output_dir} at step {state.step}" if state.step else f"New run {config.output_dir}"
         print(f"{begin}: {count:,} trained parameters on {self.device.type}.", flush=True)
+        short = highest_sentence(config.learning_rate, config.steps, config.warmup_steps, config.decay_steps)
+        if short is not None:
+            print(short, flush=True)
         write_run(state, config)  # type: ignore[arg-type]
         log = config.output_dir / "losses.jsonl"
         truncate_log(log, state.step)
@@ -229,6 +232,7 @@ class Trainer:
                 break
         if first == config.steps:
             self.report()  # a finished run that was killed before its model was written
+        print(f"Finished at step {state.step}: the model is in {config.output_dir / 'model'}.", flush=True)
         return config.output_dir / "model"
 
     def report(self) -> None:

@@ -18,6 +18,7 @@ from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
 
 from sv4d_ns.export.surface.extraction import grown, outwards, vertex_graph, vertex_normals
+from sv4d_ns.export.surface.folds import Folds
 from sv4d_ns.export.surface.limbs import turned
 from sv4d_ns.export.surface.registration import FrameSurface, factorised, nearest_alike
 from sv4d_ns.export.surface.silhouettes import Silhouette
@@ -35,6 +36,10 @@ STIFFNESS = (10.0, 10.0, 3.0, 3.0, 1.0, 1.0, 1.0)
 before, the legs of a wolf (true views, galloping) merge: 0.84 to 0.86 of its elevated silhouettes instead of 0.87."""
 TURNED_STIFFNESS = (10.0, 3.0, 1.0, 1.0)
 """The same for skin whose limbs were turned, which are nearer; more stages change less than chance does."""
+UNFOLDED_STIFFNESS = (10.0, 3.0, 3.0)
+"""The same for skin that was folded: never so soft that it crumples again."""
+FARTHER = 1.02
+"""Times the distance between skin and surface that unfolding may leave."""
 RINGS = 2
 """Rings of neighbours of a bad vertex that are solved again with it."""
 ROUNDS = 3
@@ -204,7 +209,7 @@ def mended(
         first: the canonical frame; the others follow outwards in time, each keeping its mended neighbour's shape.
         diagonal: of the field's box, world units.
     """
-    skin = RigidSkin(faces, len(rest))
+    skin, folds = RigidSkin(faces, len(rest)), Folds.of(rest, faces)
     result = positions.astype(np.float64)
     changed = np.zeros(positions.shape[:2], dtype=bool)
     _, piece = csgraph.connected_components(skin.graph, directed=False)
@@ -223,7 +228,28 @@ def mended(
         start = np.where(lost[:, None], shape, positions[frame])
         carried = skin.filled(shape, start, ~changed[frame])
         result[frame] = _onto(surface, skin, shape, carried, changed[frame], diagonal)
+        result[frame] = _unfolded(surface, skin, folds, rest, result[frame], diagonal)
     return result, changed
+
+
+def _unfolded(
+    surface: FrameSurface,
+    skin: RigidSkin,
+    folds: Folds,
+    rest: Float[np.ndarray, "n 3"],
+    x: Float[np.ndarray, "n 3"],
+    diagonal: float,
+) -> Float[np.ndarray, "n 3"]:
+    """`x` with crumpled skin as the skin around it carries the canonical shape, drawn to the surface again; as it is
+    where that would take it away from there."""
+    bad = folds.at(x)
+    if not bad.any():
+        return x
+    bad = grown(skin.graph, bad, RINGS)
+    carried = skin.filled(rest.astype(np.float64), x, ~bad)
+    bare = np.flatnonzero(surface.uncovered(carried[~bad]) > OFF * diagonal)
+    smooth = skin.drawn(carried, carried, bad, surface, bare, diagonal, UNFOLDED_STIFFNESS)
+    return smooth if surface.apart(smooth, bad) < FARTHER * surface.apart(x, bad) else x
 
 
 def _onto(

@@ -1,0 +1,45 @@
+"""Where a moving surface lies folded on itself.
+
+Closest points crumple skin on its way to its place: faces lie on their neighbours there, and draw as dark patches,
+however near the surface they are.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+FOLDED = -0.2
+"""Cosine between the normals of two neighbouring faces below which one lies on the other."""
+FLAT = 0.2
+"""The same in the canonical shape from which that is a fold, and not the object's own edge."""
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """The pairs of neighbouring faces of a mesh that can be folded."""
+
+    faces: Int[np.ndarray, "f 3"]
+    pairs: Int[np.ndarray, "p 2"]
+
+    @staticmethod
+    def of(rest: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"]) -> "Folds":
+        """Of a canonical shape: its own edges are none."""
+        edges = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
+        order = np.lexsort(edges.T)
+        same = (edges[order[1:]] == edges[order[:-1]]).all(axis=1)
+        pairs = np.stack([order[:-1][same] // 3, order[1:][same] // 3], axis=1)
+        return Folds(faces, pairs[Folds(faces, pairs).facing(rest) > FLAT])
+
+    def facing(self, x: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " p"]:
+        """Cosines between the normals of the pairs; 0 where a face has no area."""
+        corner = x[self.faces].astype(np.float64)
+        normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
+        normal /= np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-20)
+        return np.einsum("pi,pi->p", normal[self.pairs[:, 0]], normal[self.pairs[:, 1]])
+
+    def at(self, x: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
+        """The vertices of faces that are folded."""
+        result = np.zeros(len(x), dtype=bool)
+        result[self.faces[self.pairs[self.facing(x) < FOLDED]]] = True
+        return result
