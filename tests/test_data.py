@@ -393,7 +393,7 @@ def test_nothing_usable_is_an_error(tmp_path, fake):
 def test_without_blender_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(blender.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(blender.shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match=r"sv4d-ns\[render\].*--blender-python"):
+    with pytest.raises(InputError, match=r"'\.\[render\]'.*--blender-python"):
         blender.find_blender(None)
     with pytest.raises(InputError, match="--blender-python nowhere"):
         blender.find_blender(Path("nowhere"))
@@ -416,7 +416,7 @@ def test_objaverse_ids_are_fetched_and_test_objects_never(tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"cannot be reached .no route.*folder of assets"):
         list_assets(f"objaverse:{wanted}", None, include_test_objects=False)
     monkeypatch.setitem(sys.modules, "objaverse", None)
-    with pytest.raises(InputError, match=r"sv4d-ns\[objaverse\]"):
+    with pytest.raises(InputError, match=r"'\.\[objaverse\]'"):
         list_assets(f"objaverse:{wanted}", None, include_test_objects=False)
 
 

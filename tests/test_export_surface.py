@@ -17,6 +17,7 @@ from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to, plac
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.make import without
 from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of, vertex_graph
+from sv4d_ns.export.surface.folds import Folds, unfolded
 from sv4d_ns.export.surface.limbs import _turned_to, turned
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
@@ -245,6 +246,39 @@ def test_a_frame_in_which_the_film_shows_nothing_drops_nothing():
     full = replace(film[1], rgba=np.full_like(film[1].rgba, 255))
     for other in (blank, full):
         assert not strays(np.stack([vertices, vertices]), faces, silhouettes([film[0], other])).any()
+
+
+def crumpled(vertices, where):
+    """Every second vertex of a part of a ball pushed in and out."""
+    moved, rng = vertices.copy(), np.random.default_rng(0)
+    moved[where] *= 1 + rng.choice([-0.12, 0.12], where.sum())[:, None]
+    return moved
+
+
+def test_folds_are_smoothed_and_the_objects_own_edges_are_none():
+    vertices, faces = ball(subdivisions=4)
+    where = vertices[:, 1] > 0.6 * vertices[:, 1].max()
+    folds, bent = Folds.of(vertices, faces), crumpled(vertices, where)
+    assert (
+        not folds.at(vertices).any()
+        and folds.at(bent)[where].mean() > 0.6
+        and not folds.at(bent)[vertices[:, 1] < 0].any()
+    )
+    smooth = unfolded(np.stack([vertices, bent]), vertices, faces)
+    np.testing.assert_array_equal(smooth[0], vertices)
+    assert folds.at(smooth[1]).mean() < 0.3 * folds.at(bent).mean()
+    assert np.abs(smooth[1] - vertices).max() < 0.06
+    assert not Folds.of(bent, faces).at(bent).any(), "what the canonical shape has is no fold"
+
+
+def test_crumpled_skin_is_drawn_to_the_surface_anew():
+    vertices, faces = ball(subdivisions=4)
+    bent = crumpled(vertices, vertices[:, 1] > 0.6 * vertices[:, 1].max())
+    own = surfaces_of(faces, vertices, vertices)
+    result, _ = mended(np.stack([vertices, bent]), nothing_guessed(vertices), vertices, faces, own, 0, DIAGONAL)
+    folds = Folds.of(vertices, faces)
+    assert folds.at(bent).any() and not folds.at(result[1]).any()
+    assert np.linalg.norm(result[1] - vertices, axis=1).max() < 0.01
 
 
 def test_a_piece_astray_in_the_end_is_dropped():

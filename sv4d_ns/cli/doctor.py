@@ -130,8 +130,7 @@ def write_sheet(
     marks: Sequence[tuple[tuple[int, int, int], Bool[np.ndarray, "t h w"]]],
     columns: int,
 ) -> None:
-    """Frames in rows, in reading order, on grey, which shows white fringes and holes; places marked by their outlines in
-    colours."""
+    """Frames in rows on grey, which shows white fringes and holes; places marked by their outlines in colours."""
     from PIL import Image
     from scipy import ndimage
 

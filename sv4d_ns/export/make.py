@@ -45,6 +45,7 @@ from sv4d_ns.export.surface.extraction import (
     vertex_graph,
     vertex_normals,
 )
+from sv4d_ns.export.surface.folds import unfolded
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, refitted, settled, uncovered
@@ -300,6 +301,7 @@ def _mended(
             "their skin was mended"
         )
     positions = settled(positions, surface.faces, own, diagonal)
+    positions = unfolded(positions, surface.vertices, surface.faces)
     return replace(tracks, positions=positions.astype(np.float32))
 
 

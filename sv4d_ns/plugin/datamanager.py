@@ -71,8 +71,8 @@ class SV4DDataManagerConfig(VanillaDataManagerConfig):
     """Frames taken from the video, evenly in time; shorter videos keep all of theirs. The default is 21, as in the SV4D
     papers (with --pipeline.datamanager.fps: all at that rate). 1 makes a model of the first frame that stands still."""
     fps: float | None = None
-    """Take so many frames a second of the video instead of a number of frames; of pictures, which carry no rate, take all
-    and play them at this one."""
+    """Take so many frames a second of the video instead of a number of frames. Pictures carry no rate: all are taken,
+    and this is theirs."""
     masks: Path | None = None
     """A folder (or pattern, or video) of masks, one for each frame: white, or opaque, is the object."""
     matting: str | None = "u2netp"

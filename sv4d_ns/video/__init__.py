@@ -98,7 +98,8 @@ def load_object_video(
     bars = None if clip.has_alpha or masks else without_bars(clip)
     if bars is not None:
         clip = take(film, chosen, bars)
-        cropped = f"Bars of one colour were cut off: {bars.width}x{bars.height} of {bars.source_width}x{bars.source_height} pixels."
+        sizes = f"{bars.width}x{bars.height} of {bars.source_width}x{bars.source_height} pixels"
+        cropped = f"Bars of one colour were cut off: {sizes}."
         clip = replace(clip, messages=(*clip.messages, cropped))
     foreground = cut_out(clip, None)
     findings = examine(clip, foreground)

@@ -1,18 +1,25 @@
-"""Where a moving surface lies folded on itself.
+"""Where a moving surface lies folded on itself, and the same surface smoothed there.
 
 Closest points crumple skin on its way to its place: faces lie on their neighbours there, and draw as dark patches,
 however near the surface they are.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import sparse
+
+from sv4d_ns.export.surface.extraction import vertex_graph
+from sv4d_ns.utils.split import results_of
 
 FOLDED = -0.2
 """Cosine between the normals of two neighbouring faces below which one lies on the other."""
 FLAT = 0.2
 """The same in the canonical shape from which that is a fold, and not the object's own edge."""
+ROUNDS = 4
+"""Of smoothing. Twice as many leave four fifths of the folds that these do, and cost limbs that are torn 0.2 dB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,3 +50,24 @@ class Folds:
         result = np.zeros(len(x), dtype=bool)
         result[self.faces[self.pairs[self.facing(x) < FOLDED]]] = True
         return result
+
+
+def unfolded(
+    positions: Float[np.ndarray, "t n 3"], rest: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"]
+) -> Float[np.ndarray, "t n 3"]:
+    """Positions in which vertices at folds have gone half-way to the mean of their neighbours (uniform Laplacian
+    smoothing), for as many rounds as they are there."""
+    graph = vertex_graph(faces, len(rest))
+    mean = (sparse.diags(1 / np.maximum(np.asarray(graph.sum(axis=1)).ravel(), 1)) @ graph).tocsr()
+    folds, result = Folds.of(rest, faces), positions.astype(np.float64)
+
+    def unfold(frame: int) -> None:
+        x = result[frame]
+        for _ in range(ROUNDS):
+            bad = folds.at(x)
+            if not bad.any():
+                return
+            x[bad] = 0.5 * (x[bad] + mean[bad] @ x)
+
+    results_of([partial(unfold, frame) for frame in range(len(result))])
+    return result
