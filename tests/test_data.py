@@ -133,6 +133,16 @@ def test_a_render_continues_and_refuses_other_settings(folder, monkeypatch):
         render_dataset(config(folder, maps=True, size=32))
 
 
+def test_a_render_without_an_object_may_begin_anew_with_other_settings(tmp_path):
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "broken.glb").write_bytes(b"not a GLB")
+    for size in (24, 32):
+        with pytest.raises(InputError, match="Nothing of .* could be rendered .*: it is no GLB, or is cut off"):
+            render_dataset(config(tmp_path / "out", source=str(assets), size=size))
+        assert json.loads((tmp_path / "out" / "dataset.json").read_text())["settings"]["size"] == size
+
+
 def test_a_killed_object_leaves_nothing(tmp_path, monkeypatch):
     real = dataset.png
     calls = []

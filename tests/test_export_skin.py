@@ -70,6 +70,8 @@ def test_the_skinned_file_moves_as_reported(mesh, tmp_path):
     np.testing.assert_allclose(from_gltf_axes(positions), skin.posed(mesh.positions[0]), atol=1e-5)
     rmse = np.sqrt(((from_gltf_axes(positions) - mesh.positions) ** 2).sum(-1).mean())
     assert rmse == pytest.approx(skin.rmse, abs=1e-5)
+    farthest = np.linalg.norm(from_gltf_axes(positions) - mesh.positions, axis=-1).max()
+    assert skin.largest_error(mesh.positions) == pytest.approx(farthest, abs=1e-5) and farthest > rmse
     joints = read.json["skins"][0]["joints"]
     assert len(joints) == skin.num_bones
     names = [read.json["nodes"][joint]["name"] for joint in joints]

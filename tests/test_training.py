@@ -35,6 +35,7 @@ from sv4d_ns.diffusion_training.model import ModelConfig, TrainedParts, bypassed
 from sv4d_ns.diffusion_training.sharding import set_up
 from sv4d_ns.diffusion_training.train import Trainer, prepare, train
 from sv4d_ns.geometry.cameras import ViewPlan
+from sv4d_ns.training_data.dataset import disk_errors
 from sv4d_ns.utils.errors import InputError
 
 MICRO = ModelConfig(
@@ -313,7 +314,7 @@ def test_settings_change_on_the_way_only_when_named(config):
         prepare(longer)
     with pytest.raises(InputError, match="another --seed"):
         prepare(dataclasses.replace(config, seed=6, changed=("seed",)))
-    train(dataclasses.replace(longer, changed=("steps_4d", "learning_rate")))
+    train(dataclasses.replace(longer, changed=("steps_4d", "learning-rate")))
     assert len(losses(config.output_dir)) == 6
     changes = json.loads((config.output_dir / "run.json").read_text())["changes"]
     assert {(c["step"], c["name"], c["new"]) for c in changes} == {(3, "steps_4d", 3), (3, "learning_rate", 1e-4)}
@@ -547,7 +548,7 @@ def test_training_writes_a_model_that_loads_samples_and_goes_on(config):
         ({"reference_drop": 1.5}, "--reference-drop is 1.5"),
         ({"accumulation": 3}, "2 objects .1 frames. cannot be split evenly over 1 processes x 3 parts"),
         ({"clips": ()}, "--clips is empty"),
-        ({"changed": ("learning-rte",)}, "--changed learning-rte names no setting"),
+        ({"changed": ("learning-rte",)}, "--changed learning_rte names no setting"),
         ({"objects_3d": 0}, "at least 1"),
     ],
 )

@@ -134,6 +134,11 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _names(changed: tuple[str, ...]) -> list[str]:
+    """Settings, also where they are written as flags are."""
+    return [name.removeprefix("--").replace("-", "_") for name in changed]
+
+
 LATER = {"perceptual": 0.0}
 """Settings that older runs do not name, as those runs behaved."""
 RENAMED = {"own_references": "self_conditioning"}
@@ -155,7 +160,7 @@ def changes_since(saved: dict[str, Any], config: TrainConfig, where: Path) -> li
             f"{where} was made with another --{fixed[0].replace('_', '-')} ({saved.get(fixed[0])}), which cannot "
             "change during a run: use the same one, or another --output-dir."
         )
-    silent = [name for name in differing if name not in config.changed]
+    silent = [name for name in differing if name not in _names(config.changed)]
     if silent:
         listed = ", ".join(f"{name} {saved.get(name)} -> {present[name]}" for name in silent)
         raise InputError(
@@ -167,7 +172,7 @@ def changes_since(saved: dict[str, Any], config: TrainConfig, where: Path) -> li
 
 def check(config: TrainConfig, processes: int) -> None:
     """Raise InputError for settings that cannot be used."""
-    unknown = [name for name in config.changed if name not in asdict(config)]
+    unknown = [name for name in _names(config.changed) if name not in asdict(config)]
     if unknown:
         raise InputError(f"--changed {unknown[0]} names no setting: write it as in the message that asks for it.")
     if config.total_steps < 1 or min(config.steps_3d, config.steps_4d) < 0:

@@ -100,9 +100,11 @@ def _skin(run: FinishedRun, mesh: AnimatedMesh, max_bones: int, terminal: "Termi
             shown = bones
 
         skin = decompose(mesh.positions[:, first], SKIN_BOUND * diagonal, max_bones, count)
+    largest = skin.largest_error(mesh.positions[:, first])
     terminal.say(
         f"{skin.num_bones} bones, at most 4 for each vertex; root mean square error of the vertices "
-        f"{skin.rmse / diagonal:.3%} of the box's diagonal ({1000 * skin.rmse:.1f} mm)"
+        f"{skin.rmse / diagonal:.3%} of the box's diagonal ({1000 * skin.rmse:.1f} mm), the largest "
+        f"{1000 * largest:.1f} mm (--animation morph has none)"
         + ("" if skin.rmse <= SKIN_BOUND * diagonal else f", above {SKIN_BOUND:.1%}: raise --max-bones")
     )
     return skin.taken(copy.ravel())

@@ -55,6 +55,14 @@ class Skin:
         chosen = np.take_along_axis(carried, self.joints[None, :, :, None], axis=2)
         return np.einsum("nk,tnki->tni", self.weights, chosen)
 
+    def largest_error(self, positions: Float[np.ndarray, "t n 3"]) -> float:
+        """Largest distance of the skinned vertices to their places at all frames, world units."""
+        errors = []
+        for place, rotation, offset in zip(positions, self.rotations, self.offsets, strict=True):
+            carried = np.einsum("nkij,nj->nki", rotation[self.joints], positions[0]) + offset[self.joints]
+            errors.append(np.linalg.norm(np.einsum("nk,nki->ni", self.weights, carried) - place, axis=-1).max())
+        return float(max(errors))
+
     def taken(self, vertices: Int[np.ndarray, " m"]) -> "Skin":
         """The skin of a mesh whose vertices are copies of these."""
         return Skin(self.rotations, self.offsets, self.joints[vertices], self.weights[vertices], self.rmse)

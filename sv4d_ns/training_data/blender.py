@@ -34,7 +34,8 @@ def find_blender(given: Path | None) -> list[str]:
         return _command(found)
     raise InputError(
         f"Rendering assets needs Blender: {install_extra('render')}, or name a Python that has bpy (or Blender "
-        "itself) with --blender-python; procedural:SEED:COUNT needs neither."
+        "itself) with --blender-python; --renderer compiled draws the GLB files alone, and procedural:SEED:COUNT needs "
+        "neither."
     )
 
 

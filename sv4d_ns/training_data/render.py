@@ -271,7 +271,7 @@ def _check_output(output: Path) -> None:
 
 
 def _start(config: RenderConfig) -> None:
-    """Describe the folder, or see that it was made with the same settings."""
+    """Describe the folder, or see that what is in it was made with the same settings."""
     path = config.output / DATASET_FILE
     described = {"format": FORMAT, "version": FORMAT_VERSION, "settings": config.settings()}
     if path.is_file():
@@ -280,10 +280,11 @@ def _start(config: RenderConfig) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): use another output folder.") from error
         changed = [name for name, value in config.settings().items() if earlier.get(name) != value]
-        if changed:
+        if changed and finished_names(config.output):
             listed = ", ".join(f"{name} {earlier.get(name)} -> {config.settings()[name]}" for name in changed)
             raise InputError(f"{config.output} was rendered with other settings ({listed}): use another output folder.")
-        return
+        if not changed:
+            return
     with disk_errors(path), atomic_path(path) as temporary:
         temporary.write_text(json.dumps(described, indent=1))
 

@@ -255,8 +255,8 @@ def release_of(name: str, model: str | None = None) -> Release:
         return RELEASES[f"{stem}.safetensors"]
     known = " or ".join(RELEASES)
     raise InputError(
-        f"'{model or name}' is not {known}: give one of these names, or say which of the two models it is with model "
-        "(--model) sv4d2 or sv4d2_8views (the tensors do not say)."
+        f"'{model or name}' is not {known}: give the file one of these names (the tensors do not say which model they "
+        "are), or say --model sv4d2 or sv4d2_8views where there is that flag."
     )
 
 
