@@ -138,7 +138,7 @@ def test_a_render_without_an_object_may_begin_anew_with_other_settings(tmp_path)
     assets.mkdir()
     (assets / "broken.glb").write_bytes(b"not a GLB")
     for size in (24, 32):
-        with pytest.raises(InputError, match="Nothing of .* could be rendered .*: it is no GLB, or is cut off"):
+        with pytest.raises(InputError, match=r"Nothing of .* could be rendered .*: it is no GLB, or is cut off"):
             render_dataset(config(tmp_path / "out", source=str(assets), size=size))
         assert json.loads((tmp_path / "out" / "dataset.json").read_text())["settings"]["size"] == size
 
