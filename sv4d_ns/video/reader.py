@@ -64,7 +64,7 @@ FOLDER_FPS = 10.0
 """Frame rate of image folders, which carry none: the rate the released SV4D 2.0 scripts write."""
 ASSUMED = (
     f"Pictures carry no frame rate; {FOLDER_FPS:g} frames per second are assumed (another one: "
-    "--pipeline.datamanager.fps, or --fps of the export)."
+    "--pipeline.datamanager.fps)."
 )
 
 SHORTEST_DELAY_MS = 10
