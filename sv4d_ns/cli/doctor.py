@@ -13,12 +13,12 @@ from jaxtyping import Bool, UInt8
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path
 
-SHEET_COLUMNS = 7
-"""Frames in a row of --picture: three rows of 21 fit a screen."""
-
 if TYPE_CHECKING:
     from sv4d_ns.video import ObjectVideo
     from sv4d_ns.video.checks import Finding
+
+SHEET_COLUMNS = 7
+"""Frames in a row of --picture: three rows of 21 fit a screen."""
 
 
 def _as_in_training(name: str) -> Any:

@@ -128,7 +128,7 @@ def render_views(
     """A run's field seen by cameras of its case, beside the truth.
 
     Args:
-        run: an `runs.open.FinishedRun`.
+        run: a `runs.open.FinishedRun`.
         to_source: from the run's world to the case's (`alignment_to`).
     """
     moments = [to_source.at(float(time)).inverse() for time in case.times]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from scipy import ndimage, sparse
+from scipy import ndimage
 
 from sv4d_ns.export.colour.baking import SurfacePoints
 from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.limits import check_texture_size
-from sv4d_ns.export.surface.extraction import vertex_graph
+from sv4d_ns.export.surface.extraction import neighbour_mean, vertex_graph
 
 PADDING = 4
 """Texels between charts: as far as bilinear filtering and two smaller mip levels reach over a seam."""
@@ -72,8 +72,7 @@ def smoothed(
     vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], rounds: int
 ) -> Float[np.ndarray, "n 3"]:
     """Each vertex half-way to the mean of its neighbours, so many times (uniform Laplacian smoothing)."""
-    graph = vertex_graph(faces, len(vertices))
-    mean = sparse.diags(1 / np.maximum(np.asarray(graph.sum(axis=1)).ravel(), 1)) @ graph
+    mean = neighbour_mean(vertex_graph(faces, len(vertices)))
     x = vertices.astype(np.float64)
     for _ in range(rounds):
         x = 0.5 * x + 0.5 * (mean @ x)

@@ -285,6 +285,12 @@ def grown(graph: sparse.csr_matrix, chosen: Bool[np.ndarray, " n"], rings: int) 
     return chosen
 
 
+def neighbour_mean(graph: sparse.csr_matrix) -> sparse.csr_matrix:
+    """What, multiplied with the vertices' places, gives the mean of each one's neighbours (uniform Laplacian smoothing
+    goes half-way there)."""
+    return (sparse.diags(1 / np.maximum(np.asarray(graph.sum(axis=1)).ravel(), 1)) @ graph).tocsr()
+
+
 def without_floaters(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     parts, label = csgraph.connected_components(vertex_graph(faces, len(vertices)), directed=False)
     corner = vertices[faces]
@@ -540,9 +546,10 @@ def follow_points(
     """The same for loose points whose places at the time `first` are known: what two canonical places share (two arms
     that come from one) is told apart by where it starts. What stays open stays where it was at the neighbouring time.
     """
-    here = start + _evaluate(field.deformation, _device_of(field), start.astype(np.float64), float(times[first]))
-    loose = sparse.csr_matrix((len(start), len(start)))
-    return _solved(_Inverse(field, here), start.astype(np.float64), first, loose, times)
+    places = start.astype(np.float64)
+    here = places + _evaluate(field.deformation, _device_of(field), places, float(times[first]))
+    loose = sparse.csr_matrix((len(places), len(places)))
+    return _solved(_Inverse(field, here), places, first, loose, times)
 
 
 def _solved(

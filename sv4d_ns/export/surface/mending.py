@@ -4,8 +4,9 @@ A fitted deformation leads from what is seen to the canonical shape, and nothing
 from one, and the other one's matter has no place then. But the field's own surface at that moment has both. Vertices
 off that surface and those without a solution are carried by the skin around them as rigidly as it can (Sorkine & Alexa
 2007, as-rigid-as-possible surface modelling), starting from the neighbouring frame, their limbs turned to bare parts of
-the surface (limbs.py), and drawn to it by closest points (Amberg et al. 2007). Triangles that are drawn out stay: a
-motion found on a grid stretches what it moves, and holding them together holds limbs back
+the surface (limbs.py), and drawn to it by closest points (Amberg et al. 2007); where they crumple on that way, once
+more from the form of the canonical shape (folds.py). Triangles that are drawn out stay: a motion found on a grid
+stretches what it moves, and holding them together holds limbs back
 (benchmarks/results/export_cuts.md).
 """
 
@@ -175,9 +176,8 @@ class RigidSkin:
         that has known ones only around it; no turn elsewhere."""
         result = np.broadcast_to(np.eye(3), (self.count, 3, 3)).copy()
         beside = grown(self.graph, ~known, 1)
-        near = np.flatnonzero(
-            grown(self.graph, beside, 1)
-        )  # the first ring of such vertices is all that can be nearest
+        # the first ring of such vertices is all that can be nearest
+        near = np.flatnonzero(grown(self.graph, beside, 1))
         inner = np.flatnonzero(~beside[near])
         if not len(inner):
             return result
@@ -247,7 +247,7 @@ def _unfolded(
         return x
     bad = grown(skin.graph, bad, RINGS)
     carried = skin.filled(rest.astype(np.float64), x, ~bad)
-    bare = np.flatnonzero(surface.uncovered(carried[~bad]) > OFF * diagonal)
+    bare = np.flatnonzero(surface.uncovered(x[~bad]) > OFF * diagonal)
     smooth = skin.drawn(carried, carried, bad, surface, bare, diagonal, UNFOLDED_STIFFNESS)
     return smooth if surface.apart(smooth, bad) < FARTHER * surface.apart(x, bad) else x
 
