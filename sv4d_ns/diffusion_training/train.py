@@ -307,7 +307,7 @@ class Trainer:
         self.accelerator.end_training()
         made = config.output_dir / (LORA_WEIGHTS if config.lora_rank else "model")
         if self.accelerator.is_main_process:
-            print(f"Finished at step {state.step}: the weights are in {made}.", flush=True)
+            print(f"Step {state.step} of {config.total_steps}: the weights are in {made}.", flush=True)
         return made
 
     def _begin(self) -> None:

@@ -232,7 +232,7 @@ class Trainer:
                 break
         if first == config.steps:
             self.report()  # a finished run that was killed before its model was written
-        print(f"Finished at step {state.step}: the model is in {config.output_dir / 'model'}.", flush=True)
+        print(f"Step {state.step} of {config.steps}: the model is in {config.output_dir / 'model'}.", flush=True)
         return config.output_dir / "model"
 
     def report(self) -> None:
