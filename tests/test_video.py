@@ -1,6 +1,7 @@
 """Reading video of every kind, and telling the object from its background."""
 
 import importlib.util
+import json
 import os
 import shutil
 import struct
@@ -14,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.progress import PROGRESS_VARIABLE
 from sv4d_ns.video import Clip, load_object_video, read_clip, segment
 from sv4d_ns.video.checks import examine
 from sv4d_ns.video.matting import load_matting
@@ -238,6 +240,8 @@ def test_long_clips_are_thinned_evenly_and_say_so(tmp_path):
     assert clip.messages == ("Kept 6 of 21 frames of long.mkv, evenly spaced in time.",)
     assert len(read_clip(path, max_frames=21).frames) == len(read_clip(path, max_frames=500).frames) == 21
     assert len(read_clip(path, max_frames=1).frames) == 1
+    (sparse,) = read_clip(path, max_frames=2).messages
+    assert "only 1.5 a second" in sparse and "max-frames" in sparse
     with pytest.raises(InputError, match="ask for 1 or more"):
         read_clip(path, max_frames=0)
 
@@ -674,7 +678,8 @@ def _busy(exact: np.ndarray) -> np.ndarray:
     return np.concatenate([colours, np.full_like(exact[..., 3:], 255)], axis=-1).astype(np.uint8)
 
 
-def test_a_busy_background_needs_a_model_or_masks():
+def test_a_busy_background_needs_a_model_or_masks(monkeypatch, tmp_path):
+    monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path / "progress.json"))
     exact = ball()
     clip = clip_of(_busy(exact))
     with pytest.raises(InputError, match=r"no plain background.*masks.*matting"):
@@ -690,6 +695,8 @@ def test_a_busy_background_needs_a_model_or_masks():
 
     foreground = segment(clip, matting=red_things)
     assert foreground.method == "matting" and len(calls) == FRAMES and 0.9 < foreground.confidence <= 1
+    shown = json.loads((tmp_path / "progress.json").read_text())
+    assert shown["done"] == shown["total"] == FRAMES, "a model takes a second a picture or more: a bar shows it"
     assert foreground.alpha[3].any(), "the median over time bridges a frame the model lost"
     with_masks = segment(clip, masks=exact[..., 3])
     assert with_masks.method == "masks" and (with_masks.alpha == exact[..., 3]).all()

@@ -19,8 +19,8 @@ from sv4d_ns.utils.progress import PROGRESS_VARIABLE
 PROGRAM = ("-m", "sv4d_ns.app.work")
 """What does the work: arguments of Python."""
 PROGRESS_FILE, TRAIN_LOG = "progress.json", "train.log"
-LOOK_SECONDS = 300
-"""The doctor needs seconds; what takes longer is a video made to do so."""
+LOOK_SECONDS = 900
+"""The doctor needs seconds, and minutes where a model has to cut the object out; what takes longer is made to do so."""
 GRACE_SECONDS = 30.0
 """A run that is stopped finishes its step and saves a checkpoint; after so long it is ended as it is."""
 DOCTORS_FLAGS = tuple(f"--pipeline.datamanager.{name}" for name in ("max-frames", "fps"))

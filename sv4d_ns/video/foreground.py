@@ -174,9 +174,13 @@ def _asked(
     The confidence is how decided the model is about the pixels it takes as object, times the share of the motion (per
     pixel) that is inside of them: near 0 where it found a still thing while another one moves.
     """
+    from sv4d_ns.utils.progress import bar  # brings nerfstudio's console
+
     alpha = np.zeros(frames.shape[:3], np.uint8)
-    for index, frame in enumerate(frames):
-        alpha[index][box] = matting(np.ascontiguousarray(frame[box][..., :3]))
+    with bar("Cutting the object out") as show:
+        for index, frame in enumerate(frames):
+            alpha[index][box] = matting(np.ascontiguousarray(frame[box][..., :3]))
+            show(index + 1, len(frames))
     alpha = _steadied(alpha)
     seen = alpha[alpha >= 26]
     if not seen.size:

@@ -67,6 +67,9 @@ ASSUMED = (
     "--pipeline.datamanager.fps)."
 )
 
+SPARSE_FPS = 4.0
+"""A step takes a third to half a second: with fewer frames a second than this, legs change places unseen."""
+
 SHORTEST_DELAY_MS = 10
 DEFAULT_DELAY_MS = 100
 """Animations whose delay is missing or at most 10 ms play at 100 ms a frame, as in every browser."""
@@ -242,12 +245,17 @@ def take(film: Film, chosen: list[int], region: Region | None = None) -> Clip:
     """
     messages = list(film.messages)
     name = film.path.name
+    fps = _rate([film.times[index] for index in chosen], film.nominal_fps)
     if len(chosen) < len(film.times):
-        messages.append(f"Kept {len(chosen)} of {len(film.times)} frames of {name}, evenly spaced in time.")
+        kept = f"Kept {len(chosen)} of {len(film.times)} frames of {name}, evenly spaced in time"
+        sparse = (
+            f": only {fps:.2g} a second, too few for quick motion; a shorter film or a larger "
+            "--pipeline.datamanager.max-frames has more."
+        )
+        messages.append(kept + (sparse if len(chosen) > 1 and fps < SPARSE_FPS else "."))
     elif len(film.times) > 2 and _irregular(film.times):
         messages.append(f"{name} has a variable frame rate; its frames are treated as evenly spaced in time.")
     frames, region = _stack(film.frames(set(chosen)), len(chosen), film.path, region)
-    fps = _rate([film.times[index] for index in chosen], film.nominal_fps)
     transparent = any(bool((frame[..., 3] < 255).any()) for frame in frames)
     return Clip(frames, fps, str(film.path), transparent, tuple(messages), region)
 
