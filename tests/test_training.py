@@ -546,6 +546,8 @@ def test_training_writes_a_model_that_loads_samples_and_goes_on(config):
     [
         ({"steps_3d": 0, "steps_4d": 0}, "at least one step"),
         ({"reference_drop": 1.5}, "--reference-drop is 1.5"),
+        ({"learning_rate": -1.0}, "--learning-rate is -1.0: give a value above 0"),
+        ({"ema_decay": 1.0}, "--ema-decay is 1.0: give a value from 0 to below 1"),
         ({"accumulation": 3}, "2 objects .1 frames. cannot be split evenly over 1 processes x 3 parts"),
         ({"clips": ()}, "--clips is empty"),
         ({"changed": ("learning-rte",)}, "--changed learning_rte names no setting"),

@@ -219,6 +219,9 @@ def test_clips_and_stills_are_chosen(tmp_path):
     assert still.rendered == ["two"], "one frame needs no clip"
     with pytest.raises(InputError, match="--clips must be at least 1, or all"):
         render_dataset(config(tmp_path / "assets", tmp_path / "x", clips=0))
+    for wrong in ({"random_background": 7.0}, {"enough_motion": float("nan")}, {"timeout_s": 0.0}):
+        with pytest.raises(InputError, match=f"--{next(iter(wrong)).replace('_', '-')} is .*: give"):
+            render_dataset(config(tmp_path / "assets", tmp_path / "x", **wrong))
     with pytest.raises(InputError, match="reads no environment pictures"):
         (tmp_path / "skies").mkdir()
         render_dataset(

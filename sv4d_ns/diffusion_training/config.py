@@ -7,6 +7,7 @@ from typing import Any, Literal
 from sv4d_ns.diffusion_training.data import PROCEDURAL, BatchShape
 from sv4d_ns.diffusion_training.model import ModelConfig, SamplingConfig
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.limits import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 
 FREE = ("output_dir", "threads", "device", "checkpoint_every", "sheet_every", "trackers", "sampling", "changed")
 """Settings that do not decide the losses (of `sampling` only the first level does, where it is trained for)."""
@@ -183,11 +184,12 @@ def check(config: TrainConfig, processes: int) -> None:
                config.decay_steps, config.checkpoint_every, *(n for pair in config.clips for n in pair))  # fmt: skip
     if min(numbers) < 1:
         raise InputError("Numbers of objects, frames, views, steps and parts must be at least 1.")
-    shares = ("still_share", "dynamic_share", "reference_drop", "reference_view_drop", "self_conditioning", "cfg_drop",
-              "first_level_share")  # fmt: skip
-    for name in shares:
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give a value from 0 to 1.")
+    check_numbers(config, SHARE, "still_share", "dynamic_share", "reference_drop", "reference_view_drop",
+                  "self_conditioning", "cfg_drop", "first_level_share")  # fmt: skip
+    check_numbers(config, NOT_NEGATIVE, "weight_decay", "picture_loss", "lora_rank", "sheet_every", "log_sigma_std")
+    check_numbers(config, POSITIVE, "learning_rate", "max_grad_norm")
+    check_numbers(config, BELOW_ONE, "ema_decay")
+    check_numbers(config, AT_LEAST_ONE, "threads")
     for shape in shapes(config):
         if shape.objects % (processes * config.accumulation):
             parts = f"{processes} processes" + (f" x {config.accumulation} parts" if config.accumulation > 1 else "")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sv4d_ns.diffusion_training.bundled.data import BatchShape
 from sv4d_ns.utils.errors import InputError
+from sv4d_ns.utils.limits import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 
 FREE = ("output_dir", "threads", "workers", "device", "checkpoint_every", "sheet_every", "minutes", "changed")
 """Settings that do not decide the losses (but for noise, which each kind of device draws for itself: see
@@ -96,16 +97,12 @@ class BundledTrainConfig:
 
 def check(config: BundledTrainConfig) -> None:
     """Raise InputError for settings that cannot be used."""
-    numbers = ("steps", "moments", "clip_frames", "views", "rays", "warmup_steps", "decay_steps", "checkpoint_every",
-               "workers", "uses", "depth")  # fmt: skip
-    for name in numbers:
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give at least 1.")
+    check_numbers(config, AT_LEAST_ONE, "steps", "moments", "clip_frames", "views", "rays", "warmup_steps",
+                  "decay_steps", "checkpoint_every", "workers", "uses", "depth", "threads")  # fmt: skip
+    check_numbers(config, NOT_NEGATIVE, "perceptual", "steps_3d", "sheet_every", "minutes", "weight_decay")
+    check_numbers(config, POSITIVE, "learning_rate", "max_grad_norm")
+    check_numbers(config, BELOW_ONE, "ema_decay")
+    check_numbers(config, SHARE, "clip_share", "most_noise_share")
     shares = [share for _, share in config.data]
     if not shares or min(shares) < 0 or sum(shares) <= 0:
         raise InputError("--data needs at least one source with a share above 0, for example creatures 1.")
-    if config.perceptual < 0:
-        raise InputError(f"--perceptual is {config.perceptual}: give 0 or more.")
-    for name in ("clip_share", "most_noise_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}: give a value from 0 to 1.")
