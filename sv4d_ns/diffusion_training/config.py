@@ -180,16 +180,15 @@ def check(config: TrainConfig, processes: int) -> None:
         raise InputError("--steps-3d and --steps-4d must add up to at least one step.")
     if config.steps_4d > 0 and not config.clips:
         raise InputError("--clips is empty: give at least one pair of objects and frames, or --steps-4d 0.")
-    numbers = (config.objects_3d, config.views, config.views_3d, config.accumulation, config.warmup_steps,
-               config.decay_steps, config.checkpoint_every, *(n for pair in config.clips for n in pair))  # fmt: skip
-    if min(numbers) < 1:
-        raise InputError("Numbers of objects, frames, views, steps and parts must be at least 1.")
+    if min((number for pair in config.clips for number in pair), default=1) < 1:
+        raise InputError("--clips needs objects and frames of at least 1.")
+    check_numbers(config, AT_LEAST_ONE, "objects_3d", "views", "views_3d", "accumulation", "warmup_steps",
+                  "decay_steps", "checkpoint_every", "threads")  # fmt: skip
     check_numbers(config, SHARE, "still_share", "dynamic_share", "reference_drop", "reference_view_drop",
                   "self_conditioning", "cfg_drop", "first_level_share")  # fmt: skip
     check_numbers(config, NOT_NEGATIVE, "weight_decay", "picture_loss", "lora_rank", "sheet_every", "log_sigma_std")
     check_numbers(config, POSITIVE, "learning_rate", "max_grad_norm")
     check_numbers(config, BELOW_ONE, "ema_decay")
-    check_numbers(config, AT_LEAST_ONE, "threads")
     for shape in shapes(config):
         if shape.objects % (processes * config.accumulation):
             parts = f"{processes} processes" + (f" x {config.accumulation} parts" if config.accumulation > 1 else "")

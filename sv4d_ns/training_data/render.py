@@ -47,7 +47,7 @@ from sv4d_ns.training_data.procedural.renderer import draw_geometry
 from sv4d_ns.training_data.sources import PROCEDURAL, Asset, check_names, list_assets
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import TEMPORARY, atomic_path, content_hash, sha256, sole_use
-from sv4d_ns.utils.limits import NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
+from sv4d_ns.utils.limits import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 from sv4d_ns.utils.progress import bar
 
 LOCK_FILE = ".render.lock"
@@ -248,8 +248,7 @@ def _every_clip(assets: list[Asset], config: RenderConfig) -> tuple[list[Asset],
 
 
 def _check(config: RenderConfig) -> None:
-    if min(config.frames, config.views, config.size, config.samples, config.shard_objects, config.workers) < 1:
-        raise InputError("--frames, --views, --size, --samples, --shard-objects and --workers must be at least 1.")
+    check_numbers(config, AT_LEAST_ONE, "frames", "views", "size", "samples", "shard_objects", "workers")
     check_numbers(config, SHARE, "random_background", "enough_motion")
     check_numbers(config, POSITIVE, "timeout_s")
     check_numbers(config, NOT_NEGATIVE, "seed")

@@ -249,8 +249,8 @@ def take(film: Film, chosen: list[int], region: Region | None = None) -> Clip:
     if len(chosen) < len(film.times):
         kept = f"Kept {len(chosen)} of {len(film.times)} frames of {name}, evenly spaced in time"
         sparse = (
-            f": only {fps:.2g} a second, too few for quick motion; a shorter film or a larger "
-            "--pipeline.datamanager.max-frames has more."
+            f": only {fps:.2g} a second, too few for quick motion; cut the film shorter or keep more of it "
+            "(--pipeline.datamanager.max-frames or --pipeline.datamanager.fps)."
         )
         messages.append(kept + (sparse if len(chosen) > 1 and fps < SPARSE_FPS else "."))
     elif len(film.times) > 2 and _irregular(film.times):
