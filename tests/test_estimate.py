@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sv4d_ns.plugin import estimate
 from sv4d_ns.plugin.estimate import Remaining, Work, distillation_work, machine_speed, sv4d_work
@@ -114,18 +115,27 @@ def test_the_speed_of_a_busy_machine_is_its_mean_not_its_moment(monkeypatch: pyt
     """99 min were promised for 12 where another program had its turn during a measurement of 20 ms."""
     calls = 0
 
-    def stalled() -> float:  # a product takes 9 ms, and after each tenth another program has 90 ms
+    def stalled() -> float:  # a small step takes 9 ms, and after each tenth another program has 90 ms
         nonlocal calls
         calls += 1
         return 0.009 * calls + 0.09 * (calls // 10)
 
     monkeypatch.setattr(estimate.time, "perf_counter", stalled)
     monkeypatch.setattr("sv4d_ns.utils.threads.workers", lambda: 1)
-    half = 2 * 768**3 / 0.018 / 1e9 / estimate.REFERENCE_GFLOPS
+    monkeypatch.setattr(estimate, "_small_step", lambda: lambda: None)
+    half = estimate.REFERENCE_PROBE / 0.018
     monkeypatch.setattr(estimate.time, "process_time", lambda: 0.009 * calls)
     speed, share = machine_speed()
     assert speed == pytest.approx(half, rel=0.2) and share == pytest.approx(0.5, abs=0.1)
     assert "of a core is left" in estimate.time_sentence(60.0)
+
+
+def test_the_speed_is_measured_without_touching_what_is_drawn_by_chance() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    speed, share = machine_speed()
+    assert torch.rand(1) == expected and speed > 0 and 0 < share <= 1
 
 
 def test_the_phase_ends_where_stage_2_begins() -> None:

@@ -21,7 +21,7 @@ with bar("Stage 2, round 1: noising and denoising the renders") as show:
         time.sleep(0.06)
 training = TrainingBar()
 for step in range(40):
-    training.update("Fitting the 4D field", step + 1, 40, "17.6 dB, run 4:05 min", 100.0 - step)
+    training.update("Fitting the 4D field", step + 1, 40, "17.6 dB", 0.0, 245.0 - step)
     time.sleep(0.03)
     if step == 20:
         say("A sentence said while a bar is open names /a/path/that/is/longer/than/the/narrowest/terminal/is/wide.")

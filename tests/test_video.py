@@ -576,6 +576,25 @@ def test_an_opening_that_is_seen_open_stays_open():
     assert (closed.alpha[:, 18:30, 18:30] == 255).all()
 
 
+def test_an_opening_before_a_green_screen_needs_no_frame_that_shows_it_open():
+    exact = np.zeros((4, 48, 48, 4), np.uint8)
+    exact[..., :3] = (200, 90, 60)
+    exact[:, 8:40, 8:40, 3] = 255
+    exact[:, 18:30, 18:30, 3] = 0
+    foreground = segment(clip_of(over(exact, (0, 177, 64))))
+    assert iou(foreground.alpha, exact[..., 3]) > 0.99
+
+
+def test_an_opening_that_comes_and_goes_is_one_and_a_white_belly_is_not():
+    exact = np.zeros((8, 64, 64, 4), np.uint8)
+    exact[..., :3] = (40, 90, 160)
+    exact[:, 8:56, 8:56, 3] = 255
+    exact[3:5, 14:24, 14:24, 3] = 0  # two legs cross
+    exact[:, 36:46, 36:46, :3] = 255  # the belly stays
+    foreground = segment(clip_of(over(exact, (255, 255, 255))))
+    assert iou(foreground.alpha, exact[..., 3]) > 0.99
+
+
 def test_specks_are_dropped():
     pictures = over(ball(), (255, 255, 255))
     pictures[:, 3:6, 3:6] = 0

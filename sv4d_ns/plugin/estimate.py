@@ -156,8 +156,10 @@ def time_sentence(seconds: float | None) -> str:
     return f"about {minutes} min{busy}; what the steps themselves teach is shown behind the bar."
 
 
-REFERENCE_GFLOPS = 96.0
-"""What one thread did in float32 matrix products, by its CPU time, where the figures above come from."""
+PROBE_POINTS = 4096
+REFERENCE_PROBE = 0.0062
+"""Points of a small step of the field's own kernels, and the seconds of one thread it took where the figures above come
+from. Matrix products say little of a field's steps: a Xeon did them 1.7 times faster, and a run 1.3 times slower."""
 THREAD_GAIN = 1.4
 """How much faster a whole run is with two or more threads than with one: it had 172 s of processor time in 126 s on two
 cores (benchmarks/results/main_job.md)."""
@@ -171,17 +173,34 @@ answer is the share a busy machine has left, not whether this was its turn."""
 def machine_speed() -> tuple[float, float]:
     """What this machine has for us now: its speed with torch's threads, relative to one thread of the reference
     machine, and the share of the time that one core is ours."""
-    import torch
-
     from sv4d_ns.utils.threads import torch_threads, workers
 
+    step = _small_step()
     with torch_threads(1):
-        a = torch.rand(768, 768)
-        a @ a
-        products, started, worked = 0, time.perf_counter(), time.process_time()
-        while (seconds := time.perf_counter() - started) < SPEED_SECONDS or not products:
-            a @ a
-            products += 1
+        step()  # kernels are compiled, or read from their cache
+        steps, started, worked = 0, time.perf_counter(), time.process_time()
+        while (seconds := time.perf_counter() - started) < SPEED_SECONDS or not steps:
+            step()
+            steps += 1
         worked = time.process_time() - worked
-    gflops = products * 2 * 768**3 / seconds / 1e9
-    return gflops / REFERENCE_GFLOPS * (THREAD_GAIN if workers() > 1 else 1.0), min(worked / seconds, 1.0)
+    speed = REFERENCE_PROBE * steps / seconds
+    return speed * (THREAD_GAIN if workers() > 1 else 1.0), min(worked / seconds, 1.0)
+
+
+def _small_step() -> Callable[[], None]:
+    """A field's densities and colours at random points, forwards and backwards, as in a training step."""
+    import torch
+
+    from sv4d_ns.field.deformable import DeformableField
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        field = DeformableField()
+        x = field.config.half_extent * (2.0 * torch.rand(PROBE_POINTS, 3) - 1.0)
+    t = torch.full((PROBE_POINTS, 1), 0.5)
+
+    def step() -> None:
+        density, colour = field.density_and_color(x, t)
+        (density.mean() + colour.mean()).backward()
+
+    return step

@@ -7,9 +7,8 @@ import dataclasses
 import math
 import netrc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,23 +16,7 @@ from urllib.parse import urlsplit
 
 from sv4d_ns.runs.layout import MAX_REFINE_ROUNDS
 from sv4d_ns.utils.errors import InputError
-
-Test = Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What one setting may be."""
-
-    flag: str
-    """Its flag, without the leading dashes."""
-    allows: Test
-    wanted: str
-    """What to give, for the message."""
-
-
-def _between(low: float, high: float) -> Test:
-    return lambda value: low <= value <= high
+from sv4d_ns.utils.limits import Range, between, check_value
 
 
 def _is_name(value: str) -> bool:
@@ -49,34 +32,38 @@ def _are_rounds(value: tuple[int, ...]) -> bool:
 _SEEDS = 2**32 - 1
 _DATAMANAGER = "pipeline.datamanager."
 
-LIMITS = (
-    Limit("experiment-name", _is_name, "a name for a folder, without '..'"),
-    Limit("timestamp", _is_name, "a name for a folder, without '..'"),
-    Limit("max-num-iterations", _between(0, 10**8), "1 step or more, or 0 for the usual number"),
-    Limit("steps-per-save", _between(0, 10**8), "the steps between checkpoints, or 0 for one at the end only"),
-    Limit("machine.num-devices", _between(1, 1), "1: a run uses one device"),
-    Limit("machine.num-machines", _between(1, 1), "1: a run uses one machine"),
-    Limit("machine.seed", _between(0, _SEEDS), f"a number from 0 to {_SEEDS}"),
-    Limit(_DATAMANAGER + "seed", _between(0, _SEEDS), f"a number from 0 to {_SEEDS}"),
-    Limit(_DATAMANAGER + "max-frames", _between(1, 10**6), "1 frame or more"),
-    Limit(_DATAMANAGER + "fps", lambda value: math.isfinite(value) and value > 0, "a rate above 0"),
-    Limit(_DATAMANAGER + "frame-ratio", lambda value: 0 < value <= 1, "a share above 0 and at most 1"),
-    Limit(_DATAMANAGER + "input-size", _between(16, 2048), "16 to 2048 pixels"),
-    Limit(_DATAMANAGER + "synthesis-steps", _between(1, 1000), "1 to 1000 denoising steps"),
-    Limit(_DATAMANAGER + "guidance-scale", _between(0, 100), "a scale from 0 to 100"),
-    Limit(_DATAMANAGER + "train-num-rays-per-batch", _between(1, 2**20), f"1 to {2**20} rays"),
-    Limit(_DATAMANAGER + "patches", _between(0, 1024), "0 to 1024 patches"),
-    Limit("pipeline.visibility-every", _between(0, 10**8), "a number of steps, or 0 for never"),
-    Limit(
+LIMITS: tuple[tuple[str, Range], ...] = (
+    ("experiment-name", Range(_is_name, "a name for a folder, without '..'")),
+    ("timestamp", Range(_is_name, "a name for a folder, without '..'")),
+    ("max-num-iterations", between(0, 10**8, "1 step or more, or 0 for the usual number")),
+    ("steps-per-save", between(0, 10**8, "the steps between checkpoints, or 0 for one at the end only")),
+    ("machine.num-devices", between(1, 1, "1: a run uses one device")),
+    ("machine.num-machines", between(1, 1, "1: a run uses one machine")),
+    ("machine.seed", between(0, _SEEDS, f"a number from 0 to {_SEEDS}")),
+    (_DATAMANAGER + "seed", between(0, _SEEDS, f"a number from 0 to {_SEEDS}")),
+    (_DATAMANAGER + "max-frames", between(1, 10**6, "1 frame or more")),
+    (_DATAMANAGER + "fps", Range(lambda value: value > 0, "a rate above 0")),
+    (_DATAMANAGER + "frame-ratio", Range(lambda value: 0 < value <= 1, "a share above 0 and at most 1")),
+    (_DATAMANAGER + "input-size", between(16, 2048, "16 to 2048 pixels")),
+    (_DATAMANAGER + "synthesis-steps", between(1, 1000, "1 to 1000 denoising steps")),
+    (_DATAMANAGER + "guidance-scale", between(0, 100, "a scale from 0 to 100")),
+    (_DATAMANAGER + "train-num-rays-per-batch", between(1, 2**20, f"1 to {2**20} rays")),
+    (_DATAMANAGER + "patches", between(0, 1024, "0 to 1024 patches")),
+    ("pipeline.visibility-every", between(0, 10**8, "a number of steps, or 0 for never")),
+    (
         "pipeline.refine-steps",
-        _are_rounds,
-        f"at most {MAX_REFINE_ROUNDS} steps above 0, each later than the one before, or none for stage 1 alone",
+        Range(
+            _are_rounds,
+            f"at most {MAX_REFINE_ROUNDS} steps above 0, each later than the one before, or none for stage 1 alone",
+        ),
     ),
-    Limit("pipeline.refine-strength", lambda value: 0 < value <= 1, "a share above 0 and at most 1"),
-    Limit(
-        "pipeline.movie-size", lambda value: 16 <= value <= 4096 and value % 2 == 0, "an even size, 16 to 4096 pixels"
+    ("pipeline.refine-strength", Range(lambda value: 0 < value <= 1, "a share above 0 and at most 1")),
+    (
+        "pipeline.movie-size",
+        Range(lambda value: 16 <= value <= 4096 and value % 2 == 0, "an even size, 16 to 4096 pixels"),
     ),
 )
+"""What each setting may be, by its flag without the leading dashes."""
 
 
 def check_settings(config: Any) -> None:
@@ -85,10 +72,10 @@ def check_settings(config: Any) -> None:
     Raises:
         InputError: naming the first flag whose value no run can have.
     """
-    for limit in LIMITS:
-        value = _value(config, limit.flag)
-        if value is not None and not limit.allows(value):
-            raise InputError(f"--{limit.flag} is {value!r}: give {limit.wanted}.")
+    for flag, limits in LIMITS:
+        value = _value(config, flag)
+        if value is not None:
+            check_value(flag, value, limits)
     check_service(str(_value(config, "vis")))
     late = [step for step in _value(config, "pipeline.refine-steps") or () if step >= config.max_num_iterations]
     if late:

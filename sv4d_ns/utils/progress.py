@@ -235,15 +235,16 @@ class TrainingBar:
         left: float | None = None,
         run_left: float | None = None,
     ) -> None:
-        """Show `done` of `total` steps, a short note (the PSNR) and the seconds left of the loop and of all."""
+        """Show `done` of `total` steps, a short note (the PSNR) and the seconds left of all; whoever reads the file is
+        told those of the phase, too."""
         if self._bars is None:
             self._bars = Bars()
             self._task = self._bars.add(description, total, done, note)
             self._bars.start()
         _REPORT.write(description, done, total, note, left, run_left)
-        of_run = "" if run_left is None else f", run {clock(run_left)}"
-        shown = f"{note}{of_run} {self._extra}".strip()
-        self._bars.update(self._task, description=description, completed=done, note=shown, left=left)
+        shown = f"{note} {self._extra}".strip()
+        # beside a bar of all steps the phase's time would read as theirs: "0 s left" before stage 2
+        self._bars.update(self._task, description=description, completed=done, note=shown, left=run_left)
 
     def also(self, extra: str) -> None:
         """Show some more behind the note, from the next update on."""

@@ -50,6 +50,11 @@ class FrameBackground:
         """Levels of difference from which a pixel is not background."""
         return max(MIN_CONTRAST, NOISE_FACTOR * self.noise)
 
+    @property
+    def vividness(self) -> float:
+        """Levels between the strongest and the weakest channel, of the mean colour."""
+        return float(np.ptp(self.levels.reshape(-1, 3).mean(axis=0)))
+
     def part(self, window: tuple[slice, slice]) -> "FrameBackground":
         """The background of a part of the frame."""
         return self if self.levels.ndim == 1 else FrameBackground(self.levels[window], self.noise)

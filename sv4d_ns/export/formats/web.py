@@ -64,7 +64,7 @@ def write_page(
     }
     values = {
         "title": html.escape(name, quote=True),
-        "description": f"4D asset from one video: {len(video)} frames, {len(video) / fps:.1f}\N{NO-BREAK SPACE}s",
+        "description": f"4D asset from one video: {len(video)} frames, {(len(video) - 1) / fps:.2f}\N{NO-BREAK SPACE}s",
         "poster": POSTER_NAME,
         "generator": f"sv4d_ns {__version__}",
         "file_name": html.escape(f"{name}.glb", quote=True),
