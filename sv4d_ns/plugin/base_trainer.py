@@ -222,7 +222,8 @@ class FieldTrainerConfig(TrainerConfig):
             say(f"Object: {len(video.frames)} frames at {video.fps:g} per second. {' '.join(video.messages)}")
         frames = DEFAULT_FRAMES if video is None else len(video.frames)
         known = self.machine.device_type == "cpu" and datamanager.synthesis != "fourdm"
-        say(f"Time: {time_sentence(self._seconds_left(frames) if known else None)}")
+        if self.steps_done() < self.max_num_iterations:
+            say(f"Time: {time_sentence(self._seconds_left(frames) if known else None)}")
         say(f"Run: {self.get_base_dir()} (every setting is in its config.yml)")
         for finding in () if video is None else video.findings:
             say(f"Note: {finding.sentence}")
