@@ -87,6 +87,25 @@ def test_a_moment_has_the_colours_and_the_light_of_its_own_frame():
         assert np.abs(found - share * colors)[weight > 0.5 * weight.max()].max() < 0.03
 
 
+def test_a_moment_shows_the_film_up_to_its_outline():
+    """The dark far side of a light object was a line around it."""
+    vertices, faces, _, positions, normals = painted()
+    film = [filmed(vertices, faces, frame, np.full_like(vertices, 0.8)) for frame in range(FRAMES)]
+    corners, dark = vertices_as_points(faces, len(vertices)), np.full((len(vertices), 3), 0.1)
+    colors_of = film_colors(film, positions, normals, faces, corners)
+
+    def under(points):
+        return dark[: len(points.face)], np.ones(len(points.face))
+
+    layers = make.Layers(under, dark, faces, colors_of, np.zeros_like(dark))
+    shown = next(layers.moments(corners, [0.0]))
+    toward = PLAN.c2w()[0][:3, 3]
+    away = toward - vertices
+    facing = (normals[0] * away).sum(axis=-1) / np.linalg.norm(away, axis=-1)
+    assert shown[facing > 0.33].min() > 0.7
+    assert shown[facing < 0].max() < 0.2
+
+
 def test_what_no_near_frame_shows_keeps_next_to_no_weight_in_a_moment():
     vertices, faces, colors, positions, normals = painted()
     film = [filmed(vertices, faces, frame, colors) for frame in range(FRAMES)]

@@ -83,6 +83,9 @@ FULL_WEIGHT = 0.05
 
 FILM_FULL = 0.03
 """Weight from which a place shows the film alone: the sharpest frame sees it at 72 degrees."""
+MOMENT_FULL = 0.002
+"""The same of a single frame's own picture: it sees the place at 80 degrees, for at its moment and from where it looks
+it is right up to its outline, where the dark sides of light objects would show as lines."""
 FINE_VIDEO = 384
 """Pixels along the side of the input frames from which a texture has 2048 texels along its own, else 1024: two texels
 for each pixel of an object that fills the picture, on either side of it."""
@@ -371,7 +374,7 @@ class Layers:
         whole = self._over(points, self.correction, *self.film.agreed(looks))
         reach = float(np.diff(centres).min()) / 2 if len(centres) > 1 else 0.5
         for color, weight in self.film.moments(looks, centres, reach):
-            yield _mixed(color, weight / FILM_FULL, whole)
+            yield _mixed(color, weight / MOMENT_FULL, whole)
 
     def _under(self, points: SurfacePoints) -> Float[np.ndarray, "k 3"]:
         color, weight = self.under(points)

@@ -24,7 +24,7 @@ LEAST_FACING = 0.15
 """Cosine between normal and line of sight below which a picture says nothing: grazing pixels mix a whole side."""
 SHARPNESS = 4.0
 """Power of that cosine in a picture's weight: high, so that the best-seen pictures decide and edges stay sharp."""
-SILHOUETTE = 1.5
+SILHOUETTE = 0.75
 """Pixels along a picture's silhouette that are not trusted: they hold background, or another limb a frame late."""
 RIM = 1e-3
 """What such pixels count all the same: a limb thinner than they are wide is seen by nothing else."""
