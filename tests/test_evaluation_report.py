@@ -18,6 +18,7 @@ from sv4d_ns.cli.main import main
 from sv4d_ns.evaluation import backbones, candidates, command, geometry, protocols, scores
 from sv4d_ns.evaluation.alignment import Alignment, Similarity, run_to_source, whole_picture
 from sv4d_ns.evaluation.cases import Case, find_cases
+from sv4d_ns.evaluation.report import _best
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.metrics import lpips
 from sv4d_ns.metrics.images import silhouette_iou
@@ -166,7 +167,7 @@ def test_views_of_a_framed_grid_are_brought_back_to_the_uncropped_cameras(case: 
         camera = to_source.camera(view.c2w)  # what the run's camera at this angle sees, in the source's world
         made.append(np.stack([picture(camera, t) for t in case.times]))
     grid = ViewGrid(
-        input_frames=case.frames(case.input_view, SIZE),
+        input_frames=framing.apply(case.frames(case.input_view, SIZE)),
         novel_views=np.stack(made, 1),
         plan=case.plan(case.with_role("nv8")),
         fps=10.0,
@@ -294,8 +295,12 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(
 
     assert first.rotation == pytest.approx(np.eye(3)) and last.scale == pytest.approx(first.scale)
     grid = SimpleNamespace(
-        plan=plan, framing=framing.to_dict(), times=case.times, content_id="0", provenance={}, num_frames=FRAMES
-    )
+        plan=plan, framing=framing.to_dict(), times=case.times, content_id="0", provenance={}, num_frames=FRAMES,
+        input_frames=np.concatenate([
+            square.apply(frame[None])
+            for square, frame in zip(squares, case.frames(case.input_view, SIZE), strict=True)
+        ]),
+    )  # fmt: skip
     run = SimpleNamespace(field=TrueBall(), occupancy=Occupied(), views=grid, name="run")
     monkeypatch.setattr("sv4d_ns.runs.open.load_run", lambda path: run)
     monkeypatch.setattr(candidates, "_run_facts", lambda folder: {})
@@ -314,6 +319,27 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(
     assert figures["track"] < 2e-3 < 0.05 < figures["track_if_static"]
     assert figures["completeness"] < 0.01 and figures["chamfer"] < 2 * figures["chamfer_floor"]
     assert figures["normal_consistency"] > 0.95 and len(figures["per_frame"]) == 3
+
+
+def test_a_run_of_another_film_is_not_judged(grid_folder: Path, case: Case) -> None:
+    """Cases share their size: a figure came out for a wolf's truth beside a creature's run."""
+    grid = ViewGrid.load(grid_folder)
+    assert candidates.alignment_to(grid, case).frames
+    alpha = grid.input_frames.copy()
+    alpha[..., 3] = 0
+    alpha[:, 2:-2, SIZE // 2 : SIZE // 2 + 3, 3] = 255
+    with pytest.raises(InputError, match="evaluate the run against its own case"):
+        candidates.alignment_to(replace(grid, input_frames=alpha), case)
+
+
+def test_the_better_side_is_the_one_that_is_better_where_both_have_pictures() -> None:
+    def estimate(value: float, units: int) -> dict[str, object]:
+        return {"value": value, "units": units}
+
+    pair = [estimate(0.127, 13), estimate(0.114, 2)]
+    assert _best(pair, estimate(0.006, 2), "lpips_alex") == 0
+    assert _best(pair, None, "lpips_alex") is None
+    assert _best([estimate(20.0, 5), estimate(21.0, 5)], None, "psnr") == 1
 
 
 def with_cameras_of_its_own(case: Case) -> Case:
@@ -352,7 +378,7 @@ def test_consistent4d_pictures_are_read_in_its_layout(tmp_path: Path, networks: 
     [
         (["{nowhere}"], "does not exist"),
         (["{grid}", "{grid}", "{grid}"], "one or two"),
-        (["{grid}", "--size", "4"], "--size 4 is too small"),
+        (["{grid}", "--size", "4"], "--size is 4: give 16"),
         (["{empty}"], "neither a run"),
         (["{grid}", "--truth", "{empty}"], "holds no case"),
         (["{grid}", "--truth", "{empty}", "--protocol", "consistent4d"], "no object of Consistent4D's layout"),

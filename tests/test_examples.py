@@ -61,6 +61,24 @@ def test_own_views_become_a_grid(clips: list[Path], tmp_path: Path) -> None:
     assert (grid.novel_views[..., 3] > 0).any()
 
 
+def test_views_that_cannot_belong_together_are_refused(clips: list[Path], tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        command = [sys.executable, str(ROOT / "examples" / "02_own_views.py"), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "grid").exists()
+        return done.stdout + done.stderr
+
+    short, wide = tmp_path / "short", tmp_path / "wide"
+    for folder, pictures in ((short, 3), (wide, 4)):
+        folder.mkdir()
+        for path in sorted(clips[1].glob("*.png"))[:pictures]:
+            with Image.open(path) as picture:
+                (picture.crop((-30, 0, 94, 64)) if folder is wide else picture).save(folder / path.name)
+    assert "124x64" in refused(tmp_path / "grid", clips[0], wide, "--azimuths", 90)
+    assert "3 frames" in refused(tmp_path / "grid", clips[0], short, "--azimuths", 90)
+    assert "twice" in refused(tmp_path / "grid", *clips, "--azimuths", 360)
+
+
 def test_the_pipeline_makes_a_sheet(clips: list[Path], tmp_path: Path) -> None:
     run_example("03_diffusers_pipeline.py", clips[0], tmp_path / "sheet.png", "--azimuths", 90, 180)
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -1,7 +1,7 @@
 """What is judged: finished runs, saved view grids, or folders of pictures, each seen through the cameras of a truth."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.yml"
 ANGLE_TOLERANCE_DEG = 0.5
 """Views this close in azimuth and elevation are the same view."""
+FRAMES_COMPARED, SAME_FILM = 5, 0.6
+"""Frames of a run's film that are compared with its case's, and the silhouettes' mean IoU below which it is another
+film: cut-outs of one film overlap by 0.9 and more, objects in the middle of two films by 0.3."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,10 +173,34 @@ def alignment_to(grid: ViewGrid, case: Case) -> Alignment:
         check_source_size(squares[0], case.size, str(case.folder))
     elif squares[0].source_width != squares[0].source_height:
         raise InputError(f"The run for {case.name} was made from a video that is not square: no truth fits it.")
+    _check_film(grid, squares, case)
     focal = case.focal_px * squares[0].source_width / case.size
     return Alignment(
         tuple(run_to_source(square, grid.plan, case.input_view.c2w, focal, case.radius) for square in squares)
     )
+
+
+def _check_film(grid: ViewGrid, squares: "tuple[Framing, ...]", case: Case) -> None:
+    """Raises `InputError` if the silhouettes of a grid's film are not those of the case's."""
+    from sv4d_ns.metrics.images import silhouette_iou
+
+    files = case.input_view.files
+    if not files:
+        return
+    frames = np.unique(np.linspace(0, grid.num_frames - 1, FRAMES_COMPARED).round().astype(int))
+    moments = np.round(grid.times[frames] * (len(files) - 1)).astype(int)
+    truth = case.frames(case.input_view, case.size)[moments]
+    size = grid.input_frames.shape[1]
+    shown = [
+        replace(squares[min(frame, len(squares) - 1)], size=size).apply(picture[None])[0, ..., 3]
+        for frame, picture in zip(frames, truth, strict=True)
+    ]
+    same = float(silhouette_iou(grid.input_frames[frames, ..., 3], np.stack(shown)).mean())
+    if same < SAME_FILM:
+        raise InputError(
+            f"The film of this run is not the one of {case.folder}: their silhouettes overlap by {same:.0%} only; "
+            "evaluate the run against its own case."
+        )
 
 
 def _squares(grid: ViewGrid, case: Case) -> "tuple[Framing, ...]":

@@ -18,9 +18,12 @@ from sv4d_ns.evaluation.protocols import PROTOCOLS, Protocol, ProtocolName, load
 from sv4d_ns.evaluation.scores import Backbones, Figures, load_backbones, picture_figures, summarise, video_figures
 from sv4d_ns.utils.errors import InputError
 from sv4d_ns.utils.files import atomic_path, content_hash, sha256
+from sv4d_ns.utils.limits import between, check_value
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 REPORT_FORMAT = 1
+LARGEST = 2048
+"""Pixels along the side of pictures that are compared, at most."""
 
 
 @dataclass
@@ -54,8 +57,8 @@ class Evaluate:
         """
         if not 1 <= len(self.candidates) <= 2:
             raise InputError(f"Give one or two runs or grids, not {len(self.candidates)}.")
-        if self.size is not None and self.size < 16:
-            raise InputError(f"--size {self.size} is too small for any picture metric: give 16 or more.")
+        if self.size is not None:
+            check_value("size", self.size, between(16, LARGEST, f"16 to {LARGEST} pixels"))
         protocol = PROTOCOLS[self.protocol]
         cases: list[Case | None] = [*load_truth(self.truth, protocol)] if self.truth is not None else [None]
         chosen = [[find_candidate(path, case.name if case else None) for case in cases] for path in self.candidates]
@@ -103,16 +106,18 @@ def judge_side(
     opened, figures, geometry = [], [], {}
     for candidate, case in objects:
         name = case.name if case else label
-        with bar(f"Pictures of {name}") as progress:
+        of = f"{name} ({label})" if case else name
+        with bar(f"Pictures of {of}") as progress:
             one = open_candidate(candidate, case, size, progress)
         opened.append(one)
-        figures.append(picture_figures(one.pictures, backbones))
+        with bar(f"Comparing pictures of {of}") as progress:
+            figures.append(picture_figures(one.pictures, backbones, progress))
         truth = case.geometry() if case is not None and one.run is not None else None
         if truth is not None:
             from sv4d_ns.evaluation.geometry import evaluate_geometry
 
             assert one.to_source is not None, "a candidate that is judged against truth knows its way there"
-            print(f"Surface and tracks of {name} ...", flush=True)
+            print(f"Surface and tracks of {of} ...", flush=True)
             geometry[name] = evaluate_geometry(
                 one.run.field, one.run.occupancy, truth, one.run.views.times, one.to_source
             )
@@ -229,11 +234,16 @@ def text_table(report: dict[str, Any]) -> str:
     lines = [f"protocol {report['protocol']}"]
     for name in names:
         cells = [_cell(side["summary"].get(name)) for side in sides]
+        apart = (report.get("difference") or {}).get(name)
+        if apart is not None:
+            cells.append(f"B - A {apart['value']:+.4g} [{apart['low']:+.4g}, {apart['high']:+.4g}]")
         lines.append(f"  {name:<14}" + "   ".join(f"{cell:<34}" for cell in cells).rstrip())
     for side in sides:
         for name, figures in side["geometry"].items():
             shown = ("chamfer", "chamfer_floor", "f_score@0.01", "f_score@0.02", "normal_consistency", "track")
             lines.append(f"  {name}: " + ", ".join(f"{key} {figures[key]:.4f}" for key in shown if key in figures))
+    if any(estimate["note"] for side in sides for estimate in side["summary"].values()):
+        lines.append("  (!) see the notes of the report")
     return "\n".join(lines)
 
 

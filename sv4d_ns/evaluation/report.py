@@ -112,7 +112,7 @@ def figures_table(report: dict[str, Any]) -> str:
     rows = [f"<tr><th>metric</th>{heads}{difference}</tr>"]
     for name in names:
         cells = [f"<td>{html.escape(TITLES.get(name, name))} {_arrow(name)}</td>"]
-        best = _best([side["summary"].get(name) for side in sides], name)
+        best = _best([side["summary"].get(name) for side in sides], (report.get("difference") or {}).get(name), name)
         for i, side in enumerate(sides):
             cells.append(_estimate_cells(side["summary"].get(name), bold=best == i))
         if difference:
@@ -273,12 +273,17 @@ def _arrow(name: str) -> str:
     return {1: "<span class='soft'>↑</span>", -1: "<span class='soft'>↓</span>", 0: ""}[_direction(name)]
 
 
-def _best(estimates: list[dict[str, Any] | None], name: str) -> int | None:
-    """Which of two is better; None where it cannot be said."""
-    if len(estimates) < 2 or any(estimate is None for estimate in estimates) or _direction(name) == 0:
+def _best(estimates: list[dict[str, Any] | None], difference: dict[str, Any] | None, name: str) -> int | None:
+    """Which of two is better, by what both have where that is known; None where it cannot be said."""
+    known = [estimate for estimate in estimates if estimate is not None]
+    if len(known) < 2 or _direction(name) == 0:
         return None
-    values = [estimate["value"] * _direction(name) for estimate in estimates if estimate is not None]
-    return None if values[0] == values[1] else int(np.argmax(values))
+    if difference is not None:
+        gain = difference["value"] * _direction(name)
+        return None if gain == 0 else int(gain > 0)
+    values = [estimate["value"] * _direction(name) for estimate in known]
+    comparable = known[0]["units"] == known[1]["units"] and values[0] != values[1]
+    return int(np.argmax(values)) if comparable else None
 
 
 def _estimate_cells(estimate: dict[str, Any] | None, bold: bool) -> str:

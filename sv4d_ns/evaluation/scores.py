@@ -20,6 +20,7 @@ from sv4d_ns.evaluation.videos import ORDERS, frame_similarity, paired_similarit
 from sv4d_ns.metrics.consistency import flicker, hull_agreement
 from sv4d_ns.metrics.images import on_white, opaque_box, psnr, silhouette_iou, ssim
 from sv4d_ns.metrics.lpips import BackboneMissing, Identity, Lpips, lpips_at_hand
+from sv4d_ns.utils.callbacks import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +120,11 @@ Figures = dict[str, Float[np.ndarray, "t v"]]
 """Metric: its value for every picture; metrics of whole videos are repeated over time."""
 
 
-def picture_figures(pictures: Pictures, backbones: Backbones) -> Figures:
-    """Every picture metric that can be had: against truth where there is one, and flicker and hull without."""
+def picture_figures(pictures: Pictures, backbones: Backbones, progress: Progress | None = None) -> Figures:
+    """Every picture metric that can be had: against truth where there is one, and flicker and hull without.
+
+    `progress` is called with the views compared and their number.
+    """
     frames, views = pictures.made.shape[:2]
     figures: Figures = {
         "flicker": np.broadcast_to(flicker(pictures.made), (frames, views)),
@@ -135,6 +139,8 @@ def picture_figures(pictures: Pictures, backbones: Backbones) -> Figures:
     for view in range(views):
         for name, values in pair_figures(pictures.made[:, view], pictures.truth[:, view], backbones).items():
             figures.setdefault(name, np.empty((frames, views)))[:, view] = values
+        if progress is not None:
+            progress(view + 1, views)
     if backbones.clip is not None:
         figures["clip_s"] = paired_similarity(made_embeddings, _embed(backbones.clip, pictures.truth))
     return figures

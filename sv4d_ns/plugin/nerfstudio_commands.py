@@ -213,6 +213,7 @@ def _check_spiral(command: Any, config: Any) -> None:
     _require(command.frame_rate >= 1, "frame-rate", command.frame_rate, "1 picture a second or more")
     long_enough = math.isfinite(command.seconds) and command.seconds * command.frame_rate >= 1
     _require(long_enough, "seconds", command.seconds, "the length of at least one picture")
+    _require(math.isfinite(command.radius), "radius", command.radius, "a length in world units")
 
 
 def _check_dataset(command: Any, config: Any) -> None:

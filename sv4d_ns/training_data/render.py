@@ -241,6 +241,9 @@ def _every_clip(assets: list[Asset], config: RenderConfig) -> tuple[list[Asset],
         if asset.path is None or needs_blender(asset, config):
             listed.append(asset)
             continue
+        if asset.path.suffix.lower() not in (".glb", ".gltf"):
+            skipped[asset.name] = f"a {asset.path.suffix} needs Blender (--renderer auto)"
+            continue
         clips, reasons = list_clips([asset], config.clips, config.frames > 1)
         listed += clips
         skipped |= reasons

@@ -1,5 +1,6 @@
 """Pictures as an H.264 file that any player opens."""
 
+import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -29,11 +30,13 @@ def write_h264(
         on_written: called with the number of pictures written.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, no picture comes, or the rate is none.
     """
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
+    if not (math.isfinite(fps) and fps > 0):
+        raise InputError(f"{path} cannot have {fps} pictures a second: give a rate above 0.")
     try:
         with (
             atomic_path(path) as temporary,
@@ -59,6 +62,8 @@ def write_h264(
                 container.mux(stream.encode(frame))
                 if on_written is not None:
                     on_written(number)
+            if stream is None:
+                raise InputError(f"{path} would have no pictures: give one or more.")
             container.mux(stream.encode())
     except (OSError, av.error.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
