@@ -16,8 +16,15 @@ from sv4d_ns.export.colour.raster import rasterise
 from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to, placement_of
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.make import without
-from sv4d_ns.export.surface.extraction import CanonicalMesh, OpacityGrid, Tracks, surface_of, vertex_graph
-from sv4d_ns.export.surface.folds import Folds, unfolded
+from sv4d_ns.export.surface.extraction import (
+    CanonicalMesh,
+    OpacityGrid,
+    Tracks,
+    surface_of,
+    vertex_graph,
+    vertex_normals,
+)
+from sv4d_ns.export.surface.folds import Folds, unfolded, unturned
 from sv4d_ns.export.surface.limbs import _turned_to, turned
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
@@ -269,6 +276,26 @@ def test_folds_are_smoothed_and_the_objects_own_edges_are_none():
     assert folds.at(smooth[1]).mean() < 0.3 * folds.at(bent).mean()
     assert np.abs(smooth[1] - vertices).max() < 0.06
     assert not Folds.of(bent, faces).at(bent).any(), "what the canonical shape has is no fold"
+
+
+def test_a_sliver_that_is_turned_over_is_turned_back_where_it_lies() -> None:
+    vertices, faces = ball(subdivisions=4)
+    radius = np.linalg.norm(vertices[0])
+    crossed = vertices.copy()
+    one, other = faces[100, 0], faces[100, 1]
+    crossed[one] += 1.5 * (vertices[other] - vertices[one])  # past its neighbour, along the surface
+    crossed[one] *= radius / np.linalg.norm(crossed[one])
+
+    def away(x: np.ndarray) -> int:
+        corner = x[faces]
+        normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
+        return int((np.einsum("fi,fki->fk", normal, vertex_normals(x, faces)[faces]) < 0).any(axis=1).sum())
+
+    assert away(vertices) == 0 < away(crossed)
+    still, mended = unturned(np.stack([vertices, crossed]), faces)
+    np.testing.assert_array_equal(still, vertices)
+    assert away(mended) == 0
+    assert np.abs(np.linalg.norm(mended, axis=-1) / radius - 1).max() < 0.02
 
 
 def test_crumpled_skin_is_drawn_to_the_surface_anew():

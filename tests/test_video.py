@@ -355,6 +355,9 @@ def test_variable_frame_rate_is_thinned_by_time_and_otherwise_announced(tmp_path
     levels = read_clip(path, max_frames=5).frames[:, 0, 0, 0]
     # 2.5 s in quarters: 0, 0.625, 1.25, 1.875, 2.5 s; frames lie at 0, 0.05 ... 0.5, 1.0, 1.5, 2.0, 2.5 s
     assert levels.tolist() == [0, 100, 110, 130, 140]
+    # what is kept lies 0.05 and 0.5 s apart: that must not be called even
+    uneven = " ".join(read_clip(path, fps=10).messages)
+    assert "Kept 10 of 15 frames of varying.webp:" in uneven and "-vf fps=20 even.mp4" in uneven
 
 
 # --- files that cannot be used ---------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from sv4d_ns.export.surface.extraction import (
     vertex_graph,
     vertex_normals,
 )
-from sv4d_ns.export.surface.folds import unfolded
+from sv4d_ns.export.surface.folds import unfolded, unturned
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, refitted, settled, uncovered
@@ -160,6 +160,7 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     with terminal.bar("fitting what is on them", len(film)) as advance:
         colors = _film_at_vertices(film, tracks.positions, surface.faces)
         positions = fitted_to_film(tracks.positions, surface.faces, film, colors, advance)
+    positions = unturned(positions, surface.faces)
     tracks = replace(tracks, positions=positions.astype(np.float32))
     stray = strays(tracks.positions, surface.faces, silhouettes(film))
     if not stray.any():

@@ -67,6 +67,8 @@ ASSUMED = (
     "--pipeline.datamanager.fps)."
 )
 
+EVEN_FPS = 30
+"""Frames a second, at most, to which a user is told to bring a film of uneven rate."""
 SPARSE_FPS = 4.0
 """A step takes a third to half a second: with fewer frames a second than this, legs change places unseen."""
 
@@ -245,16 +247,24 @@ def take(film: Film, chosen: list[int], region: Region | None = None) -> Clip:
     """
     messages = list(film.messages)
     name = film.path.name
-    fps = _rate([film.times[index] for index in chosen], film.nominal_fps)
+    times = [film.times[index] for index in chosen]
+    fps = _rate(times, film.nominal_fps)
+    # of a film at one rate the frames that are kept lie a frame beside even times at most
+    uneven = len(chosen) > 2 and _irregular(film.times) and _irregular(times)
     if len(chosen) < len(film.times):
-        kept = f"Kept {len(chosen)} of {len(film.times)} frames of {name}, evenly spaced in time"
+        kept = f"Kept {len(chosen)} of {len(film.times)} frames of {name}{'' if uneven else ', evenly spaced in time'}"
         sparse = (
             f": only {fps:.2g} a second, too few for quick motion; cut the film shorter or keep more of it "
             "(--pipeline.datamanager.max-frames or --pipeline.datamanager.fps)."
         )
         messages.append(kept + (sparse if len(chosen) > 1 and fps < SPARSE_FPS else "."))
-    elif len(film.times) > 2 and _irregular(film.times):
-        messages.append(f"{name} has a variable frame rate; its frames are treated as evenly spaced in time.")
+    if uneven:
+        fastest = min(round(1 / float(np.diff(film.times).min())), EVEN_FPS)
+        messages.append(
+            f"{name} has a variable frame rate, and its frames are treated as evenly spaced in time: where they are "
+            "close together it plays slower than it was, elsewhere faster. "
+            f"'ffmpeg -i {name} -vf fps={max(fastest, 1)} even.mp4' makes the rate even."
+        )
     frames, region = _stack(film.frames(set(chosen)), len(chosen), film.path, region)
     transparent = any(bool((frame[..., 3] < 255).any()) for frame in frames)
     return Clip(frames, fps, str(film.path), transparent, tuple(messages), region)

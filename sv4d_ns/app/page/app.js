@@ -72,7 +72,11 @@ for (const name of ["dragover", "dragleave", "drop"]) {
   addEventListener(name, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", name === "dragover");
-    if (name === "drop" && !sending) send(event.dataTransfer.files[0]);
+    if (name !== "drop") return;
+    const files = event.dataTransfer.files;
+    if (sending) return trouble("One video is being sent: drop the next one when it is there.");
+    send(files[0]);
+    if (files.length > 1) trouble(`One video at a time: ${files[0].name} is being sent, drop the others after it.`);
   });
 }
 
@@ -210,10 +214,10 @@ function showResult(job, file) {
     element("video", { src: file(key), controls: true, loop: true, muted: true, playsInline: true, preload: "metadata" }),
     element("figcaption", {}, key.slice("movie-".length)))));
 }
-// from 641 pixels on the viewer has two square panes side by side, else one; it may not be asked, being in a sandbox
+// from 641 pixels on the viewer has two square panes side by side, else one below the other; it may not be asked, being in a sandbox
 function sizeViewer() {
   const width = $("viewer").clientWidth;
-  if (width) $("viewer").style.height = `${width < 641 ? width + 320 : width / 2 + 260}px`;
+  if (width) $("viewer").style.height = `${width < 641 ? 1.4 * width + 350 : width / 2 + 260}px`;
 }
 addEventListener("resize", sizeViewer);
 
@@ -235,7 +239,11 @@ async function refresh() {
   $("drop").classList.toggle("small", Boolean(shown));
   $("invitation").textContent = shown ? "Drop another video, or choose one" : "Drop a video here, or choose one";
   showList();
-  if (!shown) { document.title = "sv4d: a video becomes a 4D object"; return; }
+  if (!shown) {
+    document.title = "sv4d: a video becomes a 4D object";
+    if (wanted) { trouble("This run is no longer here."); history.replaceState(null, "", "."); }
+    return;
+  }
   try {
     const job = await ask(`api/jobs/${shown}`);
     if (job.id !== shown) return;
@@ -247,10 +255,9 @@ async function refresh() {
     if (changed) $("main").focus({ preventScroll: true });
   } catch (error) { trouble(error.message); }
 }
-$("choices").onsubmit = (event) => {
-  event.preventDefault();
-  act("look", { matting: $("matting").value, crop: $("framing").value });
-};
+// at once, so that a run never starts with another choice than the one that is shown
+$("choices").onchange = () => act("look", { matting: $("matting").value, crop: $("framing").value });
+$("choices").onsubmit = (event) => event.preventDefault();
 addEventListener("hashchange", () => { trouble(""); refresh(); });
 (async function forever() {
   for (;;) {

@@ -4,13 +4,14 @@ Closest points crumple skin on its way to its place: faces lie on their neighbou
 however near the surface they are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sv4d_ns.export.surface.extraction import neighbour_mean, vertex_graph
+from sv4d_ns.export.surface.extraction import neighbour_mean, vertex_graph, vertex_normals
 from sv4d_ns.utils.split import results_of
 
 FOLDED = -0.2
@@ -56,16 +57,51 @@ def unfolded(
 ) -> Float[np.ndarray, "t n 3"]:
     """Positions in which vertices at folds have gone half-way to the mean of their neighbours, as long as they are at
     one and `ROUNDS` times at most."""
-    mean = neighbour_mean(vertex_graph(faces, len(rest)))
-    folds, result = Folds.of(rest, faces), positions.astype(np.float64)
+    return _smoothed_at(Folds.of(rest, faces).at, positions, faces)
 
-    def unfold(frame: int) -> None:
+
+def unturned(positions: Float[np.ndarray, "t n 3"], faces: Int[np.ndarray, "f 3"]) -> Float[np.ndarray, "t n 3"]:
+    """Positions smoothed in the same way, along the surface only, where a face looks away from the surface around it.
+
+    Fitting to outlines and pictures turns slivers over. Blender takes a vertex's normal relative to its faces' own and
+    draws them as black specks, in every frame but the first. Smoothed along the normal, too, the input camera's
+    silhouettes lose 0.003 of their IoU, more than twice as much.
+    """
+    return _smoothed_at(partial(_turned_over, faces=faces), positions, faces, along=True)
+
+
+def _turned_over(x: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"]) -> Bool[np.ndarray, " n"]:
+    """The vertices of faces whose normal is more than 90 degrees from one of their vertices'."""
+    corner = x[faces]
+    normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
+    away = (np.einsum("fi,fki->fk", normal, vertex_normals(x, faces)[faces]) < 0).any(axis=1)
+    result = np.zeros(len(x), dtype=bool)
+    result[faces[away]] = True
+    return result
+
+
+def _smoothed_at(
+    bad: Callable[[Float[np.ndarray, "n 3"]], Bool[np.ndarray, " n"]],
+    positions: Float[np.ndarray, "t n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    along: bool = False,
+) -> Float[np.ndarray, "t n 3"]:
+    """Positions whose bad vertices have gone half-way to the mean of their neighbours as long as they were bad and
+    `ROUNDS` times at most; along the surface only, if that is asked for."""
+    mean = neighbour_mean(vertex_graph(faces, positions.shape[1]))
+    result = positions.astype(np.float64)
+
+    def smooth(frame: int) -> None:
         x = result[frame]
         for _ in range(ROUNDS):
-            bad = folds.at(x)
-            if not bad.any():
+            chosen = bad(x)
+            if not chosen.any():
                 return
-            x[bad] = 0.5 * (x[bad] + mean[bad] @ x)
+            way = 0.5 * (mean[chosen] @ x - x[chosen])
+            if along:
+                normal = vertex_normals(x, faces)[chosen]
+                way -= (way * normal).sum(axis=-1, keepdims=True) * normal
+            x[chosen] += way
 
-    results_of([partial(unfold, frame) for frame in range(len(result))])
+    results_of([partial(smooth, frame) for frame in range(len(result))])
     return result
