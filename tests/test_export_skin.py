@@ -1,11 +1,14 @@
 """Smooth-skinning decomposition: known bones are found, and the .glb's skeleton carries the vertices as stated."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from export_fixture import SwingingLimb, exported
 from export_reader import read_glb
 from scipy.spatial.transform import Rotation
 
+from sv4d_ns.export.files import lowest_point
 from sv4d_ns.export.formats.gltf import from_gltf_axes, write_animated_glb
 from sv4d_ns.export.rig import decompose, skeleton
 
@@ -26,6 +29,14 @@ def test_two_bones_explain_a_bending_bar(arm):
     assert skin.rmse < 2e-3
     error = np.sqrt(((skin.posed(arm[0]) - arm) ** 2).sum(-1).mean())
     assert error == pytest.approx(skin.rmse, rel=1e-6)
+
+
+def test_a_skin_moves_with_its_mesh_and_tells_its_lowest_point(arm):
+    skin, by = decompose(arm, bound=1e-3, max_bones=4), np.array([0.3, -0.2, 0.5])
+    np.testing.assert_allclose(skin.moved(by).posed(arm[0] + by), skin.posed(arm[0]) + by, atol=1e-9)
+    np.testing.assert_allclose(np.stack(list(skin.frames(arm[0]))), skin.posed(arm[0]), atol=1e-9)
+    mesh = SimpleNamespace(positions=arm, num_frames=len(arm), root=None)
+    assert lowest_point(skin, mesh) == pytest.approx(skin.posed(arm[0])[..., 2].min())
 
 
 def test_joints_sit_where_parts_turn_and_form_one_tree(arm):

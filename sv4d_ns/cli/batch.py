@@ -19,7 +19,7 @@ from sv4d_ns.utils.files import atomic_path, content_hash, sole_use
 from sv4d_ns.utils.processes import end_with_the_parent
 from sv4d_ns.video.sources import FILM_SUFFIXES
 
-STATE_FILE, TABLE_FILE, SHEET_FILE = "batch.json", "batch.md", "batch.png"
+STATE_FILE, TABLE_FILE, SHEET_FILE, LOG_FILE = "batch.json", "batch.md", "batch.png", "batch.log"
 SHEET_ROW = 256
 """Height in pixels of a run on the contact sheet."""
 
@@ -113,7 +113,7 @@ def run_training(video: str, name: str, out: str, method: str, settings: Sequenc
         sys.executable, "-m", "sv4d_ns.cli.batch", method, "--data", video, "--output-dir", out,
         "--experiment-name", name, "--vis", "tensorboard", *settings,
     ]  # fmt: skip
-    log = Path(out) / name / "batch.log"
+    log = Path(out) / name / LOG_FILE
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False).returncode
@@ -151,7 +151,7 @@ def batch(config: BatchConfig, settings: Sequence[str]) -> list[Outcome]:
 
 
 def _locked_batch(config: BatchConfig, videos: list[Path], settings: list[str]) -> list[Outcome]:
-    from sv4d_ns.utils.progress import bar
+    from sv4d_ns.utils.progress import bar, say
 
     names = names_of(videos)
     keys = [content_hash(video.name, _size_and_time(video), config.method, settings) for video in videos]
@@ -160,6 +160,9 @@ def _locked_batch(config: BatchConfig, videos: list[Path], settings: list[str]) 
         number: known[key] for number, key in enumerate(keys) if key in known and _is_finished(known[key])
     }
     coming = [number for number in range(len(videos)) if number not in outcomes]
+    before = f", {len(outcomes)} finished before" if outcomes else ""
+    count = f"{len(coming)} video{'s' if len(coming) != 1 else ''} to make{before}"
+    say(f"{count}; what each run says is in {config.out / 'NAME' / LOG_FILE}.")
     if coming:
         out = str(config.out.absolute())
         arguments = [(str(videos[n]), names[n], out, config.method, settings) for n in coming]
@@ -171,6 +174,7 @@ def _locked_batch(config: BatchConfig, videos: list[Path], settings: list[str]) 
                 run, error = result if isinstance(result, tuple) else ("", f"the worker failed ({result}).")
                 outcomes[number] = Outcome(str(videos[number]), keys[number], run, error)
                 _write_state(config.out, [*known.values(), *outcomes.values()])
+                say(f"{videos[number].name}: {error or f'finished, {run}'}")
                 show(sum(n in outcomes for n in coming), len(coming))
 
             run_all(client, run_training, arguments, on_result)
@@ -232,8 +236,6 @@ def command(arguments: Sequence[str]) -> None:
     config = tyro.cli(BatchConfig, prog="sv4d batch", args=words[:split])
     outcomes = batch(config, words[split + 1 :])
     failed = [outcome for outcome in outcomes if outcome.error]
-    for outcome in failed:
-        print(f"{outcome.video}: {outcome.error}")
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} videos finished.")
     for path in write_report(config.out, outcomes):
         print(path)

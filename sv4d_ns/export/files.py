@@ -62,6 +62,10 @@ def write_mesh(
         root = None if mesh.root is None else mesh.root.translation
         files += write_usd(frames, folder / f"mesh.{usd}", run.name, mesh.fps, extras, root)
     skin = _skin(run, mesh, max_bones, terminal, placement.scale) if animation == "skin" else None
+    if skin is not None and ground:  # what the bones do not follow exactly would stand in the floor
+        lift = -lowest_point(skin, mesh)
+        mesh, skin = moved_to(mesh, Placement(1.0, lift)), skin.moved(np.array([0.0, 0.0, lift]))
+        extras = _with_clip(run.extras, mesh.num_frames, mesh.fps, replace(placement, lift=placement.lift + lift))
     write_animated_glb(mesh, files[0], run.name, extras, skin)
     seconds = (mesh.num_frames - 1) / mesh.fps
     return files, (
@@ -82,6 +86,12 @@ def _with_clip(extras: dict[str, Any], frames: int, fps: float, placement: Place
     }
     ours = {**extras.get("sv4d", {}), "clip": clip, "placement": placement.described()}
     return {**extras, "sv4d": ours}
+
+
+def lowest_point(skin: Skin, mesh: AnimatedMesh) -> float:
+    """Of a mesh as its skin poses it, over all frames, with its root motion."""
+    root = np.zeros(mesh.num_frames) if mesh.root is None else mesh.root.translation[:, 2]
+    return float(min(x[:, 2].min() + z for x, z in zip(skin.frames(mesh.positions[0]), root, strict=True)))
 
 
 def _skin(run: FinishedRun, mesh: AnimatedMesh, max_bones: int, terminal: "Terminal", scale: float) -> Skin:

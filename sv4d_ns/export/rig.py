@@ -5,8 +5,8 @@ exactly given the other; bones are added where the error is largest until a boun
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -57,11 +57,18 @@ class Skin:
 
     def largest_error(self, positions: Float[np.ndarray, "t n 3"]) -> float:
         """Largest distance of the skinned vertices to their places at all frames, world units."""
-        errors = []
-        for place, rotation, offset in zip(positions, self.rotations, self.offsets, strict=True):
-            carried = np.einsum("nkij,nj->nki", rotation[self.joints], positions[0]) + offset[self.joints]
-            errors.append(np.linalg.norm(np.einsum("nk,nki->ni", self.weights, carried) - place, axis=-1).max())
-        return float(max(errors))
+        made = self.frames(positions[0])
+        return float(max(np.linalg.norm(x - place, axis=-1).max() for x, place in zip(made, positions, strict=True)))
+
+    def frames(self, rest: Float[np.ndarray, "n 3"]) -> Iterator[Float[np.ndarray, "n 3"]]:
+        """`posed`, one frame after the other, which needs less memory."""
+        for rotation, offset in zip(self.rotations, self.offsets, strict=True):
+            carried = np.einsum("nkij,nj->nki", rotation[self.joints], rest) + offset[self.joints]
+            yield np.einsum("nk,nki->ni", self.weights, carried)
+
+    def moved(self, by: Float[np.ndarray, " 3"]) -> "Skin":
+        """The same skin of a mesh that stands elsewhere."""
+        return replace(self, offsets=self.offsets + by - self.rotations @ by)
 
     def taken(self, vertices: Int[np.ndarray, " m"]) -> "Skin":
         """The skin of a mesh whose vertices are copies of these."""
