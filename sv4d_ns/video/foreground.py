@@ -353,20 +353,22 @@ def _fill_closed_pockets(
         return solid
     least = OPEN_SHARE * solid.sum(axis=(1, 2)).max()
     looks = [
-        _see_through(frame[..., :3].astype(np.float32), ~mask & ~outside, plain, least)
+        _see_through(frame[..., :3], ~mask & ~outside, plain, least)
         for frame, mask, outside, plain in zip(frames, solid, opened, behind, strict=True)
     ]
     pockets = [labels for labels, _ in looks]
     opened |= _surely_open(pockets, [sure for _, sure in looks])
+    places = [np.flatnonzero(labels) for labels in pockets]
+    names = [labels.ravel()[place] for labels, place in zip(pockets, places, strict=True)]
+    flat = opened.reshape(len(opened), -1)
     # forwards and backwards, so that a pocket counts as open for as long as it can be followed
     for order in (range(len(solid)), range(len(solid) - 1, -1, -1)):
         for index in order:
-            sizes = np.bincount(pockets[index].ravel())
+            sizes = np.bincount(names[index])
             for neighbour in range(max(index - OPEN_REACH, 0), min(index + OPEN_REACH + 1, len(solid))):
-                overlaps = np.bincount(pockets[index][opened[neighbour]], minlength=len(sizes))
-                is_open = overlaps >= OPEN_OVERLAP * sizes
-                is_open[0] = False
-                opened[index] |= is_open[pockets[index]]
+                overlaps = np.bincount(names[index][flat[neighbour, places[index]]], minlength=len(sizes))
+                is_open = overlaps >= OPEN_OVERLAP * np.maximum(sizes, 1)
+                flat[index, places[index]] |= is_open[names[index]]
     return ~opened
 
 
@@ -382,7 +384,7 @@ def _surely_open(
 
 
 def _see_through(
-    colours: Float[np.ndarray, "h w 3"], pockets: Bool[np.ndarray, "h w"], background: FrameBackground, least: float
+    colours: UInt8[np.ndarray, "h w 3"], pockets: Bool[np.ndarray, "h w"], background: FrameBackground, least: float
 ) -> tuple[Integer[np.ndarray, "h w"], Bool[np.ndarray, " n"]]:
     """Labels of the pockets that look like the background itself, with a sharp rim, 0 elsewhere; and which labels are
     sure to be more than the light in an eye: of `least` pixels, and hardly unlike the background.
@@ -390,19 +392,31 @@ def _see_through(
     Fur or cloth in the colour of the background is shaded: it differs a little, and fades into its surroundings. What
     is as small as an eye's light must be exactly like the background.
     """
-    labels, count = ndimage.label(pockets)
-    if not count:
-        return labels, np.zeros(1, bool)
+    result = np.zeros(pockets.shape, np.int32)
+    window = _window(pockets, margin=4)
+    if window is None:
+        return result, np.zeros(1, bool)
+    labels, count = ndimage.label(pockets[window])
     numbers = np.arange(1, count + 1)
-    distance = background.distance(colours)
+    background = background.part(window)
+    distance = background.distance(colours[window])
     rim = ndimage.grey_dilation(labels, size=(7, 7)) * (ndimage.grey_dilation(labels, size=(5, 5)) == 0)
-    unlike = ndimage.median(distance, labels, numbers) / background.contrast
+    unlike = _medians(distance, labels, numbers) / background.contrast
     large = np.bincount(labels.ravel())[1:] >= least
-    sharp = ndimage.median(distance, rim, numbers) >= 3 * background.contrast
+    sharp = _medians(distance, rim, numbers) >= 3 * background.contrast
     alike = unlike <= np.where(large, ALIKE, SMALL_ALIKE)
     seen = np.concatenate([[False], sharp & alike])
     sure = np.concatenate([[False], large & (unlike <= OPEN_LIKENESS)])
-    return labels * seen[labels], sure & seen
+    result[window] = labels * seen[labels]
+    return result, sure & seen
+
+
+def _medians(
+    values: Float[np.ndarray, "h w"], labels: Integer[np.ndarray, "h w"], numbers: Integer[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Of the values with each label; nan where there are none."""
+    inside = labels > 0
+    return np.asarray(ndimage.median(values[inside], labels[inside], numbers))
 
 
 def _window(mask: Bool[np.ndarray, "h w"], margin: int) -> tuple[slice, slice] | None:
