@@ -44,7 +44,7 @@ kind, words = sys.argv[1], sys.argv[2:]
 value = lambda flag: Path(words[words.index(flag) + 1])
 if kind == "look":
     text = Path(words[0]).read_text()
-    time.sleep(0.5 if text == "slow" else 0)
+    time.sleep({"slow": 0.5, "endless": 60}.get(text, 0))
     if text == "bad":
         sys.exit(f"Error: {words[0]} is no video: give another one.")
     (Path(words[0]).parent / "look.json").write_text(json.dumps({"frames": 3, "words": words[1:]}))
@@ -190,6 +190,23 @@ def test_a_cancelled_run_is_stopped_and_goes_on_with_the_same_command(tmp_path: 
 
     working(store, test)
     assert words[0] == words[1] and words[0][:2] == ["train", "sv4d"]
+
+
+def test_looking_can_be_cancelled_and_the_next_video_has_its_turn(tmp_path: Path, fake: Path) -> None:
+    store = Store(tmp_path / "out")
+    job, behind = added(store, "endless"), added(store, "other")
+
+    async def test(runner: Runner) -> None:
+        while not runner._processes:
+            await asyncio.sleep(0.05)
+        assert [described(store, runner, store.get(each.id))["before"] for each in (job, behind)] == [0, 1]
+        runner.cancel(store.get(job.id))
+        await reached(store, behind, "ready")
+        cancelled = store.get(job.id)
+        assert cancelled.state == "refused" and "cancelled" in cancelled.error
+        store.delete(cancelled)
+
+    working(store, test)
 
 
 def test_every_bar_of_a_run_belongs_to_a_phase_after_the_first() -> None:

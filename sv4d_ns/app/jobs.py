@@ -39,7 +39,7 @@ TITLE_LENGTH = 80
 STARTS: dict[str, tuple[State, ...]] = {
     "look": ("ready", "refused", "looking"),
     "start": ("ready", "stopped", "failed"),
-    "cancel": ("waiting", "running"),
+    "cancel": ("looking", "waiting", "running"),
     "delete": ("refused", "ready", "stopped", "failed", "finished"),
 }
 """What may be done with a job in which states."""

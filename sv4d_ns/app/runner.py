@@ -89,10 +89,12 @@ class Runner:
         job.allow("cancel")
         if job.state == "waiting":
             return self._saved(job.to("stopped" if job.begun else "ready"))
-        self._cancelled.add(job.id)
         process = self._processes.get(job.id)
         if process is not None:
             self._ending = asyncio.ensure_future(self._end(process))
+        if job.state == "looking":  # its turn ends without a word, because the job is another one then
+            return self._saved(job.to("refused", "Looking at it was cancelled: make another choice to look again."))
+        self._cancelled.add(job.id)
         return job
 
     def is_stopping(self, job: Job) -> bool:

@@ -49,6 +49,8 @@ def described(store: Store, runner: Runner, job: Job) -> dict[str, Any]:
     if job.state == "waiting":
         waiting = [other.id for other in store.queue("waiting")]
         seen["before"] = waiting.index(job.id) + sum(1 for _ in store.queue("running"))
+    if job.state == "looking":
+        seen["before"] = [other.id for other in store.queue("looking")].index(job.id)
     if job.state not in ("looking", "refused"):
         seen["look"] = _json(folder / LOOK_FILE)
     if job.state == "running":

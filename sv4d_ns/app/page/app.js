@@ -2,7 +2,7 @@
 // The page asks for the list and for the job that is shown once a second; an address with #ID shows that job.
 const $ = (id) => document.getElementById(id);
 const STATES = {
-  looking: "The video is being looked at; this takes some seconds.",
+  looking: "The video is being looked at; this takes some seconds, a minute where it is large.",
   refused: "This video cannot be used as it is.",
   ready: "Look at what was found, then start.",
   waiting: "Waiting for its turn.",
@@ -116,7 +116,8 @@ function showJob(job) {
   const file = (key, more = "") => `files/${job.id}/${key}${more}`, has = (key) => job.files.includes(key);
   $("title").textContent = job.title;
   document.title = `${job.title}: ${WORDS[job.state] || job.state}`;
-  const before = job.before ? ` ${job.before === 1 ? "One run is" : `${job.before} runs are`} before it.` : "";
+  const what = job.state === "looking" ? "video" : "run";
+  const before = job.before ? ` ${job.before === 1 ? `One ${what} is` : `${job.before} ${what}s are`} before it.` : "";
   $("state").textContent = job.stopping ? "Stopping; what was done is being saved." : STATES[job.state] + before;
   $("error").hidden = !job.error;
   $("error").textContent = job.error;
@@ -144,6 +145,7 @@ function showActions(job) {
   const button = (text, action, kind = "") => element("button", { type: "button", textContent: text, className: kind, onclick: action });
   const remove = () => button("Delete", () => { if (confirm(`Delete ${job.title} and all its files?`)) act("delete"); }, "danger");
   fill("actions", [job.id, job.state, job.stopping, job.begun], () => ({
+    looking: () => [button("Cancel", () => act("cancel"))],
     ready: () => [button("Start", () => act("start"), "main"), remove()],
     refused: () => [remove()],
     waiting: () => [button("Cancel", () => act("cancel"))],
