@@ -192,6 +192,22 @@ def test_a_cancelled_run_is_stopped_and_goes_on_with_the_same_command(tmp_path: 
     assert words[0] == words[1] and words[0][:2] == ["train", "sv4d"]
 
 
+def test_the_page_names_no_flags() -> None:
+    from sv4d_ns.app.work import without_flags
+
+    assert without_flags("It may be cut; look at it (sv4d doctor --picture), and give masks (--pipeline.x.masks).") == (
+        "It may be cut, and give masks."
+    )
+    assert without_flags("By the model, confidence 0.90; look at it with sv4d doctor --picture.") == (
+        "By the model, confidence 0.90."
+    )
+    assert without_flags("Keep more of it (--pipeline.a or --pipeline.b), or (as it is) film anew.") == (
+        "Keep more of it, or (as it is) film anew."
+    )
+    sources = "".join(path.read_text() for path in (ROOT / "sv4d_ns" / "video").glob("*.py"))
+    assert "(sv4d doctor --picture)" in sources and "with sv4d doctor --picture" in sources
+
+
 def test_looking_can_be_cancelled_and_the_next_video_has_its_turn(tmp_path: Path, fake: Path) -> None:
     store = Store(tmp_path / "out")
     job, behind = added(store, "endless"), added(store, "other")

@@ -5,6 +5,7 @@ processes end with the server, however it ends.
 """
 
 import json
+import re
 import signal
 import sys
 import zipfile
@@ -51,7 +52,9 @@ def look(arguments: Sequence[str]) -> None:
     write_marked_sheet(video, folder / CUTOUT_FILE)
     _write_crop(video, settings.video, folder / CROP_FILE)
     marks = marks_of(video.findings)
-    findings = [{"text": f.sentence, "mark": None if f.where is None else marks[f.name]} for f in video.findings]
+    findings = [
+        {"text": without_flags(f.sentence), "mark": None if f.where is None else marks[f.name]} for f in video.findings
+    ]
     with atomic_path(folder / LOOK_FILE) as temporary:
         temporary.write_text(
             json.dumps(
@@ -59,11 +62,16 @@ def look(arguments: Sequence[str]) -> None:
                     "frames": len(video.frames),
                     "fps": video.fps,
                     "confidence": video.confidence,
-                    "messages": video.messages,
+                    "messages": [without_flags(message) for message in video.messages],
                     "findings": findings,
                 }
             )
         )
+
+
+def without_flags(sentence: str) -> str:
+    """A doctor's sentence without the flags and commands in brackets, which the page's readers cannot give."""
+    return re.sub(r"(; look at (?:it|them))? (?:with )?(?:\((?:--|sv4d )[^)]*\)|sv4d doctor --picture)", "", sentence)
 
 
 def _write_crop(video: "ObjectVideo", source: Path, path: Path) -> None:
