@@ -17,6 +17,7 @@ from sv4d_ns.diffusion_training.config import TrainConfig
 from sv4d_ns.diffusion_training.data import RenderedSource, even_ring, make_batch, open_sources, resized
 from sv4d_ns.diffusion_training.model import SamplingConfig
 from sv4d_ns.diffusion_training.starts import SVD_FPS_ID, SVD_MOTION_BUCKET, from_svd, network_from_svd
+from sv4d_ns.diffusion_training.told import step_sentence
 from sv4d_ns.diffusion_training.train import Trainer, train
 from sv4d_ns.training_data.orbits import Orbit
 from sv4d_ns.training_data.render import RenderConfig, render_dataset
@@ -202,3 +203,12 @@ def test_rendered_data_that_does_not_suffice_says_so(config, rendered):
         Trainer(dataclasses.replace(config, clips=((2, 4),)))
     with pytest.raises(InputError, match="more than 9 views"):
         make_batch(0, 0, dataclasses.replace(trainer.batch_shape(config, 0), views=9), 16, open_sources(config.data))
+
+
+def test_early_steps_say_that_it_works_and_how_long_it_takes() -> None:
+    def told(step: int, first: int = 0) -> str | None:
+        return step_sentence({"step": step, "loss": 0.5, "seconds": 2.0 * (step - first)}, 200, first)
+
+    assert [step for step in range(1, 101) if told(step)] == [2, 10, 50, 100]
+    assert told(32, first=30) == "step 32/200  loss 0.5000  0.50 steps/s, 6 min left"
+    assert told(31, first=30) is None

@@ -49,6 +49,7 @@ from sv4d_ns.diffusion_training.recipe import read_recipe, with_settings
 from sv4d_ns.diffusion_training.report import loss_curve, sample_sheet
 from sv4d_ns.diffusion_training.sharding import set_up, whole, without_weights
 from sv4d_ns.diffusion_training.starts import open_start
+from sv4d_ns.diffusion_training.told import step_sentence
 from sv4d_ns.training_data.dataset import disk_errors
 from sv4d_ns.utils.devices import choose_device
 from sv4d_ns.utils.errors import InputError, install_extra, one_sentence_errors
@@ -295,7 +296,7 @@ class Trainer:
             entry["seconds"] = round(time.monotonic() - began, 2)
             last, main = state.step == config.total_steps, self.accelerator.is_main_process
             if main:
-                self._log(entry, log, (state.step - first) / max(entry["seconds"], 1e-9))
+                self._log(entry, log, first)
             if (main or self.sharded) and (last or state.step % config.checkpoint_every == 0):
                 save_checkpoint(state, self.pipeline, config, writes=main)
             if last or (config.sheet_every and state.step % config.sheet_every == 0):
@@ -324,22 +325,21 @@ class Trainer:
         where = f"{self.processes} process{'es' if self.processes > 1 else ''} on {self.device.type}"
         where += ", sharded (FSDP2)" if self.sharded else ""
         begin = f"Continuing {config.output_dir} at step {state.step}" if state.step else f"New run {config.output_dir}"
-        print(f"{begin}: {count:,} trained parameters, {where}.", flush=True)
+        print(f"{begin}: {config.total_steps} steps, {count:,} trained parameters, {where}.", flush=True)
         short = highest_sentence(config.learning_rate, config.total_steps, config.warmup_steps, config.decay_steps)
         if short is not None:
             print(short, flush=True)
         write_run(state, config)
         truncate_log(config.output_dir / "losses.jsonl", state.step)
 
-    def _log(self, entry: dict[str, Any], log: Path, pace: float) -> None:
+    def _log(self, entry: dict[str, Any], log: Path, first: int) -> None:
         with disk_errors(log), log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        step, total = entry["step"], self.config.total_steps
         if entry["skipped"]:
-            print(f"Step {step}: the loss or its gradient is not finite; the step was skipped.")
-        if step % 50 == 0:
-            left = f"{pace:.2f} steps/s, {(total - step) / pace / 60:.0f} min left"
-            print(f"step {step}/{total}  loss {entry['loss']:.4f}  {left}", flush=True)
+            print(f"Step {entry['step']}: the loss or its gradient is not finite; the step was skipped.")
+        told = step_sentence(entry, self.config.total_steps, first)
+        if told is not None:
+            print(told, flush=True)
 
     def report(self) -> None:
         """Loss curve, pictures of held-out creatures, and the model so far, from the averaged weights: by the main

@@ -29,6 +29,7 @@ from sv4d_ns.diffusion_training.bundled.data import Batch, CreatureSource, Sourc
 from sv4d_ns.diffusion_training.bundled.report import sample_sheet
 from sv4d_ns.diffusion_training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint, write_run
 from sv4d_ns.diffusion_training.learning_rate import highest_sentence, learning_rate
+from sv4d_ns.diffusion_training.told import step_sentence
 from sv4d_ns.diffusion_training.train import MAX_SKIPPED, read_step, truncate_log
 from sv4d_ns.metrics.lpips import BackboneMissing, vgg_distance
 from sv4d_ns.utils.devices import choose_device
@@ -205,7 +206,7 @@ class Trainer:
         config, state = self.config, self.state
         count = sum(parameter.numel() for parameter in self.model.parameters())
         begin = f"Continuing {config.output_dir} at step {state.step}" if state.step else f"New run {config.output_dir}"
-        print(f"{begin}: {count:,} trained parameters on {self.device.type}.", flush=True)
+        print(f"{begin}: {config.steps} steps, {count:,} trained parameters on {self.device.type}.", flush=True)
         short = highest_sentence(config.learning_rate, config.steps, config.warmup_steps, config.decay_steps)
         if short is not None:
             print(short, flush=True)
@@ -220,10 +221,9 @@ class Trainer:
             last = state.step == config.steps or out_of_time
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-            if state.step % 50 == 0:
-                pace = (state.step - first) / entry["seconds"]
-                left = f"{pace:.2f} steps/s, {(config.steps - state.step) / pace / 60:.0f} min left"
-                print(f"step {state.step}/{config.steps}  loss {entry['loss']:.4f}  {left}", flush=True)
+            told = step_sentence(entry, config.steps, first)
+            if told is not None:
+                print(told, flush=True)
             if last or state.step % config.checkpoint_every == 0:
                 save_checkpoint(state, _NO_AUTOENCODER, config)  # type: ignore[arg-type]
             if last or (config.sheet_every and state.step % config.sheet_every == 0):
