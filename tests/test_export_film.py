@@ -1,5 +1,6 @@
 """Colours from the film: what the camera saw, robust over frames, never on the far side, without seams."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,7 +91,10 @@ def test_a_moment_has_the_colours_and_the_light_of_its_own_frame():
 def test_a_moment_shows_the_film_up_to_its_outline():
     """The dark far side of a light object was a line around it."""
     vertices, faces, _, positions, normals = painted()
-    film = [filmed(vertices, faces, frame, np.full_like(vertices, 0.8)) for frame in range(FRAMES)]
+    film = [
+        replace(filmed(vertices, faces, frame, np.full_like(vertices, 0.8)), silhouette=make.FILM_SILHOUETTE)
+        for frame in range(FRAMES)
+    ]
     corners, dark = vertices_as_points(faces, len(vertices)), np.full((len(vertices), 3), 0.1)
     colors_of = film_colors(film, positions, normals, faces, corners)
 

@@ -83,6 +83,9 @@ FULL_WEIGHT = 0.05
 
 FILM_FULL = 0.03
 """Weight from which a place shows the film alone: the sharpest frame sees it at 72 degrees."""
+FILM_SILHOUETTE = 0.75
+"""Pixels along the film's silhouettes that are not trusted: fewer than of other pictures, for its soft pixels were
+given the object's own colours when it was cut out."""
 MOMENT_FULL = 0.002
 """The same of a single frame's own picture: it sees the place at 80 degrees, for at its moment and from where it looks
 it is right up to its outline, where the dark sides of light objects would show as lines."""
@@ -532,7 +535,10 @@ def _completed_alpha(
 def input_pictures(views: ViewGrid) -> list[Picture]:
     """The frames of the input video."""
     camera, focal = views.plan.c2w()[0], views.plan.focal_px(1)
-    return [Picture(rgba, camera, focal, frame, INPUT_TRUST) for frame, rgba in enumerate(views.input_frames)]
+    return [
+        Picture(rgba, camera, focal, frame, INPUT_TRUST, silhouette=FILM_SILHOUETTE)
+        for frame, rgba in enumerate(views.input_frames)
+    ]
 
 
 def generated_pictures(views: ViewGrid) -> list[Picture]:

@@ -24,7 +24,7 @@ LEAST_FACING = 0.15
 """Cosine between normal and line of sight below which a picture says nothing: grazing pixels mix a whole side."""
 SHARPNESS = 4.0
 """Power of that cosine in a picture's weight: high, so that the best-seen pictures decide and edges stay sharp."""
-SILHOUETTE = 0.75
+SILHOUETTE = 1.5
 """Pixels along a picture's silhouette that are not trusted: they hold background, or another limb a frame late."""
 RIM = 1e-3
 """What such pixels count all the same: a limb thinner than they are wide is seen by nothing else."""
@@ -46,6 +46,8 @@ class Picture:
     """How much it counts against other pictures that see a point equally well."""
     confidence: UInt8[np.ndarray, "s s"] | None = None
     """How far each pixel is believed, 255 fully; None fully everywhere."""
+    silhouette: float = SILHOUETTE
+    """Pixels along its silhouette that are not trusted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +132,7 @@ def _premultiplied(picture: Picture) -> Float[np.ndarray, "s s 4"]:
     inside = picture.rgba[..., 3] >= 128
     # pixels to the nearest one that is not object, beyond the picture included
     depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
-    weight = inside * np.clip(depth - SILHOUETTE, RIM, 1) * picture.trust
+    weight = inside * np.clip(depth - picture.silhouette, RIM, 1) * picture.trust
     if picture.confidence is not None:
         weight = weight * (picture.confidence / 255.0)
     rgb = picture.rgba[..., :3] / 255.0
