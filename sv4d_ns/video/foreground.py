@@ -98,12 +98,12 @@ def segment(
     Masks the user gives are used as they are. A file with a real alpha channel keeps it. Otherwise a background of one
     colour (any colour) is removed; it is estimated from the picture borders of all frames together with its noise;
     soft edges follow from how far a pixel's colour lies between the background and the object beside it. Patches of
-    background colour enclosed by the object are part of it (a white belly before white), unless they look exactly
-    like the background, have a sharp rim, and either the background is vivid (a green screen), or they are found
-    outside the outline in a frame shortly before or after (the gap between two legs), or they come and go. Before
-    white, an opening that stays closed through the whole clip (the handle of a cup) is therefore filled, and a message
-    says so. A background of many colours is left to the matting model, whose alpha is the median of three frames
-    (`_matted`).
+    background colour enclosed by the object are openings where the background is vivid (a green screen). Before others
+    they are part of the object (a white belly before white), unless they look exactly like the background, have a
+    sharp rim, and are either found outside the outline in a frame shortly before or after (the gap between two legs)
+    or come and go. An opening that stays closed through the whole clip (the handle of a cup) is filled there, and a
+    message says so. A background of many colours is left to the matting model, whose alpha is the median of three
+    frames (`_matted`).
 
     Args:
         masks: coverage by the object, 0 to 255.
