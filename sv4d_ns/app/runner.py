@@ -93,7 +93,7 @@ class Runner:
         if process is not None:
             self._ending = asyncio.ensure_future(self._end(process))
         if job.state == "looking":  # its turn ends without a word, because the job is another one then
-            return self._saved(job.to("refused", "Looking at it was cancelled: make another choice to look again."))
+            return self._saved(job.to("refused", "Looking at it was cancelled."))
         self._cancelled.add(job.id)
         return job
 

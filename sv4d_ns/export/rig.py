@@ -51,9 +51,7 @@ class Skin:
 
     def posed(self, rest: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "t n 3"]:
         """The vertices at every frame as an engine computes them."""
-        carried = np.einsum("tbij,nj->tnbi", self.rotations, rest) + self.offsets[:, None]
-        chosen = np.take_along_axis(carried, self.joints[None, :, :, None], axis=2)
-        return np.einsum("nk,tnki->tni", self.weights, chosen)
+        return np.stack(list(self.frames(rest)))
 
     def largest_error(self, positions: Float[np.ndarray, "t n 3"]) -> float:
         """Largest distance of the skinned vertices to their places at all frames, world units."""
@@ -61,7 +59,7 @@ class Skin:
         return float(max(np.linalg.norm(x - place, axis=-1).max() for x, place in zip(made, positions, strict=True)))
 
     def frames(self, rest: Float[np.ndarray, "n 3"]) -> Iterator[Float[np.ndarray, "n 3"]]:
-        """`posed`, one frame after the other, which needs less memory."""
+        """`posed`, one frame after the other."""
         for rotation, offset in zip(self.rotations, self.offsets, strict=True):
             carried = np.einsum("nkij,nj->nki", rotation[self.joints], rest) + offset[self.joints]
             yield np.einsum("nk,nki->ni", self.weights, carried)

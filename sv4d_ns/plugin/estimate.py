@@ -158,8 +158,9 @@ def time_sentence(seconds: float | None) -> str:
 
 PROBE_POINTS = 4096
 REFERENCE_PROBE = 0.0062
-"""Points of a small step of the field's own kernels, and the seconds of one thread it took where the figures above come
-from. Matrix products say little of a field's steps: a Xeon did them 1.7 times faster, and a run 1.3 times slower."""
+"""Points of a small step of the field's own kernels, and the seconds of one thread that belong to the figures above: a
+Xeon takes 0.008 for it, and 1.3 times what is planned for a run (on the reference machine itself it was not measured).
+Matrix products say little of a field's steps: that Xeon does them 1.7 times faster."""
 THREAD_GAIN = 1.4
 """How much faster a whole run is with two or more threads than with one: it had 172 s of processor time in 126 s on two
 cores (benchmarks/results/main_job.md)."""

@@ -147,7 +147,7 @@ function showActions(job) {
   fill("actions", [job.id, job.state, job.stopping, job.begun], () => ({
     looking: () => [button("Cancel", () => act("cancel"))],
     ready: () => [button("Start", () => act("start"), "main"), remove()],
-    refused: () => [remove()],
+    refused: () => [button("Look again", look), remove()],
     waiting: () => [button("Cancel", () => act("cancel"))],
     running: () => (job.stopping ? [] : [button("Cancel", () => act("cancel"))]),
     stopped: () => [button("Go on", () => act("start"), "main"), remove()],
@@ -216,7 +216,8 @@ function showResult(job, file) {
     element("video", { src: file(key), controls: true, loop: true, muted: true, playsInline: true, preload: "metadata" }),
     element("figcaption", {}, key.slice("movie-".length)))));
 }
-// from 641 pixels on the viewer has two square panes side by side, else one below the other; it may not be asked, being in a sandbox
+// from 641 pixels on the viewer has two square panes side by side, else one below the other; it may not be asked, being
+// in a sandbox
 function sizeViewer() {
   const width = $("viewer").clientWidth;
   if (width) $("viewer").style.height = `${width < 641 ? 1.4 * width + 350 : width / 2 + 260}px`;
@@ -257,9 +258,8 @@ async function refresh() {
     if (changed) $("main").focus({ preventScroll: true });
   } catch (error) { trouble(error.message); }
 }
-// at once, so that a run never starts with another choice than the one that is shown
-$("choices").onchange = () => act("look", { matting: $("matting").value, crop: $("framing").value });
-$("choices").onsubmit = (event) => event.preventDefault();
+function look() { return act("look", { matting: $("matting").value, crop: $("framing").value }); }
+$("choices").onchange = look; // at once, so that a run never starts with another choice than the one that is shown
 addEventListener("hashchange", () => { trouble(""); refresh(); });
 (async function forever() {
   for (;;) {
