@@ -13,9 +13,10 @@ from scipy.spatial import cKDTree
 from sv4d_ns.export import make
 from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.colour.raster import rasterise
-from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to, placement_of
+from sv4d_ns.export.formats.asset import animated_mesh, grounded, moved_to, placement_of, torn_open
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.make import without
+from sv4d_ns.export.surface.covering import covered
 from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
     OpacityGrid,
@@ -30,7 +31,7 @@ from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, settled
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
-from sv4d_ns.export.surface.webs import agreement, webs, without_webs
+from sv4d_ns.export.surface.webs import agreement, hidden_webs, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.errors import InputError
@@ -39,6 +40,7 @@ PLAN = ViewPlan.ring((90.0,), 0.0)
 SIZE = 128
 DIAGONAL = 2.0
 """Of the field's box."""
+NOTHING = FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
 
 
 def ball(scale=(0.3, 0.3, 0.3), subdivisions=4):
@@ -514,6 +516,82 @@ def test_drawn_out_skin_that_the_film_shows_is_no_web():
     film = [filmed(x, surface.faces, frame) for frame, x in enumerate(positions)]
     assert not webs(surface, positions, silhouettes(film)).any()
     assert agreement(positions, surface.faces, film) > 0.97
+    assert not hidden_webs(surface, positions, film, [NOTHING] * 2, DIAGONAL).any()
+
+
+def test_a_web_is_hidden_in_the_frames_whose_background_it_would_cover():
+    grid, solid = blocks(bridge=True)
+    surface = surface_of(solid, 0.5, grid)
+    apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
+    film = [filmed(surface.vertices, surface.faces, 0), filmed(parted(apart.vertices)[1], apart.faces, 1)]
+    positions = parted(surface.vertices)
+    hidden = hidden_webs(surface, positions, film, [NOTHING] * 2, DIAGONAL)
+    middle = surface.vertices[surface.faces].mean(axis=1)
+    assert not hidden[0].any() and hidden[1].sum() > 20
+    assert np.abs(middle[hidden[1], 1]).max() < 0.06
+    before = overlap(positions[1], surface.faces, film[1])
+    assert overlap(positions[1], surface.faces[~hidden[1]], film[1]) > before + 0.003
+
+
+def test_a_web_along_the_line_of_sight_is_hidden_where_the_field_has_nothing():
+    grid, solid = blocks(bridge=True)
+    surface = surface_of(solid, 0.5, grid)
+    apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
+
+    def behind(x):
+        return x - np.clip((x[:, 1:2] + 0.05) / 0.1, 0, 1) * [0.25, 0.0, 0.0]
+
+    positions, film = behind(surface.vertices)[None], [filmed(behind(surface.vertices), surface.faces)]
+    own = FrameSurface.of(behind(apart.vertices), apart.faces)
+    assert not hidden_webs(surface, positions, film, [NOTHING], DIAGONAL).any(), "the film shows no background there"
+    hidden = hidden_webs(surface, positions, film, [own], DIAGONAL)[0]
+    assert hidden.sum() > 10
+    assert own.distance(positions[0][surface.faces[hidden]].mean(axis=1)).mean() > 0.02
+    camera, size = PLAN.c2w()[0], 512
+    seen = rasterise(*project_array(positions[0], camera, PLAN.focal_px(size), size), surface.faces, size).face
+    assert not np.isin(np.flatnonzero(hidden), seen).any(), "what the film shows has its picture on it"
+
+
+def test_faces_are_torn_open_in_the_frames_that_hide_them_and_whole_in_all_others():
+    vertices, faces = ball(subdivisions=2)
+    positions = np.stack([vertices, vertices + np.array([0.1, 0.0, 0.0]), 1.5 * vertices])
+    hidden = np.zeros((3, len(faces)), dtype=bool)
+    top, side = (vertices[faces].mean(axis=1)[:, axis] > 0.2 for axis in (2, 1))
+    hidden[1, top], hidden[2, side] = True, True
+    whole = animated_mesh(positions, faces, np.zeros((len(vertices), 3), np.uint8), np.arange(len(vertices)), 10.0)
+    torn = torn_open(whole, hidden)
+    for frame in range(3):
+        corner = torn.positions[frame][torn.faces]
+        area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
+        assert (area[hidden[frame]] == 0).all()
+        np.testing.assert_array_equal(corner[~hidden[frame]], positions[frame][faces[~hidden[frame]]])
+        shown = positions[frame][np.unique(faces[~hidden[frame]])]
+        gone = corner[hidden[frame]].reshape(-1, 3)
+        assert not len(gone) or cKDTree(shown).query(gone)[0].max() == 0, "a closed face lies on the skin around"
+    np.testing.assert_array_equal(torn.confidence[torn.faces], faces)
+    assert len(torn.confidence) < len(vertices) + 3 * hidden.any(axis=0).sum() / 2, "neighbours share their vertices"
+    assert torn_open(whole, np.zeros_like(hidden)) is whole
+
+
+def test_skin_is_drawn_over_a_part_of_the_fields_surface_that_it_leaves_bare():
+    nodes = np.linspace(-0.5, 0.5, 81)
+    x, y, z = np.meshgrid(nodes, nodes, nodes, indexing="ij")
+    body = x**2 + y**2 + z**2 < 0.2**2
+    limb = (x**2 + z**2 < 0.06**2) & (y > 0) & (y < 0.42)
+    grid = OpacityGrid(np.zeros_like(x), np.full(3, -0.5), np.full(3, 0.5), 0.0125)
+    skin, whole = (
+        surface_of(ndimage.gaussian_filter(solid.astype(np.float64), 0.7), 0.5, grid) for solid in (body, body | limb)
+    )
+    own = [FrameSurface.of(skin.vertices, skin.faces), FrameSurface.of(whole.vertices, whole.faces), NOTHING]
+    positions = np.stack([skin.vertices] * 3)
+    before = own[1].uncovered(skin.vertices)
+    after = covered(positions, skin.faces, own, DIAGONAL)
+    np.testing.assert_array_equal(after[[0, 2]], positions[[0, 2]])
+    left = own[1].uncovered(after[1])
+    assert before.max() > 0.2 and left.max() < 0.07 and (left > 0.05).mean() < 0.1 * (before > 0.05).mean()
+    assert own[1].distance(after[1]).mean() < 0.01
+    far = skin.vertices[:, 1] < -0.05
+    np.testing.assert_array_equal(after[1][far], skin.vertices[far])
 
 
 @pytest.mark.parametrize(
@@ -584,7 +662,7 @@ def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch
     monkeypatch.setattr(make, "fitted_to_film", moved("film"))
     terminal = SimpleNamespace(say=lambda _: None, bar=lambda *_: contextlib.nullcontext(lambda: None))
     run = SimpleNamespace(views=None, canonical_frame=0)
-    found, tracks = make.moving_surface(run, make.Options(), terminal)
+    found, tracks, _ = make.moving_surface(run, make.Options(), terminal)
     assert steps == ["mended", "webs", "outlines", "film"]
     np.testing.assert_allclose(tracks.positions, [vertices + 0.01 * len(steps)] * 2, atol=1e-5)
     assert found is surface

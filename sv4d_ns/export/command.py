@@ -155,7 +155,12 @@ class ExportMesh(_Export):
             raise InputError(f"{flag} is for one mesh that moves: leave it out, or leave out --mode sequence.")
 
     def options(self) -> Any:
-        return replace(super().options(), watertight=self.watertight, remesh=self.remesh)
+        return replace(
+            super().options(),
+            watertight=self.watertight,
+            remesh=self.remesh,
+            hide_webs=self.animation == "morph" and not self.watertight,
+        )
 
     def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
         from sv4d_ns.export import files

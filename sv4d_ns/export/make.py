@@ -27,10 +27,12 @@ from sv4d_ns.export.formats.asset import (
     Texture,
     animated_mesh,
     moments_in,
+    torn_open,
     with_texture,
 )
 from sv4d_ns.export.formats.sequence import Still
 from sv4d_ns.export.root_motion import root_motion
+from sv4d_ns.export.surface.covering import covered
 from sv4d_ns.export.surface.extraction import (
     CanonicalMesh,
     EmptyField,
@@ -51,7 +53,7 @@ from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, refitted, settled, uncovered
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
-from sv4d_ns.export.surface.webs import agreement, webs, without_webs
+from sv4d_ns.export.surface.webs import agreement, hidden_webs, webs, without_webs
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
@@ -128,14 +130,20 @@ class Options:
     """None: by the video's resolution."""
     fps: float | None = None
     restore_root_motion: bool = False
+    hide_webs: bool = True
+    """False: for bones, which cannot take a face away."""
 
 
 def make_asset(run: FinishedRun, options: Options, terminal: "Terminal") -> AnimatedMesh:
     """The run's object as one mesh of fixed topology, coloured or textured, over all frames."""
     root = _restored_motion(run, options, terminal)
-    surface, tracks = moving_surface(run, options, terminal)
-    mesh = colored(run, surface, tracks, options, terminal)
-    return replace(mesh, root=root)
+    surface, tracks, own = moving_surface(run, options, terminal)
+    mesh = replace(colored(run, surface, tracks, options, terminal), root=root)
+    if not options.hide_webs:
+        return mesh
+    hidden = hidden_webs(surface, tracks.positions, input_pictures(run.views), own, _diagonal(run))
+    terminal.say(f"{hidden.any(axis=0).mean():.1%} of the faces are drawn out over nothing in a frame: hidden there")
+    return torn_open(mesh, hidden)
 
 
 def _restored_motion(run: FinishedRun, options: Options, terminal: "Terminal") -> RootMotion | None:
@@ -148,8 +156,10 @@ def _restored_motion(run: FinishedRun, options: Options, terminal: "Terminal") -
     return root
 
 
-def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> tuple[CanonicalMesh, Tracks]:
-    """The canonical mesh and where its vertices are at every frame."""
+def moving_surface(
+    run: FinishedRun, options: Options, terminal: "Terminal"
+) -> tuple[CanonicalMesh, Tracks, list[FrameSurface]]:
+    """The canonical mesh, where its vertices are at every frame, and the field's own surfaces there."""
     film = input_pictures(run.views)
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
     own = _own_surfaces(run, options.resolution, terminal)
@@ -166,10 +176,10 @@ def moving_surface(run: FinishedRun, options: Options, terminal: "Terminal") -> 
     positions = unturned(positions, surface.faces)
     tracks = replace(tracks, positions=positions.astype(np.float32))
     stray = strays(tracks.positions, surface.faces, silhouettes(film))
-    if not stray.any():
-        return surface, tracks
-    terminal.say(f"pieces of {stray.mean():.1%} of the vertices left the film's silhouettes; they were dropped")
-    return without(surface, tracks, stray)
+    if stray.any():
+        terminal.say(f"pieces of {stray.mean():.1%} of the vertices left the film's silhouettes; they were dropped")
+        surface, tracks = without(surface, tracks, stray)
+    return surface, tracks, own
 
 
 def _own_surfaces(run: FinishedRun, resolution: int, terminal: "Terminal") -> list[FrameSurface]:
@@ -307,6 +317,7 @@ def _mended(
             f"{changed.mean():.2%} of the vertex positions were unknown or off the field's own surface; "
             "their skin was mended"
         )
+    positions = covered(positions, surface.faces, own, diagonal)
     positions = settled(positions, surface.faces, own, diagonal)
     positions = unfolded(positions, surface.vertices, surface.faces)
     return replace(tracks, positions=positions.astype(np.float32))

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from sv4d_ns.export.colour.texture import Atlas
 from sv4d_ns.export.surface.extraction import vertex_normals
@@ -134,13 +136,60 @@ def animated_mesh(
 
 def with_texture(mesh: AnimatedMesh, atlas: Atlas, texture: Texture) -> AnimatedMesh:
     """`mesh` cut along the atlas's seams; normals stay those of the uncut surface, so no seam shows."""
-    cut = atlas.vertex
+    return replace(_of_vertices(mesh, atlas.vertex, atlas.faces), texture=texture)
+
+
+def _of_vertices(mesh: AnimatedMesh, vertex: Int[np.ndarray, " m"], faces: Int[np.ndarray, "f 3"]) -> AnimatedMesh:
+    """`mesh` with copies of some of its vertices, and faces over those; without its texture."""
     return replace(
         mesh,
-        positions=mesh.positions[:, cut],
-        normals=mesh.normals[:, cut],
-        colors=mesh.colors[cut],
-        confidence=mesh.confidence[cut],
-        faces=atlas.faces,
-        texture=texture,
+        positions=mesh.positions[:, vertex],
+        normals=mesh.normals[:, vertex],
+        colors=mesh.colors[vertex],
+        confidence=mesh.confidence[vertex],
+        faces=faces,
+        texture=None,
     )
+
+
+def torn_open(mesh: AnimatedMesh, hidden: Bool[np.ndarray, "t f"]) -> AnimatedMesh:
+    """`mesh` with faces that some frames do not show.
+
+    Neighbouring faces that the same frames hide get vertices of their own. Those lie at one place of the skin around
+    while they are hidden, so that no format and no viewer needs to know of it; between frames they open and close.
+    """
+    torn = np.flatnonzero(hidden.any(axis=0))
+    if not len(torn):
+        return mesh
+    count = mesh.positions.shape[1]
+    kinds, kind = np.unique(hidden[:, torn].T, axis=0, return_inverse=True)
+    kind = kind.ravel().astype(np.int64)
+    copies, corners = np.unique(kind[:, None] * count + mesh.faces[torn], return_inverse=True)
+    corners = corners.reshape(-1, 3)
+    kind_of, vertex_of = np.divmod(copies, count)
+    faces = mesh.faces.copy()
+    faces[torn] = count + corners
+    vertex = np.concatenate([np.arange(count), vertex_of])
+    opened = _of_vertices(mesh, vertex, faces)
+    _, patch = csgraph.connected_components(_edges_between(corners, len(copies)), directed=False)
+    for frame, shown in enumerate(~hidden):
+        closed = np.flatnonzero(kinds[kind_of, frame])
+        if not len(closed):
+            continue
+        held = np.zeros(count, dtype=bool)
+        held[mesh.faces[shown]] = True
+        # one vertex of each patch, if there is any one that hangs on what is shown
+        first = closed[np.lexsort((~held[vertex_of[closed]], patch[closed]))]
+        first = first[np.unique(patch[first], return_index=True)[1]]
+        place = np.zeros(patch.max() + 1, np.int64)
+        place[patch[first]] = first
+        opened.positions[frame, count + closed] = mesh.positions[frame, vertex_of[place[patch[closed]]]]
+    if mesh.texture is None:
+        return opened
+    return replace(opened, texture=replace(mesh.texture, uv=mesh.texture.uv[vertex]))
+
+
+def _edges_between(corners: Int[np.ndarray, "f 3"], count: int) -> sparse.csr_matrix:
+    """The graph of faces' corners."""
+    ends = corners.ravel(), np.roll(corners, 1, axis=1).ravel()
+    return sparse.csr_matrix((np.ones(corners.size), ends), (count, count))

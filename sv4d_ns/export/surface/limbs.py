@@ -60,7 +60,7 @@ def turned(
         diagonal: of the field's box, world units.
     """
     result, moved = x.copy(), np.zeros(len(x), dtype=bool)
-    parts = [surface.vertices[bare[part]] for part in _connected(surface.graph, bare)]
+    parts = [surface.vertices[bare[part]] for part in connected_parts(surface.graph, bare)]
     turns = sorted(_turns(graph, x, lost, parts, diagonal), key=lambda turn: -turn.gain)
     limbs_done, parts_done = set(), set()
     for turn in turns:
@@ -80,7 +80,7 @@ def _turns(
 ) -> Iterator[Turn]:
     """All turns of a lost limb to a bare part that begins at its root that bring it nearer."""
     which = np.flatnonzero(lost)
-    for limb, members in enumerate(_connected(graph, which)):
+    for limb, members in enumerate(connected_parts(graph, which)):
         vertices = which[members]
         around = np.unique(graph[vertices].indices)
         ring = x[around[~lost[around]]]
@@ -99,7 +99,7 @@ def _turns(
                 yield Turn(limb, part, vertices, to, len(vertices) * (before - after))
 
 
-def _connected(graph: sparse.csr_matrix, which: Int[np.ndarray, " k"]) -> list[Int[np.ndarray, " c"]]:
+def connected_parts(graph: sparse.csr_matrix, which: Int[np.ndarray, " k"]) -> list[Int[np.ndarray, " c"]]:
     """The pieces of some vertices of a graph that are worth a turn, as places in `which`."""
     _, piece = csgraph.connected_components(graph[which][:, which], directed=False)
     return [np.flatnonzero(piece == number) for number in np.flatnonzero(np.bincount(piece) >= LEAST)]

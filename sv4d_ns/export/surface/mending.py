@@ -21,15 +21,12 @@ from scipy.spatial import cKDTree
 from sv4d_ns.export.surface.extraction import grown, outwards, vertex_graph, vertex_normals
 from sv4d_ns.export.surface.folds import Folds
 from sv4d_ns.export.surface.limbs import turned
-from sv4d_ns.export.surface.registration import FrameSurface, factorised, nearest_alike
+from sv4d_ns.export.surface.registration import OFF, FrameSurface, factorised, nearest_alike
 from sv4d_ns.export.surface.silhouettes import Silhouette
 from sv4d_ns.geometry.rotations import nearest_rotation
 
 OUTSIDE = 0.03
 """Shares of the picture's width outside the film's silhouette from which a piece is where the object is not."""
-OFF = 0.015
-"""Distance from the field's own surface, as a share of the box's diagonal, from which a vertex is wrong there, and from
-which a place of that surface lacks skin."""
 REACH = 0.1
 """How far such skin is drawn, as a share of the box's diagonal."""
 STIFFNESS = (10.0, 10.0, 3.0, 3.0, 1.0, 1.0, 1.0)

@@ -28,6 +28,9 @@ ALIKE = 0.5
 """Cosine between the normals of two surfaces, or two outlines, from which their points may be the same place."""
 CANDIDATES = 8
 """Nearest points among which one with an agreeing normal is looked for."""
+OFF = 0.015
+"""Distance from the field's own surface, as a share of the box's diagonal, from which a vertex is wrong there, and from
+which a place of that surface lacks skin."""
 SETTLED_STIFFNESS = 0.1
 """Weight of the membrane when a followed mesh settles on the field's surface."""
 SETTLED_REACH = 0.015
@@ -137,7 +140,7 @@ def fit_to_surface(
 
     A vertex is pulled by the nearest surface vertex whose normal agrees within 60 degrees of its own.
     """
-    laplacian = _laplacian(faces, len(start))
+    laplacian = skin_laplacian(faces, len(start))
     x = start.astype(np.float64)
     for stiffness in STIFFNESS:
         for _ in range(ITERATIONS):
@@ -154,7 +157,7 @@ def settled(
 ) -> Float[np.ndarray, "t n 3"]:
     """Positions drawn a little way, along the normals, onto the field's own surface of each frame: where a followed
     vertex stands, what the field adds to its canonical shape is not known."""
-    laplacian = SETTLED_STIFFNESS * _laplacian(faces, positions.shape[1])
+    laplacian = SETTLED_STIFFNESS * skin_laplacian(faces, positions.shape[1])
     result = positions.astype(np.float64)
 
     def settle(frame: int) -> None:
@@ -168,7 +171,8 @@ def settled(
     return result
 
 
-def _laplacian(faces: Int[np.ndarray, "f 3"], count: int) -> sparse.csr_matrix:
+def skin_laplacian(faces: Int[np.ndarray, "f 3"], count: int) -> sparse.csr_matrix:
+    """Of the graph of a mesh's edges."""
     return csgraph.laplacian(vertex_graph(faces, count)).tocsr()
 
 
