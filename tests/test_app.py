@@ -193,7 +193,7 @@ def test_a_cancelled_run_is_stopped_and_goes_on_with_the_same_command(tmp_path: 
 
 
 def test_the_page_names_no_flags() -> None:
-    from sv4d_ns.app.work import without_flags
+    from sv4d_ns.app.jobs import without_flags
 
     assert without_flags("It may be cut; look at it (sv4d doctor --picture), and give masks (--pipeline.x.masks).") == (
         "It may be cut, and give masks."

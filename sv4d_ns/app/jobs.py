@@ -210,6 +210,11 @@ def plain_name(title: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-_")[:60] or "video"
 
 
+def without_flags(sentence: str) -> str:
+    """A sentence without the flags and commands in brackets, which the page's readers cannot give."""
+    return re.sub(r"(; look at (?:it|them))? (?:with )?(?:\((?:--|sv4d )[^)]*\)|sv4d doctor --picture)", "", sentence)
+
+
 def _write(job: Job, folder: Path) -> None:
     with atomic_path(folder / JOB_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(job), indent=1))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sv4d_ns.app.jobs import Job, State, Store, plain_name
+from sv4d_ns.app.jobs import Job, State, Store, plain_name, without_flags
 from sv4d_ns.app.work import LOOK_FILE, PAGE_FILE, RESULT_FOLDER
 from sv4d_ns.cli.batch import error_in
 from sv4d_ns.runs.layout import SUMMARY_FILE, latest_run
@@ -137,7 +137,7 @@ class Runner:
             return
         if not self._closing:  # a doctor that was disturbed looks again when the server is back
             ready = not error and (self.store.folder(job) / LOOK_FILE).is_file()
-            self._settle(job, "ready" if ready else "refused", error.replace(str(video), job.title))
+            self._settle(job, "ready" if ready else "refused", _for_the_page(error, video, job))
 
     async def _run(self, job: Job) -> None:
         job = self.store.save(replace(job.to("running"), begun=True))
@@ -152,7 +152,7 @@ class Runner:
             self._cancelled.discard(job.id)
             self._settle(job, "stopped")
         elif error:
-            self._settle(job, "failed", error.replace(str(self.store.video(job)), job.title))
+            self._settle(job, "failed", _for_the_page(error, self.store.video(job), job))
         else:
             self._settle(job, "finished")
 
@@ -230,6 +230,11 @@ def _flag(words: Sequence[str], flag: str) -> list[str]:
         if name.replace("_", "-") == flag:
             return [flag, *([value] if joined else words[number + 1 : number + 2])]
     return []
+
+
+def _for_the_page(error: str, video: Path, job: Job) -> str:
+    """A sentence that names the video as its owner does, and no flags."""
+    return without_flags(error.replace(str(video), job.title))
 
 
 def _of_code(code: int, log: str) -> str:

@@ -5,7 +5,6 @@ processes end with the server, however it ends.
 """
 
 import json
-import re
 import signal
 import sys
 import zipfile
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from sv4d_ns.app.jobs import without_flags
 from sv4d_ns.cli.batch import train
 from sv4d_ns.utils.errors import one_sentence_errors
 from sv4d_ns.utils.files import atomic_path
@@ -67,11 +67,6 @@ def look(arguments: Sequence[str]) -> None:
                 }
             )
         )
-
-
-def without_flags(sentence: str) -> str:
-    """A doctor's sentence without the flags and commands in brackets, which the page's readers cannot give."""
-    return re.sub(r"(; look at (?:it|them))? (?:with )?(?:\((?:--|sv4d )[^)]*\)|sv4d doctor --picture)", "", sentence)
 
 
 def _write_crop(video: "ObjectVideo", source: Path, path: Path) -> None:

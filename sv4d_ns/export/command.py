@@ -102,8 +102,8 @@ class ExportMesh(_Export):
 
     mode: Literal["animated", "sequence"] = "animated"
     """animated: one mesh of fixed topology. sequence: a mesh of its own for every frame, for objects that come apart
-    or merge, coloured by the field (or by the views, with --texture views); written as --sequence says (ply if it is
-    none) and, on request, as USD."""
+    or merge, coloured by the field (or by the views, with --texture views), in several times the time; written as
+    --sequence says (ply if it is none) and, on request, as USD."""
     animation: Literal["morph", "skin"] = "morph"
     """How the .glb moves: one morph target per frame (exact), or a skeleton with at most four bones per vertex (small,
     what game engines want)."""

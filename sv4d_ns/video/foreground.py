@@ -269,6 +269,8 @@ def reduced(layer: Shaped[np.ndarray, "H W"], step: int) -> Float[np.ndarray, "h
 
 
 def _without_plain_background(clip: Clip, background: Background) -> Foreground:
+    from sv4d_ns.utils.progress import bar  # brings nerfstudio's console
+
     behind = [background.at(index, clip.region) for index in range(len(clip.frames))]
     different = np.stack(
         [plain.distance(frame[..., :3]) > plain.contrast for frame, plain in zip(clip.frames, behind, strict=True)]
@@ -278,8 +280,10 @@ def _without_plain_background(clip: Clip, background: Background) -> Foreground:
     solid = np.stack([_without_specks(mask) for mask in different])
     if solid.mean(axis=(1, 2)).max() < MIN_OBJECT_SHARE:
         raise _nothing_visible(clip)
-    whole = _fill_closed_pockets(clip.frames, solid, behind)
-    cutouts, contrasts = _cut_out(clip.frames, whole, behind)
+    frames = len(solid)
+    with bar("Cutting the object out") as show:
+        whole = _fill_closed_pockets(clip.frames, solid, behind, lambda done: show(done, 2 * frames))
+        cutouts, contrasts = _cut_out(clip.frames, whole, behind, lambda done: show(frames + done, 2 * frames))
     confidence = background.plain_share * contrasts
     messages = [f"A plain background of colour {background.colour} was removed, confidence {confidence:.2f}."]
     if corners.any():
@@ -316,14 +320,18 @@ def _still_corners(
 
 
 def _cut_out(
-    frames: UInt8[np.ndarray, "t h w 4"], solid: Bool[np.ndarray, "t h w"], behind: list[FrameBackground]
+    frames: UInt8[np.ndarray, "t h w 4"],
+    solid: Bool[np.ndarray, "t h w"],
+    behind: list[FrameBackground],
+    told: Callable[[int], None],
 ) -> tuple[UInt8[np.ndarray, "t h w 4"], float]:
     """The object with soft edges, and the share of its outline that stands out."""
     cutouts = np.full_like(frames, 255)
     cutouts[..., 3] = 0
     clear, total = 0, 0
     reach = max(2, round(min(frames.shape[1:3]) / 400))
-    for source, mask, plain, target in zip(frames, solid, behind, cutouts, strict=True):
+    for number, (source, mask, plain, target) in enumerate(zip(frames, solid, behind, cutouts, strict=True), start=1):
+        told(number)
         window = _window(mask, margin=4 * reach)
         if window is None:
             continue
@@ -345,17 +353,20 @@ def _without_specks(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 
 
 def _fill_closed_pockets(
-    frames: UInt8[np.ndarray, "t h w 4"], solid: Bool[np.ndarray, "t h w"], behind: list[FrameBackground]
+    frames: UInt8[np.ndarray, "t h w 4"],
+    solid: Bool[np.ndarray, "t h w"],
+    behind: list[FrameBackground],
+    told: Callable[[int], None],
 ) -> Bool[np.ndarray, "t h w"]:
     """The solid pixels with enclosed background filled, except where it opens to the outside or is surely seen."""
     opened = ~np.stack([ndimage.binary_fill_holes(mask) for mask in solid])
     if all(plain.vividness >= VIVID for plain in behind):
         return solid
     least = OPEN_SHARE * solid.sum(axis=(1, 2)).max()
-    looks = [
-        _see_through(frame[..., :3], ~mask & ~outside, plain, least)
-        for frame, mask, outside, plain in zip(frames, solid, opened, behind, strict=True)
-    ]
+    looks = []
+    for frame, mask, outside, plain in zip(frames, solid, opened, behind, strict=True):
+        looks.append(_see_through(frame[..., :3], ~mask & ~outside, plain, least))
+        told(len(looks))
     pockets = [labels for labels, _ in looks]
     opened |= _surely_open(pockets, [sure for _, sure in looks])
     places = [np.flatnonzero(labels) for labels in pockets]
