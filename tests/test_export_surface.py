@@ -31,7 +31,7 @@ from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, settled
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
-from sv4d_ns.export.surface.webs import agreement, hidden_webs, webs, without_webs
+from sv4d_ns.export.surface.webs import hidden_webs
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.errors import InputError
@@ -489,33 +489,11 @@ def parted(vertices):
     return np.stack([vertices, vertices + share * [0.0, 0.12, 0.0]])
 
 
-def test_a_web_over_the_films_background_is_found_and_the_matter_that_it_hung_on_cut():
-    grid, solid = blocks(bridge=True)
-    surface = surface_of(solid, 0.5, grid)
-    apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
-    film = [
-        filmed(surface.vertices, surface.faces, 0),  # where the blocks touch, the film shows it
-        filmed(parted(apart.vertices)[1], apart.faces, 1),
-    ]
-    positions = parted(surface.vertices)
-    web = webs(surface, positions, silhouettes(film))
-    middle = surface.vertices[surface.faces].mean(axis=1)
-    assert web.sum() > 20 and np.abs(middle[web, 1]).max() < 0.06
-    again = surface_of(without_webs(solid, 0.5, grid, surface, web), 0.5, grid)
-    pieces = trimesh.Trimesh(again.vertices, again.faces, process=False).split(only_watertight=True)
-    assert len(pieces) == 2
-    before, at_most = agreement(positions, surface.faces, film), agreement(positions, surface.faces, film, web)
-    after = agreement(parted(again.vertices), again.faces, film)
-    assert before + 0.003 < after < at_most < 1.0
-
-
 def test_drawn_out_skin_that_the_film_shows_is_no_web():
     grid, solid = blocks(bridge=True)
     surface = surface_of(solid, 0.5, grid)
     positions = parted(surface.vertices)
     film = [filmed(x, surface.faces, frame) for frame, x in enumerate(positions)]
-    assert not webs(surface, positions, silhouettes(film)).any()
-    assert agreement(positions, surface.faces, film) > 0.97
     assert not hidden_webs(surface, positions, film, [NOTHING] * 2, DIAGONAL).any()
 
 
@@ -594,46 +572,6 @@ def test_skin_is_drawn_over_a_part_of_the_fields_surface_that_it_leaves_bare():
     np.testing.assert_array_equal(after[1][far], skin.vertices[far])
 
 
-@pytest.mark.parametrize(
-    "patches, pieces, last",
-    [
-        ({}, 2, ": cut"),
-        ({"WORTH_CUTTING": 0.9}, 1, "after: left uncut"),
-        ({"WORTH_TRYING": 0.9}, 1, None),
-        ({"MOST_UNCOVERED": 0.0}, 1, "field's own surfaces show: left uncut"),
-        (
-            {"MOST_UNCOVERED": np.inf, "without_webs": lambda solid, *rest: np.roll(solid, 8, axis=2)},
-            1,
-            "silhouettes worse without them: left uncut",
-        ),
-    ],
-)
-def test_the_mesh_made_again_is_kept_only_if_the_silhouettes_are_met_better(monkeypatch, patches, pieces, last):
-    grid, solid = blocks(bridge=True)
-    apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
-    surface = surface_of(solid, 0.5, grid)
-    film = [filmed(surface.vertices, surface.faces, 0), filmed(parted(apart.vertices)[1], apart.faces, 1)]
-    own = [FrameSurface.of(x, apart.faces) for x in parted(apart.vertices)]
-    said = []
-
-    def followed(run, surface, terminal):
-        count = len(surface.vertices)
-        return Tracks(parted(surface.vertices), np.zeros((2, count)), np.zeros((2, count), bool))
-
-    monkeypatch.setattr(make, "input_pictures", lambda views: film)
-    monkeypatch.setattr(make, "_followed", followed)
-    monkeypatch.setattr(make, "_mended", lambda run, surface, tracks, own, terminal: tracks)
-    for name, value in patches.items():
-        monkeypatch.setattr(make, name, value)
-    run, terminal = SimpleNamespace(views=None), SimpleNamespace(say=said.append)
-    tracks = followed(run, surface, terminal)
-    made, canonical = (surface, tracks), (grid, solid, 0.5)
-    found, tracks = make._without_webs(run, tracks, made, canonical, own, make.Options(), terminal)
-    assert tracks.positions.shape[1] == len(found.vertices)
-    assert len(trimesh.Trimesh(found.vertices, found.faces, process=False).split()) == pieces
-    assert said == [] if last is None else said[-1].endswith(last)
-
-
 def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch):
     vertices, faces = ball(subdivisions=1)
     surface = CanonicalMesh(vertices, faces, 0)
@@ -655,14 +593,11 @@ def test_each_step_of_the_moving_surface_goes_on_from_the_one_before(monkeypatch
     monkeypatch.setattr(make, "_surface", lambda *_: surface)
     monkeypatch.setattr(make, "_followed", lambda *_: tracks_of([vertices, vertices]))
     monkeypatch.setattr(make, "_mended", lambda run, surface, tracks, *_: tracks_of(moved("mended")(tracks.positions)))
-    monkeypatch.setattr(
-        make, "_without_webs", lambda run, followed, made, *_: (made[0], tracks_of(moved("webs")(made[1].positions)))
-    )
     monkeypatch.setattr(make, "fitted_to_outlines", moved("outlines"))
     monkeypatch.setattr(make, "fitted_to_film", moved("film"))
     terminal = SimpleNamespace(say=lambda _: None, bar=lambda *_: contextlib.nullcontext(lambda: None))
     run = SimpleNamespace(views=None, canonical_frame=0)
     found, tracks, _ = make.moving_surface(run, make.Options(), terminal)
-    assert steps == ["mended", "webs", "outlines", "film"]
+    assert steps == ["mended", "outlines", "film"]
     np.testing.assert_allclose(tracks.positions, [vertices + 0.01 * len(steps)] * 2, atol=1e-5)
     assert found is surface

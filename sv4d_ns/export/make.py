@@ -50,10 +50,10 @@ from sv4d_ns.export.surface.extraction import (
 from sv4d_ns.export.surface.folds import unfolded, unturned
 from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
-from sv4d_ns.export.surface.registration import FrameSurface, refitted, settled, uncovered
+from sv4d_ns.export.surface.registration import FrameSurface, refitted, settled
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
-from sv4d_ns.export.surface.webs import agreement, hidden_webs, webs, without_webs
+from sv4d_ns.export.surface.webs import hidden_webs
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
@@ -98,16 +98,6 @@ for each pixel of an object that fills the picture, on either side of it."""
 FRAME_RESOLUTION = 96
 """Nodes along the side of the grids that a moving field's surface at each frame is cut from: they correct what followed
 its motion, at half the time of 128."""
-
-WORTH_CUTTING = 0.001
-"""What cutting webs must add to the IoU with the film's silhouettes (before outlines are fitted): less is chance, and
-what is cut may be matter."""
-MOST_UNCOVERED = 1.1
-"""Times the distance of the field's own surfaces from the skin that cutting may leave, before anything is mended: 1.00
-to 1.08 for runs that are better without their webs, 1.13 to 1.31 for three that would lose limbs."""
-WORTH_TRYING = 0.01
-"""What it would add if nothing but webs were lost, from which the mesh is made again to see. Of twenty-eight runs five
-could win 0.014 to 0.044, two of which do; all others 0.0073 at most."""
 
 MOST_MOMENTS = 32
 """Pictures of an animated texture; of a longer clip, neighbouring frames share one."""
@@ -164,9 +154,7 @@ def moving_surface(
     grid, solid, level = _solid(run, options.resolution, film[run.canonical_frame], terminal)
     own = _own_surfaces(run, options.resolution, terminal)
     surface = _surface(solid, level, grid, options, terminal)
-    followed = _followed(run, surface, terminal)
-    made = surface, _mended(run, surface, followed, own, terminal)
-    surface, tracks = _without_webs(run, followed, made, (grid, solid, level), own, options, terminal)
+    tracks = _mended(run, surface, _followed(run, surface, terminal), own, terminal)
     with terminal.bar("fitting the outlines", len(film)) as advance:
         positions = fitted_to_outlines(tracks.positions, surface.faces, film, advance)
     tracks = replace(tracks, positions=positions.astype(np.float32))
@@ -212,42 +200,6 @@ def _own_surface(run: FinishedRun, frame: int, resolution: int) -> FrameSurface:
         return FrameSurface.of(*surface_at(run, frame, min(resolution, FRAME_RESOLUTION)))
     except EmptyField:
         return FrameSurface.of(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
-
-
-def _without_webs(
-    run: FinishedRun,
-    followed: Tracks,
-    made: tuple[CanonicalMesh, Tracks],
-    canonical: tuple[OpacityGrid, Float[np.ndarray, "r r r"], float],
-    own: Sequence[FrameSurface],
-    options: Options,
-    terminal: "Terminal",
-) -> tuple[CanonicalMesh, Tracks]:
-    """A surface and its way, made again without its webs if there are any and the film's silhouettes are met better
-    then; unless what follows the motion covers the field's own surfaces worse, which is a limb that went with them."""
-    (surface, tracks), (grid, solid, level), film = made, canonical, input_pictures(run.views)
-    web = webs(surface, tracks.positions, silhouettes(film))
-    if not web.any():
-        return made
-    before, at_most = (agreement(tracks.positions, surface.faces, film, faces) for faces in (None, web))
-    if at_most < before + WORTH_TRYING:
-        return made
-    terminal.say(f"{web.mean():.1%} of the faces are webs over the film's background; made again without them:")
-    cut = _surface(without_webs(solid, level, grid, surface, web), level, grid, options, terminal)
-    again = _followed(run, cut, terminal)
-    if uncovered(again.positions, own) > MOST_UNCOVERED * uncovered(followed.positions, own):
-        terminal.say("limbs would go with them, which the field's own surfaces show: left uncut")
-        return made
-    if agreement(again.positions, cut.faces, film) < agreement(followed.positions, surface.faces, film):
-        terminal.say("what follows the motion would meet the film's silhouettes worse without them: left uncut")
-        return made  # mending, which takes long, does not turn that
-    again = _mended(run, cut, again, own, terminal)
-    after = agreement(again.positions, cut.faces, film)
-    kept = after >= before + WORTH_CUTTING
-    terminal.say(
-        f"IoU with the film's silhouettes {before:.4f} before, {after:.4f} after: {'cut' if kept else 'left uncut'}"
-    )
-    return (cut, again) if kept else made
 
 
 def without(surface: CanonicalMesh, tracks: Tracks, dropped: Bool[np.ndarray, " n"]) -> tuple[CanonicalMesh, Tracks]:

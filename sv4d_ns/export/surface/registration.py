@@ -96,13 +96,6 @@ def nearest_alike(
     return found.any(axis=1), nearest[np.arange(len(x)), first]
 
 
-def uncovered(positions: Float[np.ndarray, "t n 3"], surfaces: Sequence[FrameSurface]) -> float:
-    """Mean distance of the surfaces' vertices from the skin, all frames alike, world units."""
-    pairs = zip(positions, surfaces, strict=True)
-    shown = [surface.uncovered(x).mean() for x, surface in pairs if len(surface.vertices)]
-    return float(np.mean(shown)) if shown else 0.0
-
-
 def refitted(
     tracks: Tracks, mesh: CanonicalMesh, surfaces: Sequence[FrameSurface], diagonal: float
 ) -> tuple[Tracks, list[str]]:
