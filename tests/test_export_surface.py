@@ -31,7 +31,7 @@ from sv4d_ns.export.surface.mending import mended, strays
 from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, settled
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
-from sv4d_ns.export.surface.webs import hidden_webs
+from sv4d_ns.export.surface.webs import drawn_in, hidden_webs
 from sv4d_ns.geometry.cameras import ViewPlan
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.utils.errors import InputError
@@ -509,6 +509,13 @@ def test_a_web_is_hidden_in_the_frames_whose_background_it_would_cover():
     assert np.abs(middle[hidden[1], 1]).max() < 0.06
     before = overlap(positions[1], surface.faces, film[1])
     assert overlap(positions[1], surface.faces[~hidden[1]], film[1]) > before + 0.003
+    shown = drawn_in(surface, positions, film, hidden)
+    shape = silhouettes(film)[1]
+    moved = np.flatnonzero((shown[1] != positions[1]).any(axis=1))
+    np.testing.assert_array_equal(moved, np.intersect1d(moved, surface.faces[hidden[1]]))
+    assert len(moved) > 5 and np.abs(shape.at(shown[1][moved])).max() < 0.5 * shape.at(positions[1][moved]).min()
+    np.testing.assert_array_equal(shown[0], positions[0])
+    np.testing.assert_allclose(shown[1][moved, 0], positions[1][moved, 0], atol=1e-9)  # the camera looks along x
 
 
 def test_a_web_along_the_line_of_sight_is_hidden_where_the_field_has_nothing():
@@ -546,6 +553,7 @@ def test_faces_are_torn_open_in_the_frames_that_hide_them_and_whole_in_all_other
         shown = positions[frame][np.unique(faces[~hidden[frame]])]
         gone = corner[hidden[frame]].reshape(-1, 3)
         assert not len(gone) or cKDTree(shown).query(gone)[0].max() == 0, "a closed face lies on the skin around"
+        assert len(np.unique(gone, axis=0)) == hidden[frame].any(), "a sheet closes onto one place"
     np.testing.assert_array_equal(torn.confidence[torn.faces], faces)
     assert len(torn.confidence) < len(vertices) + 3 * hidden.any(axis=0).sum() / 2, "neighbours share their vertices"
     assert torn_open(whole, np.zeros_like(hidden)) is whole

@@ -53,7 +53,7 @@ from sv4d_ns.export.surface.outlines import fitted_to_film, fitted_to_outlines
 from sv4d_ns.export.surface.registration import FrameSurface, refitted, settled
 from sv4d_ns.export.surface.remeshing import Remesh, remeshed
 from sv4d_ns.export.surface.silhouettes import completed, silhouettes
-from sv4d_ns.export.surface.webs import hidden_webs
+from sv4d_ns.export.surface.webs import drawn_in, hidden_webs
 from sv4d_ns.geometry.cameras import ViewPlan, look_at_cameras
 from sv4d_ns.geometry.rays import project_array
 from sv4d_ns.runs.open import FinishedRun
@@ -128,10 +128,12 @@ def make_asset(run: FinishedRun, options: Options, terminal: "Terminal") -> Anim
     """The run's object as one mesh of fixed topology, coloured or textured, over all frames."""
     root = _restored_motion(run, options, terminal)
     surface, tracks, own = moving_surface(run, options, terminal)
-    mesh = replace(colored(run, surface, tracks, options, terminal), root=root)
     if not options.hide_webs:
-        return mesh
-    hidden = hidden_webs(surface, tracks.positions, input_pictures(run.views), own, _diagonal(run))
+        return replace(colored(run, surface, tracks, options, terminal), root=root)
+    film = input_pictures(run.views)
+    hidden = hidden_webs(surface, tracks.positions, film, own, _diagonal(run))
+    tracks = replace(tracks, positions=drawn_in(surface, tracks.positions, film, hidden))
+    mesh = replace(colored(run, surface, tracks, options, terminal), root=root)
     terminal.say(f"{hidden.any(axis=0).mean():.1%} of the faces are drawn out over nothing in a frame: hidden there")
     return torn_open(mesh, hidden)
 

@@ -155,41 +155,58 @@ def _of_vertices(mesh: AnimatedMesh, vertex: Int[np.ndarray, " m"], faces: Int[n
 def torn_open(mesh: AnimatedMesh, hidden: Bool[np.ndarray, "t f"]) -> AnimatedMesh:
     """`mesh` with faces that some frames do not show.
 
-    Neighbouring faces that the same frames hide get vertices of their own. Those lie at one place of the skin around
-    while they are hidden, so that no format and no viewer needs to know of it; between frames they open and close.
+    Neighbouring faces that the same frames hide get vertices of their own. In those frames each sheet of hidden faces
+    lies at one place of the skin around it, so that no format and no viewer needs to know of it; between frames it
+    shrinks to that place and grows from there.
     """
     torn = np.flatnonzero(hidden.any(axis=0))
     if not len(torn):
         return mesh
     count = mesh.positions.shape[1]
     kinds, kind = np.unique(hidden[:, torn].T, axis=0, return_inverse=True)
-    kind = kind.ravel().astype(np.int64)
-    copies, corners = np.unique(kind[:, None] * count + mesh.faces[torn], return_inverse=True)
-    corners = corners.reshape(-1, 3)
+    copies, corners = np.unique(kind.reshape(-1, 1).astype(np.int64) * count + mesh.faces[torn], return_inverse=True)
     kind_of, vertex_of = np.divmod(copies, count)
     faces = mesh.faces.copy()
-    faces[torn] = count + corners
+    faces[torn] = count + corners.reshape(-1, 3)
     vertex = np.concatenate([np.arange(count), vertex_of])
     opened = _of_vertices(mesh, vertex, faces)
-    _, patch = csgraph.connected_components(_edges_between(corners, len(copies)), directed=False)
-    for frame, shown in enumerate(~hidden):
+    # vertices along the texture's seams are doubled: they are one place of the skin
+    _, first, place = np.unique(mesh.positions[0], axis=0, return_index=True, return_inverse=True)
+    places = place.ravel()[mesh.faces]
+    for frame, gone in enumerate(hidden):
         closed = np.flatnonzero(kinds[kind_of, frame])
-        if not len(closed):
-            continue
-        held = np.zeros(count, dtype=bool)
-        held[mesh.faces[shown]] = True
-        # one vertex of each patch, if there is any one that hangs on what is shown
-        first = closed[np.lexsort((~held[vertex_of[closed]], patch[closed]))]
-        first = first[np.unique(patch[first], return_index=True)[1]]
-        place = np.zeros(patch.max() + 1, np.int64)
-        place[patch[first]] = first
-        opened.positions[frame, count + closed] = mesh.positions[frame, vertex_of[place[patch[closed]]]]
+        if len(closed):
+            x = mesh.positions[frame]
+            onto = _closing(places[gone], places[~gone], x[first])
+            opened.positions[frame, count + closed] = x[first[onto[place.ravel()[vertex_of[closed]]]]]
     if mesh.texture is None:
         return opened
     return replace(opened, texture=replace(mesh.texture, uv=mesh.texture.uv[vertex]))
 
 
-def _edges_between(corners: Int[np.ndarray, "f 3"], count: int) -> sparse.csr_matrix:
-    """The graph of faces' corners."""
-    ends = corners.ravel(), np.roll(corners, 1, axis=1).ravel()
-    return sparse.csr_matrix((np.ones(corners.size), ends), (count, count))
+def _closing(
+    gone: Int[np.ndarray, "g 3"], shown: Int[np.ndarray, "s 3"], x: Float[np.ndarray, "n 3"]
+) -> Int[np.ndarray, " n"]:
+    """For each place of hidden faces the one that their sheet closes onto: in the middle of its rim, if it has one.
+
+    Args:
+        gone: hidden faces, over places of the skin.
+        shown: the others.
+        x: where the places are.
+    """
+    edges = gone.ravel(), np.roll(gone, 1, axis=1).ravel()
+    graph = sparse.csr_matrix((np.ones(gone.size), edges), (len(x), len(x)))
+    _, sheet = csgraph.connected_components(graph, directed=False)
+    held = np.zeros(len(x), dtype=bool)
+    held[shown] = True
+    rim = np.unique(gone)
+    free = np.bincount(sheet[rim], held[rim], len(x)) == 0  # sheets that hang on nothing
+    rim = rim[held[rim] | free[sheet[rim]]]
+    size = np.maximum(np.bincount(sheet[rim], minlength=len(x)), 1)
+    middle = np.stack([np.bincount(sheet[rim], x[rim, i], len(x)) / size for i in range(3)], axis=-1)
+    apart = np.linalg.norm(x[rim] - middle[sheet[rim]], axis=-1)
+    rim = rim[np.lexsort((apart, sheet[rim]))]
+    chosen = np.zeros(len(x), np.int64)
+    numbers, nearest = np.unique(sheet[rim], return_index=True)
+    chosen[numbers] = rim[nearest]
+    return chosen[sheet]

@@ -44,6 +44,21 @@ class Silhouette:
         pixels, _ = project_array(points, self.picture.c2w, self.picture.fov_focal * size, size)
         return ndimage.map_coordinates(self.distance, pixels[:, ::-1].T - 0.5, order=1, mode="nearest")
 
+    def outward(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+        """World directions in the picture plane in which the distance of world points grows fastest, unit length."""
+        size, camera = len(self.distance), self.picture.c2w
+        pixels, _ = project_array(points, camera, self.picture.fov_focal * size, size)
+        down, right = (
+            ndimage.map_coordinates(slope, pixels[:, ::-1].T - 0.5, order=1, mode="nearest")[:, None]
+            for slope in np.gradient(self.distance)
+        )
+        way = right * camera[:3, 0] - down * camera[:3, 1]
+        return way / np.maximum(np.linalg.norm(way, axis=-1, keepdims=True), 1e-12)
+
+    def width_at(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
+        """World units that the picture is wide at the depth of points."""
+        return (self.picture.c2w[:3, 3] - points) @ self.picture.c2w[:3, 2] / self.picture.fov_focal
+
 
 def silhouettes(film: Sequence[Picture]) -> list[Silhouette]:
     """The silhouettes of one picture per frame, in the order of the frames."""

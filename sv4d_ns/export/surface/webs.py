@@ -62,6 +62,23 @@ def hidden_webs(
     return hidden
 
 
+def drawn_in(
+    surface: CanonicalMesh,
+    positions: Float[np.ndarray, "t n 3"],
+    film: Sequence[Picture],
+    hidden: Bool[np.ndarray, "t f"],
+) -> Float[np.ndarray, "t n 3"]:
+    """Positions with the rims of hidden faces drawn in to the film's outline where they are outside, which shows as
+    fringes otherwise."""
+    result = positions.copy()
+    for x, shape, gone in zip(result, silhouettes(film), hidden, strict=True):
+        rim = np.intersect1d(surface.faces[gone], surface.faces[~gone])
+        distance = shape.at(x[rim])
+        rim, distance = rim[distance > 0], distance[distance > 0]
+        x[rim] -= (distance * shape.width_at(x[rim]))[:, None] * shape.outward(x[rim])
+    return result
+
+
 def _drawn_out(corners: Float[np.ndarray, "f 3 3"], rest: Float[np.ndarray, "f 3"]) -> Bool[np.ndarray, " f"]:
     """Faces with an edge much longer than in the canonical shape."""
     length = _edges(corners)
