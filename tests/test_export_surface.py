@@ -549,13 +549,16 @@ def test_faces_are_torn_open_in_the_frames_that_hide_them_and_whole_in_all_other
     for frame in range(3):
         corner = torn.positions[frame][torn.faces]
         area = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
-        assert (area[hidden[frame]] == 0).all()
+        before = positions[frame][faces]
+        normal = np.cross(before[:, 1] - before[:, 0], before[:, 2] - before[:, 0])
+        np.testing.assert_allclose(area[hidden[frame]], 1e-4 * np.linalg.norm(normal[hidden[frame]], axis=1), rtol=1e-4)
         np.testing.assert_array_equal(corner[~hidden[frame]], positions[frame][faces[~hidden[frame]]])
         shown = positions[frame][np.unique(faces[~hidden[frame]])]
         gone = corner[hidden[frame]].reshape(-1, 3)
-        assert not len(gone) or cKDTree(shown).query(gone)[0].max() == 0, "a closed face lies on the skin around"
-        assert len(np.unique(gone, axis=0)) == hidden[frame].any(), "a sheet closes onto one place"
+        assert not len(gone) or cKDTree(shown).query(gone)[0].max() < 0.01, "a closed face lies on the skin around"
+        assert not len(gone) or np.ptp(gone, axis=0).max() < 0.01, "a sheet closes onto one place"
     np.testing.assert_array_equal(torn.confidence[torn.faces], faces)
+    np.testing.assert_array_equal(np.unique(torn.faces), np.arange(len(torn.confidence)))
     assert len(torn.confidence) < len(vertices) + 3 * hidden.any(axis=0).sum() / 2, "neighbours share their vertices"
     assert torn_open(whole, np.zeros_like(hidden)) is whole
 

@@ -159,7 +159,7 @@ class ExportMesh(_Export):
             super().options(),
             watertight=self.watertight,
             remesh=self.remesh,
-            hide_webs=self.animation == "morph" and not self.watertight,
+            hide_webs=self.animation == "morph" and not self.watertight and self.remesh == "none",
         )
 
     def write(self, run: FinishedRun, folder: Path, terminal: Any) -> tuple[list[Path], str]:
@@ -255,7 +255,8 @@ def _described(path: Path) -> str:
     if path.is_dir():
         inside = [file for file in path.iterdir() if file.is_file()]
         return f"{path}/  ({len(inside)} files, {sum(file.stat().st_size for file in inside) / 1e6:.1f} MB)"
-    return f"{path}  ({path.stat().st_size / 1e6:.1f} MB)"
+    size = path.stat().st_size
+    return f"{path}  ({size / 1e6:.1f} MB)" if size >= 1e5 else f"{path}  ({size / 1e3:.0f} kB)"
 
 
 # ------------------------------------------------------------------------------------------------------ the command

@@ -69,8 +69,8 @@ def write_mesh(
     write_animated_glb(mesh, files[0], run.name, extras, skin)
     seconds = (mesh.num_frames - 1) / mesh.fps
     return files, (
-        f"{mesh.num_frames} frames, {seconds:.2f} s. Open {GLB_NAME} in Blender (File > Import > glTF 2.0: it plays at "
-        f"the film's speed at any frame rate; set the scene to {mesh.fps:g} fps first if each frame is to be one key) "
+        f"{mesh.num_frames} frames, {seconds:.2f} s. Open {GLB_NAME} in Blender (File > Import > glTF 2.0: it plays so "
+        f"at any frame rate of the scene; set that to {mesh.fps:g} fps first if each frame is to be one key) "
         "or drop it on https://gltf-viewer.donmccurdy.com; press play."
     )
 
@@ -147,7 +147,7 @@ def write_point_clouds(
     run: FinishedRun, options: Options, folder: Path, num_points: int, terminal: "Terminal"
 ) -> Written:
     """A coloured point cloud per frame."""
-    mesh = make_asset(run, options, terminal)
+    mesh = make_asset(run, replace(options, hide_webs=False), terminal)
     with terminal.bar("writing point clouds", mesh.num_frames) as advance:
         write_cloud_files(sample_points(mesh, num_points), folder / "points", mesh.fps, advance)
     return [folder / "points"], (
@@ -160,7 +160,7 @@ def write_splats(
     run: FinishedRun, options: Options, folder: Path, num_splats: int, refine_steps: int, terminal: "Terminal"
 ) -> Written:
     """A Gaussian-splat file per frame."""
-    mesh = make_asset(run, options, terminal)
+    mesh = make_asset(run, replace(options, hide_webs=False), terminal)
     splats = sample_splats(replace(mesh, root=None), num_splats)
     rasterise = _gsplat(run) if refine_steps else None
     if rasterise is None:

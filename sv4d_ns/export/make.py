@@ -121,7 +121,8 @@ class Options:
     fps: float | None = None
     restore_root_motion: bool = False
     hide_webs: bool = True
-    """False: for bones, which cannot take a face away."""
+    """Let faces drawn out over nothing shrink to a point in the frames where they are, which cuts the mesh along their
+    rims. False: for bones, which cannot take a face away, for one whole surface, and where points are taken from it."""
 
 
 def make_asset(run: FinishedRun, options: Options, terminal: "Terminal") -> AnimatedMesh:
@@ -134,7 +135,9 @@ def make_asset(run: FinishedRun, options: Options, terminal: "Terminal") -> Anim
     hidden = hidden_webs(surface, tracks.positions, film, own, _diagonal(run))
     tracks = replace(tracks, positions=drawn_in(surface, tracks.positions, film, hidden))
     mesh = replace(colored(run, surface, tracks, options, terminal), root=root)
-    terminal.say(f"{hidden.any(axis=0).mean():.1%} of the faces are drawn out over nothing in a frame: hidden there")
+    terminal.say(
+        f"at most {hidden.mean(axis=1).max():.1%} of the faces are drawn out over nothing in a frame: hidden there"
+    )
     return torn_open(mesh, hidden)
 
 

@@ -11,6 +11,10 @@ from scipy.sparse import csgraph
 from sv4d_ns.export.colour.texture import Atlas
 from sv4d_ns.export.surface.extraction import vertex_normals
 
+CLOSED = 0.01
+"""Size of a sheet of hidden faces in frames that do not show it. Without any, its faces have no direction, and Blender
+takes the normals of all frames relative to that of the first."""
+
 
 @dataclass(frozen=True, eq=False)
 class Flipbook:
@@ -156,8 +160,7 @@ def torn_open(mesh: AnimatedMesh, hidden: Bool[np.ndarray, "t f"]) -> AnimatedMe
     """`mesh` with faces that some frames do not show.
 
     Neighbouring faces that the same frames hide get vertices of their own. In those frames each sheet of hidden faces
-    lies at one place of the skin around it, so that no format and no viewer needs to know of it; between frames it
-    shrinks to that place and grows from there.
+    has shrunk to one place of the skin around it, so that no format and no viewer needs to know of it.
     """
     torn = np.flatnonzero(hidden.any(axis=0))
     if not len(torn):
@@ -169,7 +172,8 @@ def torn_open(mesh: AnimatedMesh, hidden: Bool[np.ndarray, "t f"]) -> AnimatedMe
     faces = mesh.faces.copy()
     faces[torn] = count + corners.reshape(-1, 3)
     vertex = np.concatenate([np.arange(count), vertex_of])
-    opened = _of_vertices(mesh, vertex, faces)
+    used, faces = np.unique(faces, return_inverse=True)
+    positions = mesh.positions[:, vertex]
     # vertices along the texture's seams are doubled: they are one place of the skin
     _, first, place = np.unique(mesh.positions[0], axis=0, return_index=True, return_inverse=True)
     places = place.ravel()[mesh.faces]
@@ -178,10 +182,12 @@ def torn_open(mesh: AnimatedMesh, hidden: Bool[np.ndarray, "t f"]) -> AnimatedMe
         if len(closed):
             x = mesh.positions[frame]
             onto = _closing(places[gone], places[~gone], x[first])
-            opened.positions[frame, count + closed] = x[first[onto[place.ravel()[vertex_of[closed]]]]]
+            goal = x[first[onto[place.ravel()[vertex_of[closed]]]]]
+            positions[frame, count + closed] = goal + CLOSED * (x[vertex_of[closed]] - goal)
+    opened = replace(_of_vertices(mesh, vertex[used], faces.reshape(-1, 3)), positions=positions[:, used])
     if mesh.texture is None:
         return opened
-    return replace(opened, texture=replace(mesh.texture, uv=mesh.texture.uv[vertex]))
+    return replace(opened, texture=replace(mesh.texture, uv=mesh.texture.uv[vertex[used]]))
 
 
 def _closing(
