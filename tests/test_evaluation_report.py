@@ -321,15 +321,18 @@ def test_a_run_is_judged_in_pictures_surface_and_tracks(
     assert figures["normal_consistency"] > 0.95 and len(figures["per_frame"]) == 3
 
 
-def test_a_run_of_another_film_is_not_judged(grid_folder: Path, case: Case) -> None:
+def test_a_run_of_another_film_is_not_judged(grid_folder: Path, case: Case, tmp_path: Path) -> None:
     """Cases share their size: a figure came out for a wolf's truth beside a creature's run."""
     grid = ViewGrid.load(grid_folder)
     assert candidates.alignment_to(grid, case).frames
     alpha = grid.input_frames.copy()
     alpha[..., 3] = 0
     alpha[:, 2:-2, SIZE // 2 : SIZE // 2 + 3, 3] = 255
-    with pytest.raises(InputError, match="evaluate the run against its own case"):
-        candidates.alignment_to(replace(grid, input_frames=alpha), case)
+    other = replace(grid, input_frames=alpha)
+    with pytest.raises(InputError, match="evaluate against its own case"):
+        candidates.alignment_to(other, case)
+    with pytest.raises(InputError, match="evaluate against its own case"):
+        candidates._open_grid(other.save(tmp_path / "views"), case, None)
 
 
 def test_the_better_side_is_the_one_that_is_better_where_both_have_pictures() -> None:

@@ -198,8 +198,8 @@ def _check_film(grid: ViewGrid, squares: "tuple[Framing, ...]", case: Case) -> N
     same = float(silhouette_iou(grid.input_frames[frames, ..., 3], np.stack(shown)).mean())
     if same < SAME_FILM:
         raise InputError(
-            f"The film of this run is not the one of {case.folder}: their silhouettes overlap by {same:.0%} only; "
-            "evaluate the run against its own case."
+            f"The film that was used is not the one of {case.folder}: their silhouettes overlap by {same:.0%} only; "
+            "evaluate against its own case."
         )
 
 
@@ -234,6 +234,9 @@ def _open_grid(folder: Path, case: Case | None, size: int | None) -> Opened:
     if case is None:
         name = folder.resolve().name
         return Opened(Pictures(name, made, None, names, azimuths, elevations, grid.times, cameras, focal), facts, ())
+    squares = _squares(grid, case)
+    if squares[0].source_width == case.size:
+        _check_film(grid, squares, case)
     if grid.framing is not None and not _is_whole(grid.framing):
         made = uncropped(grid, case, size)
     frames, true_frames = _common_times(grid.times, case.times, folder)

@@ -232,6 +232,8 @@ def text_table(report: dict[str, Any]) -> str:
     sides = report["candidates"]
     names = list(dict.fromkeys(name for side in sides for name in side["summary"]))
     lines = [f"protocol {report['protocol']}"]
+    if len(sides) > 1:
+        lines += [f"  {'':<14}" + "   ".join(f"{letter:<34}" for letter in "AB").rstrip()]
     for name in names:
         cells = [_cell(side["summary"].get(name)) for side in sides]
         apart = (report.get("difference") or {}).get(name)
@@ -240,7 +242,15 @@ def text_table(report: dict[str, Any]) -> str:
         lines.append(f"  {name:<14}" + "   ".join(f"{cell:<34}" for cell in cells).rstrip())
     for side in sides:
         for name, figures in side["geometry"].items():
-            shown = ("chamfer", "chamfer_floor", "f_score@0.01", "f_score@0.02", "normal_consistency", "track")
+            shown = (
+                "chamfer",
+                "chamfer_floor",
+                "f_score@0.01",
+                "f_score@0.02",
+                "normal_consistency",
+                "track",
+                "track_if_static",
+            )
             lines.append(f"  {name}: " + ", ".join(f"{key} {figures[key]:.4f}" for key in shown if key in figures))
     if any(estimate["note"] for side in sides for estimate in side["summary"].values()):
         lines.append("  (!) see the notes of the report")
