@@ -1,5 +1,7 @@
 """Point clouds and Gaussian splats that ride on the mesh."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,14 @@ import trimesh
 from dense_splats import dense_rasterise
 from export_fixture import SwingingLimb, exported
 
+from sv4d_ns.export import files
 from sv4d_ns.export.colour.baking import Picture
+from sv4d_ns.export.command import ExportMesh
 from sv4d_ns.export.formats.gltf import from_gltf_axes
 from sv4d_ns.export.formats.points import sample_points
 from sv4d_ns.export.formats.sequence import write_point_clouds
 from sv4d_ns.export.formats.splats import PROPERTIES, SH_C0, refine, sample_splats, write_splats
+from sv4d_ns.export.make import Options
 from sv4d_ns.geometry.cameras import ViewPlan
 
 FPS, FRAMES = 12.0, 3
@@ -105,3 +110,26 @@ def test_refinement_moves_splats_towards_the_pictures(mesh):
     better = refine(grey, shown, 60, dense_rasterise, "cpu")
     assert error(better) < 0.6 * error(grey)
     np.testing.assert_array_equal(better.rotations, grey.rotations)
+
+
+def test_points_and_splats_are_taken_from_the_whole_surface(monkeypatch, tmp_path):
+    asked = []
+
+    def make_asset(run, options, terminal):
+        asked.append(options.hide_webs)
+        raise StopIteration
+
+    monkeypatch.setattr(files, "make_asset", make_asset)
+    with pytest.raises(StopIteration):
+        files.write_point_clouds(None, Options(), tmp_path, 10, None)
+    with pytest.raises(StopIteration):
+        files.write_splats(None, Options(), tmp_path, 10, 0, None)
+    assert asked == [False, False]
+
+
+@pytest.mark.parametrize(
+    "flags, hidden",
+    [({}, True), ({"animation": "skin"}, False), ({"watertight": True}, False), ({"remesh": "quad"}, False)],
+)
+def test_webs_are_hidden_where_the_mesh_may_be_cut_for_it(flags, hidden):
+    assert ExportMesh(load_config=Path("config.yml"), output_dir=Path("out"), **flags).options().hide_webs is hidden
