@@ -125,3 +125,16 @@ def test_nerfstudios_table_becomes_figures_behind_the_bar(monkeypatch: pytest.Mo
     one.write_stats_log(10)
     one.write_stats_log(11)
     assert shown == ["Train Iter 123 ms, Train Rays / Sec 21.50 K"]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_work_that_is_done_at_once_shows_no_bar(
+    slow: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sv4d_ns.utils import progress
+
+    monkeypatch.setattr(progress, "SLOW_SECONDS", -1.0 if slow else 60.0)
+    with progress.bar_if_slow("Cutting the object out") as show:
+        for done in range(1, 4):
+            show(done, 3)
+    assert ("Cutting the object out" in capsys.readouterr().out) is slow

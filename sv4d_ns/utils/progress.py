@@ -13,7 +13,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -37,6 +37,8 @@ from sv4d_ns.utils.files import atomic_path
 
 REFRESHES = 4
 """Of a bar in a second; each takes the training thread's time."""
+SLOW_SECONDS = 2.0
+"""What takes less needs no bar, where other lines are what a user looks for."""
 WIDE, NARROW = 100, 56
 """Columns of the terminal from which a bar shows everything, and below which it shows the least."""
 PROGRESS_VARIABLE = "SV4D_PROGRESS"
@@ -199,6 +201,22 @@ def bar(description: str) -> Iterator[Callable[[int, int], None]]:
             pace.tick(done)
             bars.update(task, completed=done, total=total)
             _REPORT.write(description, done, total, left=pace.left(total))
+
+        yield show
+
+
+@contextmanager
+def bar_if_slow(description: str) -> Iterator[Callable[[int, int], None]]:
+    """`bar`, shown once the work has taken `SLOW_SECONDS`: most films are through before."""
+    with ExitStack() as stack:
+        start, opened = time.monotonic(), None
+
+        def show(done: int, total: int) -> None:
+            nonlocal opened
+            if opened is None and time.monotonic() - start > SLOW_SECONDS:
+                opened = stack.enter_context(bar(description))
+            if opened is not None:
+                opened(done, total)
 
         yield show
 

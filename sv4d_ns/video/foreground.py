@@ -269,7 +269,7 @@ def reduced(layer: Shaped[np.ndarray, "H W"], step: int) -> Float[np.ndarray, "h
 
 
 def _without_plain_background(clip: Clip, background: Background) -> Foreground:
-    from sv4d_ns.utils.progress import bar  # brings nerfstudio's console
+    from sv4d_ns.utils.progress import bar_if_slow  # brings nerfstudio's console
 
     behind = [background.at(index, clip.region) for index in range(len(clip.frames))]
     different = np.stack(
@@ -281,7 +281,7 @@ def _without_plain_background(clip: Clip, background: Background) -> Foreground:
     if solid.mean(axis=(1, 2)).max() < MIN_OBJECT_SHARE:
         raise _nothing_visible(clip)
     frames = len(solid)
-    with bar("Cutting the object out") as show:
+    with bar_if_slow("Cutting the object out") as show:
         whole = _fill_closed_pockets(clip.frames, solid, behind, lambda done: show(done, 2 * frames))
         cutouts, contrasts = _cut_out(clip.frames, whole, behind, lambda done: show(frames + done, 2 * frames))
     confidence = background.plain_share * contrasts
