@@ -494,7 +494,7 @@ def test_drawn_out_skin_that_the_film_shows_is_no_web():
     surface = surface_of(solid, 0.5, grid)
     positions = parted(surface.vertices)
     film = [filmed(x, surface.faces, frame) for frame, x in enumerate(positions)]
-    assert not hidden_webs(surface, positions, film, [NOTHING] * 2, DIAGONAL).any()
+    assert not hidden_webs(surface, positions, silhouettes(film), [NOTHING] * 2, DIAGONAL).any()
 
 
 def test_a_web_is_hidden_in_the_frames_whose_background_it_would_cover():
@@ -503,13 +503,13 @@ def test_a_web_is_hidden_in_the_frames_whose_background_it_would_cover():
     apart = surface_of(blocks(bridge=False)[1], 0.5, grid)
     film = [filmed(surface.vertices, surface.faces, 0), filmed(parted(apart.vertices)[1], apart.faces, 1)]
     positions = parted(surface.vertices)
-    hidden = hidden_webs(surface, positions, film, [NOTHING] * 2, DIAGONAL)
+    hidden = hidden_webs(surface, positions, silhouettes(film), [NOTHING] * 2, DIAGONAL)
     middle = surface.vertices[surface.faces].mean(axis=1)
     assert not hidden[0].any() and hidden[1].sum() > 20
     assert np.abs(middle[hidden[1], 1]).max() < 0.06
     before = overlap(positions[1], surface.faces, film[1])
     assert overlap(positions[1], surface.faces[~hidden[1]], film[1]) > before + 0.003
-    shown = drawn_in(surface, positions, film, hidden)
+    shown = drawn_in(surface, positions, silhouettes(film), hidden)
     shape = silhouettes(film)[1]
     moved = np.flatnonzero((shown[1] != positions[1]).any(axis=1))
     np.testing.assert_array_equal(moved, np.intersect1d(moved, surface.faces[hidden[1]]))
@@ -529,8 +529,10 @@ def test_a_web_along_the_line_of_sight_is_hidden_where_the_field_has_nothing():
 
     positions, film = behind(surface.vertices)[None], [filmed(behind(surface.vertices), surface.faces)]
     own = FrameSurface.of(behind(apart.vertices), apart.faces)
-    assert not hidden_webs(surface, positions, film, [NOTHING], DIAGONAL).any(), "the film shows no background there"
-    hidden = hidden_webs(surface, positions, film, [own], DIAGONAL)[0]
+    assert not hidden_webs(surface, positions, silhouettes(film), [NOTHING], DIAGONAL).any(), (
+        "the film shows no background there"
+    )
+    hidden = hidden_webs(surface, positions, silhouettes(film), [own], DIAGONAL)[0]
     assert hidden.sum() > 10
     assert own.distance(positions[0][surface.faces[hidden]].mean(axis=1)).mean() > 0.02
     camera, size = PLAN.c2w()[0], 512

@@ -235,7 +235,7 @@ def _open_grid(folder: Path, case: Case | None, size: int | None) -> Opened:
         name = folder.resolve().name
         return Opened(Pictures(name, made, None, names, azimuths, elevations, grid.times, cameras, focal), facts, ())
     squares = _squares(grid, case)
-    if squares[0].source_width == case.size:
+    if squares[0].source_width == case.size:  # else the crop is in other pixels than the case's
         _check_film(grid, squares, case)
     if grid.framing is not None and not _is_whole(grid.framing):
         made = uncropped(grid, case, size)

@@ -131,9 +131,9 @@ def make_asset(run: FinishedRun, options: Options, terminal: "Terminal") -> Anim
     surface, tracks, own = moving_surface(run, options, terminal)
     if not options.hide_webs:
         return replace(colored(run, surface, tracks, options, terminal), root=root)
-    film = input_pictures(run.views)
-    hidden = hidden_webs(surface, tracks.positions, film, own, _diagonal(run))
-    tracks = replace(tracks, positions=drawn_in(surface, tracks.positions, film, hidden))
+    shapes = silhouettes(input_pictures(run.views))
+    hidden = hidden_webs(surface, tracks.positions, shapes, own, _diagonal(run))
+    tracks = replace(tracks, positions=drawn_in(surface, tracks.positions, shapes, hidden))
     mesh = replace(colored(run, surface, tracks, options, terminal), root=root)
     terminal.say(
         f"at most {hidden.mean(axis=1).max():.1%} of the faces are drawn out over nothing in a frame: hidden there"

@@ -21,6 +21,7 @@ from sv4d_ns.export.surface.registration import (
     SETTLED_REACH,
     FrameSurface,
     factorised,
+    mean_places,
     nearest_alike,
     skin_laplacian,
 )
@@ -90,14 +91,13 @@ def _drawn_over(
     if not len(free):
         return x
     own, normals = x[free], vertex_normals(x, faces)[free]
-    found, drawn = nearest_alike(cKDTree(own), normals, surface.vertices[bare], surface.normals[bare], REACH * diagonal)
+    found, skin = nearest_alike(cKDTree(own), normals, surface.vertices[bare], surface.normals[bare], REACH * diagonal)
     pulled, way = surface.along_normals(own, normals, SETTLED_REACH * diagonal)
-    weight, drawn, places = OWN * pulled, drawn[found], surface.vertices[bare[found]]
-    count = np.bincount(drawn, minlength=len(own))
-    total = np.stack([np.bincount(drawn, places[:, i], len(own)) for i in range(3)], axis=-1)
-    way = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None] - own, way)
-    weight = np.where(count > 0, 1.0, weight)
+    drawn, goal = mean_places(skin[found], surface.vertices[bare[found]], own + way)
+    weight = np.where(drawn, 1.0, OWN * pulled)
     result = x.copy()
     # the skin around what is free stays
-    result[free] += factorised(sparse.diags(weight + TIE) + membrane[free][:, free]).solve(weight[:, None] * way)
+    result[free] += factorised(sparse.diags(weight + TIE) + membrane[free][:, free]).solve(
+        weight[:, None] * (goal - own)
+    )
     return result

@@ -19,7 +19,7 @@ from sv4d_ns.export.surface.registration import FrameSurface
 from sv4d_ns.geometry.rotations import nearest_rotation
 
 LEAST = 20
-"""Vertices of a limb, or of a bare part of the surface, that are worth a turn."""
+"""Vertices of a limb, or of a bare part of the surface, that are worth a turn or a cover."""
 ROOT_REACH = 0.05
 """Distance from a limb's root within which a bare part begins, as a share of the box's diagonal."""
 ALIKE_SIZE = 0.4
@@ -100,7 +100,7 @@ def _turns(
 
 
 def connected_parts(graph: sparse.csr_matrix, which: Int[np.ndarray, " k"]) -> list[Int[np.ndarray, " c"]]:
-    """The pieces of some vertices of a graph that are worth a turn, as places in `which`."""
+    """The pieces of some vertices of a graph that have `LEAST` or more of them, as places in `which`."""
     _, piece = csgraph.connected_components(graph[which][:, which], directed=False)
     return [np.flatnonzero(piece == number) for number in np.flatnonzero(np.bincount(piece) >= LEAST)]
 

@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree
 from sv4d_ns.export.surface.extraction import grown, outwards, vertex_graph, vertex_normals
 from sv4d_ns.export.surface.folds import Folds
 from sv4d_ns.export.surface.limbs import turned
-from sv4d_ns.export.surface.registration import OFF, FrameSurface, factorised, nearest_alike
+from sv4d_ns.export.surface.registration import OFF, FrameSurface, factorised, mean_places, nearest_alike
 from sv4d_ns.export.surface.silhouettes import Silhouette
 from sv4d_ns.geometry.rotations import nearest_rotation
 
@@ -160,11 +160,8 @@ class RigidSkin:
         tree = cKDTree(own)
         bare = bare[tree.query(surface.vertices[bare])[0] > OFF * diagonal]
         found, skin = nearest_alike(tree, normals, surface.vertices[bare], surface.normals[bare], REACH * diagonal)
-        places, skin = surface.vertices[bare[found]], skin[found]
-        count = np.bincount(skin, minlength=len(own))
-        total = np.stack([np.bincount(skin, places[:, i], minlength=len(own)) for i in range(3)], axis=-1)
-        goal = np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], goal)
-        return (pulled | (count > 0)).astype(np.float64), goal
+        drawn, goal = mean_places(skin[found], surface.vertices[bare[found]], goal)
+        return (pulled | drawn).astype(np.float64), goal
 
     def _nearest_known(
         self, rest: Float[np.ndarray, "n 3"], x: Float[np.ndarray, "n 3"], known: Bool[np.ndarray, " n"]

@@ -96,6 +96,20 @@ def nearest_alike(
     return found.any(axis=1), nearest[np.arange(len(x)), first]
 
 
+def mean_places(
+    which: Int[np.ndarray, " k"], places: Float[np.ndarray, "k 3"], otherwise: Float[np.ndarray, "n 3"]
+) -> tuple[Bool[np.ndarray, " n"], Float[np.ndarray, "n 3"]]:
+    """For each vertex whether any places draw it, and their mean, or where it goes otherwise.
+
+    Args:
+        which: the vertex that each place draws.
+    """
+    count = np.bincount(which, minlength=len(otherwise))
+    total = np.stack([np.bincount(which, places[:, i], minlength=len(otherwise)) for i in range(3)], axis=-1)
+    drawn = count > 0
+    return drawn, np.where(drawn[:, None], total / np.maximum(count, 1)[:, None], otherwise)
+
+
 def refitted(
     tracks: Tracks, mesh: CanonicalMesh, surfaces: Sequence[FrameSurface], diagonal: float
 ) -> tuple[Tracks, list[str]]:

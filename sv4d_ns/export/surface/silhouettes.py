@@ -40,20 +40,20 @@ class Silhouette:
 
     def at(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """Signed distance of world points in the picture; beyond its edge as at the edge."""
-        size = len(self.distance)
-        pixels, _ = project_array(points, self.picture.c2w, self.picture.fov_focal * size, size)
-        return ndimage.map_coordinates(self.distance, pixels[:, ::-1].T - 0.5, order=1, mode="nearest")
+        return self._sampled([self.distance], points)[0]
 
     def outward(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
         """World directions in the picture plane in which the distance of world points grows fastest, unit length."""
-        size, camera = len(self.distance), self.picture.c2w
-        pixels, _ = project_array(points, camera, self.picture.fov_focal * size, size)
-        down, right = (
-            ndimage.map_coordinates(slope, pixels[:, ::-1].T - 0.5, order=1, mode="nearest")[:, None]
-            for slope in np.gradient(self.distance)
-        )
-        way = right * camera[:3, 0] - down * camera[:3, 1]
+        down, right = self._sampled(np.gradient(self.distance), points)
+        way = right[:, None] * self.picture.c2w[:3, 0] - down[:, None] * self.picture.c2w[:3, 1]
         return way / np.maximum(np.linalg.norm(way, axis=-1, keepdims=True), 1e-12)
+
+    def _sampled(
+        self, values: Sequence[Float[np.ndarray, "s s"]], points: Float[np.ndarray, "n 3"]
+    ) -> list[Float[np.ndarray, " n"]]:
+        size = len(self.distance)
+        pixels, _ = project_array(points, self.picture.c2w, self.picture.fov_focal * size, size)
+        return [ndimage.map_coordinates(value, pixels[:, ::-1].T - 0.5, order=1, mode="nearest") for value in values]
 
     def width_at(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """World units that the picture is wide at the depth of points."""

@@ -12,11 +12,10 @@ from functools import partial
 import numpy as np
 from jaxtyping import Bool, Float
 
-from sv4d_ns.export.colour.baking import Picture
 from sv4d_ns.export.surface.extraction import CanonicalMesh
 from sv4d_ns.export.surface.outlines import RASTER, drawn
 from sv4d_ns.export.surface.registration import OFF, FrameSurface
-from sv4d_ns.export.surface.silhouettes import silhouettes
+from sv4d_ns.export.surface.silhouettes import Silhouette
 from sv4d_ns.utils.split import results_of
 
 DRAWN_OUT = 1.5
@@ -30,7 +29,7 @@ BESIDE = 0.008
 def hidden_webs(
     surface: CanonicalMesh,
     positions: Float[np.ndarray, "t n 3"],
-    film: Sequence[Picture],
+    shapes: Sequence[Silhouette],
     own: Sequence[FrameSurface],
     diagonal: float,
 ) -> Bool[np.ndarray, "t f"]:
@@ -39,11 +38,11 @@ def hidden_webs(
 
     Args:
         positions: of the surface's vertices, as they will be shown.
-        film: one picture per frame, all of one camera.
+        shapes: the film's silhouettes, one per frame.
         own: the field's own surfaces, one per frame; one without vertices says nothing.
         diagonal: of the field's box, world units.
     """
-    rest, shapes = _edges(surface.vertices[surface.faces]), silhouettes(film)
+    rest = _edges(surface.vertices[surface.faces])
     hidden = np.zeros((len(positions), len(surface.faces)), dtype=bool)
 
     def find(frame: int) -> None:
@@ -65,13 +64,13 @@ def hidden_webs(
 def drawn_in(
     surface: CanonicalMesh,
     positions: Float[np.ndarray, "t n 3"],
-    film: Sequence[Picture],
+    shapes: Sequence[Silhouette],
     hidden: Bool[np.ndarray, "t f"],
 ) -> Float[np.ndarray, "t n 3"]:
     """Positions with the rims of hidden faces drawn in to the film's outline where they are outside, which shows as
     fringes otherwise."""
     result = positions.copy()
-    for x, shape, gone in zip(result, silhouettes(film), hidden, strict=True):
+    for x, shape, gone in zip(result, shapes, hidden, strict=True):
         rim = np.intersect1d(surface.faces[gone], surface.faces[~gone])
         distance = shape.at(x[rim])
         rim, distance = rim[distance > 0], distance[distance > 0]
